@@ -1,0 +1,6 @@
+"""Matmuls of rows grouped by expert."""
+
+from pallas_kernels.grouped_matmul.ops import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.reference import swiglu
+
+__all__ = ["grouped_matmul", "grouped_swiglu", "swiglu"]

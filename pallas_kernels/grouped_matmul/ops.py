@@ -1,0 +1,76 @@
+"""Matmuls of rows sorted by expert with one weight matrix per expert.
+
+Rows of expert e are the `group_sizes[e]` rows after those of experts 0 .. e-1. Weights are float
+[E, in, out], or a `QuantizedArray` of that logical shape (FP8 or packed FP4), which is unpacked one
+expert at a time and gets no gradient. Products accumulate in float32.
+
+Source: report section 2.4; clamp and place of the routing weight as in the released
+`inference/model.py` (Expert).
+"""
+
+import jax
+
+from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.quantize import QuantizedArray
+
+IMPLEMENTATIONS = ("xla", "reference")
+
+
+def grouped_matmul(
+    x: jax.Array,  # [P, in], rows sorted by expert
+    w: jax.Array | QuantizedArray,  # [E, in, out]
+    group_sizes: jax.Array,  # [E] int32, sum P
+    *,
+    implementation: str | None = None,
+) -> jax.Array:  # [P, out] in the dtype of x
+    """Each row times its expert's matrix. Differentiable in x, and in w if it is float.
+
+    Args:
+      implementation: "xla", "reference" or None for the best one.
+
+    Raises:
+      ValueError: shapes do not agree, or `implementation` is unknown.
+    """
+    _check(x, w, group_sizes)
+    op = reference.grouped_matmul_reference if _is_reference(implementation) else xla.grouped_matmul
+    return op(x, w, group_sizes)
+
+
+def grouped_swiglu(
+    x: jax.Array,  # [P, in], rows sorted by expert
+    w_gate: jax.Array | QuantizedArray,  # [E, in, hidden]
+    w_up: jax.Array | QuantizedArray,  # [E, in, hidden]
+    group_sizes: jax.Array,  # [E] int32, sum P
+    row_weights: jax.Array,  # [P] float32: routing weight of each row
+    *,
+    limit: float,
+    implementation: str | None = None,
+) -> jax.Array:  # [P, hidden] in the dtype of x
+    """First half of an expert: row_weight * silu(min(gate, limit)) * clip(up, -limit, limit).
+
+    Differentiable in x and row_weights, and in the weights if they are float.
+
+    Raises:
+      ValueError: shapes do not agree, or `implementation` is unknown.
+    """
+    for w in (w_gate, w_up):
+        _check(x, w, group_sizes)
+    if row_weights.shape != x.shape[:1]:
+        raise ValueError(f"row_weights {row_weights.shape} must be [P] with P={x.shape[0]} rows.")
+    reference_op = reference.grouped_swiglu_reference
+    op = reference_op if _is_reference(implementation) else xla.grouped_swiglu
+    return op(x, w_gate, w_up, group_sizes, row_weights, limit)
+
+
+def _is_reference(implementation: str | None) -> bool:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=}: expected one of {IMPLEMENTATIONS} or None.")
+    return implementation == "reference"
+
+
+def _check(x, w, group_sizes):
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
+        raise ValueError(
+            f"x {x.shape} must be [P, in], weights {w.shape} [E, in, out] and group_sizes "
+            f"{group_sizes.shape} [E]."
+        )

@@ -1,0 +1,162 @@
+"""Grouped matmul in plain XLA: a loop over tiles of rows that belong to one expert.
+
+Only experts that have rows are touched, and only one expert's weights are unpacked at a time. A
+tile's result is written whole; rows past the end of its group are overwritten by the tile of the
+next group, which starts just there, and tiles are visited in row order.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.quantize import QuantizedArray, cast
+
+MAX_TILE = 256
+MIN_TILE = 8
+
+
+@jax.custom_vjp
+def grouped_matmul(x, w, group_sizes):
+    """See `ops.grouped_matmul`."""
+    tiles = _Tiles(x, group_sizes)
+
+    def tile(i, out):
+        return tiles.put(out, i, _dot(tiles.rows(x_p, i), tiles.weight(w, i)))
+
+    x_p = tiles.pad(x)
+    return tiles.loop(tile, tiles.empty(w.shape[-1], x.dtype))[: x.shape[0]]
+
+
+def _matmul_fwd(x, w, group_sizes):
+    return grouped_matmul(x, w, group_sizes), (x, w, group_sizes)
+
+
+def _matmul_bwd(residuals, d_out):
+    x, w, group_sizes = residuals
+    tiles = _Tiles(x, group_sizes)
+    x_p, d_out_p = tiles.pad(x), tiles.pad(d_out)
+
+    def tile(i, carry):
+        d_x, d_w = carry
+        d_rows = tiles.rows(d_out_p, i)
+        d_x = tiles.put(d_x, i, _dot(d_rows, tiles.weight(w, i).T))
+        return d_x, tiles.add_weight(d_w, i, tiles.rows(x_p, i), d_rows)
+
+    d_x, d_w = tiles.loop(tile, (tiles.empty(x.shape[1], x.dtype), _weight_gradient(w)))
+    return d_x[: x.shape[0]], d_w, None
+
+
+grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit):
+    """See `ops.grouped_swiglu`."""
+    tiles = _Tiles(x, group_sizes)
+
+    def tile(i, out):
+        rows = tiles.rows(x_p, i)
+        gate = cast(_dot(rows, tiles.weight(w_gate, i)), x.dtype)
+        up = cast(_dot(rows, tiles.weight(w_up, i)), x.dtype)
+        hidden = tiles.rows(weights_p, i)[:, None] * swiglu(gate, up, limit)
+        return tiles.put(out, i, hidden)
+
+    x_p, weights_p = tiles.pad(x), tiles.pad(row_weights)
+    return tiles.loop(tile, tiles.empty(w_gate.shape[-1], x.dtype))[: x.shape[0]]
+
+
+def _swiglu_fwd(x, w_gate, w_up, group_sizes, row_weights, limit):
+    out = grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit)
+    return out, (x, w_gate, w_up, group_sizes, row_weights)
+
+
+def _swiglu_bwd(limit, residuals, d_out):
+    x, w_gate, w_up, group_sizes, row_weights = residuals
+    tiles = _Tiles(x, group_sizes)
+    x_p, weights_p, d_out_p = map(tiles.pad, (x, row_weights, d_out))
+
+    def tile(i, carry):
+        d_x, d_gate, d_up, d_weights = carry
+        rows, d_rows = tiles.rows(x_p, i), tiles.rows(d_out_p, i).astype(jnp.float32)
+        gate_w, up_w = tiles.weight(w_gate, i), tiles.weight(w_up, i)
+        hidden, pull = jax.vjp(
+            lambda gate, up: swiglu(gate, up, limit), _dot(rows, gate_w), _dot(rows, up_w)
+        )
+        d_weights = tiles.put(d_weights, i, jnp.sum(hidden * d_rows, axis=-1))
+        g, u = (d.astype(x.dtype) for d in pull(tiles.rows(weights_p, i)[:, None] * d_rows))
+        d_x = tiles.put(d_x, i, _dot(g, gate_w.T) + _dot(u, up_w.T))
+        d_gate = tiles.add_weight(d_gate, i, rows, g)
+        return d_x, d_gate, tiles.add_weight(d_up, i, rows, u), d_weights
+
+    d_x, d_gate, d_up, d_weights = tiles.loop(
+        tile,
+        (
+            tiles.empty(x.shape[1], x.dtype),
+            _weight_gradient(w_gate),
+            _weight_gradient(w_up),
+            jnp.zeros(weights_p.shape, row_weights.dtype),
+        ),
+    )
+    return d_x[: x.shape[0]], d_gate, d_up, None, d_weights[: x.shape[0]]
+
+
+grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+class _Tiles:
+    """Row tiles of the groups: each has one expert, a first row and a number of valid rows."""
+
+    def __init__(self, x, group_sizes):
+        num_rows, num_groups = x.shape[0], group_sizes.shape[0]
+        mean = max(num_rows // num_groups, 1)
+        self.size = min(MAX_TILE, max(MIN_TILE, 1 << (mean - 1).bit_length()))
+        per_group = -(-group_sizes // self.size)
+        last_tile, last_row = jnp.cumsum(per_group), jnp.cumsum(group_sizes)
+        self.count = last_tile[-1]
+        index = jnp.arange(-(-num_rows // self.size) + num_groups)
+        expert = jnp.searchsorted(last_tile, index, side="right")
+        self.expert = jnp.minimum(expert, num_groups - 1)
+        nth = index - (last_tile - per_group)[self.expert]
+        self.start = (last_row - group_sizes)[self.expert] + nth * self.size
+        self.valid = last_row[self.expert] - self.start
+        self.num_rows = num_rows
+
+    def pad(self, x):
+        return jnp.pad(x, [(0, self.size)] + [(0, 0)] * (x.ndim - 1))
+
+    def empty(self, width, dtype):
+        return jnp.zeros((self.num_rows + self.size, width), dtype)
+
+    def rows(self, x_padded, i):
+        return jax.lax.dynamic_slice_in_dim(x_padded, self.start[i], self.size)
+
+    def put(self, out, i, rows):
+        return jax.lax.dynamic_update_slice_in_dim(out, cast(rows, out.dtype), self.start[i], 0)
+
+    def weight(self, w, i):
+        w = w[self.expert[i]]
+        return w.dequantize() if isinstance(w, QuantizedArray) else w
+
+    def add_weight(self, d_w, i, rows, d_rows):
+        if d_w is None:
+            return None
+        valid = jnp.arange(self.size) < self.valid[i]
+        d_rows = jnp.where(valid[:, None], d_rows, 0)
+        return d_w.at[self.expert[i]].add(_dot(rows.T, d_rows).astype(d_w.dtype))
+
+    def loop(self, body, init):
+        return jax.lax.fori_loop(0, self.count, body, init)
+
+
+def _weight_gradient(w):
+    """A zero gradient to add to; quantised weights are frozen and have none."""
+    return None if isinstance(w, QuantizedArray) else jnp.zeros(w.shape, w.dtype)
+
+
+def _dot(a, b):
+    """float32 product of [m, k] and [k, n]."""
+    wide = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    b = b.astype(a.dtype)
+    return jnp.dot(a, b, precision=wide, preferred_element_type=jnp.float32)

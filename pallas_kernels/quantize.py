@@ -1,0 +1,275 @@
+"""FP8 and FP4 values with power-of-two block scales, as the released checkpoints use them.
+
+Activations are rounded along their last axis in blocks of 64 or 128 (e4m3) or 32 (e2m1):
+
+    scale  = smallest power of two >= amax / largest        (amax floored, see below)
+    result = round_to_nearest_even(clip(x / scale)) * scale
+
+Weights are kept as `QuantizedArray`s with logical shape [..., in, out]:
+
+| format | values                          | scale (E8M0 or float32)           | block     |
+|--------|---------------------------------|-----------------------------------|-----------|
+| fp8    | float8_e4m3fn [..., in, out]    | [..., ceil(in/128), ceil(out/128)]| (128,128) |
+| fp4    | uint8 [..., in/2, out]          | [..., in/32, out]                 | (32, 1)   |
+
+An FP4 byte in row r holds input 2r in its low nibble and input 2r+1 in its high nibble; a nibble is
+sign, two exponent bits, one mantissa bit: codes 0..7 are 0, .5, 1, 1.5, 2, 3, 4, 6, codes 8..15
+their negatives. This is the checkpoint's layout with the last two axes swapped.
+
+Source: the released `inference/kernel.py` (act_quant, fp4_act_quant); report section 5.2.1.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
+FP8_WEIGHT_BLOCK = (128, 128)
+FP4_WEIGHT_BLOCK = (32, 1)
+FP8_ACTIVATION_BLOCK = 128
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_FP8_AMAX_FLOOR = 1e-4
+_FP4_AMAX_FLOOR = 6.0 * 2.0**-126
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["block"]
+)
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+    """A weight [..., in, out] in FP8 or packed FP4 with block scales. Accepted wherever one is."""
+
+    values: jax.Array  # float8_e4m3fn [..., in, out], or uint8 [..., in / 2, out]
+    scale: jax.Array  # float8_e8m0fnu or float32 [..., ceil(in / block[0]), ceil(out / block[1])]
+    block: tuple[int, int]
+
+    @property
+    def is_fp4(self) -> bool:
+        """Two values per byte."""
+        return self.values.dtype == jnp.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape: one element per weight."""
+        *batch, rows, cols = self.values.shape
+        return (*batch, rows * 2 if self.is_fp4 else rows, cols)
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return self.values.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of weights (scales not counted)."""
+        return self.values.size * (2 if self.is_fp4 else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, scales included."""
+        return sum(a.size * a.dtype.itemsize for a in (self.values, self.scale))
+
+    def __getitem__(self, index) -> "QuantizedArray":
+        """Indexes leading axes (layers, experts); the last two stay."""
+        if index is Ellipsis:
+            return self
+        return dataclasses.replace(self, values=self.values[index], scale=self.scale[index])
+
+    def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+        """The weights [..., in, out]; exact in bfloat16 and wider for power-of-two scales."""
+        values = unpack_fp4(self.values) if self.is_fp4 else self.values.astype(jnp.float32)
+        *_, rows, cols = values.shape
+        scale = self.scale.astype(jnp.float32)
+        for axis, size in ((-2, self.block[0]), (-1, self.block[1])):
+            scale = jnp.repeat(scale, size, axis=axis) if size > 1 else scale
+        return (values * scale[..., :rows, :cols]).astype(dtype)
+
+
+def unpack_fp4(packed: jax.Array) -> jax.Array:
+    """uint8 [..., in / 2, out] -> float32 [..., in, out] of e2m1 values, scales not applied."""
+    nibbles = jnp.stack([packed & 0xF, packed >> 4], axis=-2)  # [..., in / 2, 2, out]
+    *batch, rows, _, cols = nibbles.shape
+    return decode_e2m1(nibbles.reshape(*batch, rows * 2, cols))
+
+
+def decode_e2m1(code: jax.Array) -> jax.Array:
+    """e2m1 codes 0..15 (any integer dtype) -> float32, by moving bits into a float32.
+
+    Exponent and mantissa bits `eem` of e2m1 become the top exponent and mantissa bits of a float32
+    whose value is 2**-126 times too small; 0.5 (code 1) would be a denormal, so it is added as one.
+    """
+    code = code.astype(jnp.int32)
+    magnitude = code & 7
+    normal = ((magnitude >> 1) + 126) << 23 | (magnitude & 1) << 22
+    bits = jnp.where(magnitude > 1, normal, jnp.where(magnitude == 1, 126 << 23, 0))
+    return jax.lax.bitcast_convert_type(bits | (code & 8) << 28, jnp.float32)
+
+
+def encode_e2m1(values: jax.Array) -> jax.Array:
+    """float32 values on the e2m1 grid -> codes 0..15 (int32). Zero of either sign gives code 0."""
+    magnitude = jnp.abs(values)
+    code = jnp.searchsorted(jnp.asarray(E2M1_VALUES), magnitude, side="left").astype(jnp.int32)
+    return jnp.where(values < 0, code | 8, code)
+
+
+def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """float32 `x` as `dtype` (float32 or bfloat16), with a rounding that stays.
+
+    XLA may drop a conversion to bfloat16 whose result is widened again
+    (`xla_allow_excess_precision`, on by default). Where the rounding is part of the model, or a
+    program is to give the same numbers however it is cut up, it has to be asked for.
+    """
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
+def ceil_to_power_of_two(x: jax.Array) -> jax.Array:
+    """Smallest power of two >= x, elementwise, for positive normal float32 x."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+def round_e4m3(x: jax.Array) -> jax.Array:
+    """Nearest float8_e4m3fn value (ties to even), saturating at 448, as float32."""
+    x = jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    exponent = jnp.maximum((bits >> 23) & 0xFF, 127 - 6)  # subnormals share the step of 2**-6
+    step = jax.lax.bitcast_convert_type((exponent - 3) << 23, jnp.float32)
+    return jnp.round(x / step) * step
+
+
+def round_e2m1(x: jax.Array) -> jax.Array:
+    """Nearest float4_e2m1fn value (ties to even), saturating at 6, as float32."""
+    x = jnp.clip(x.astype(jnp.float32), -E2M1_MAX, E2M1_MAX)
+    magnitude = jnp.abs(x)
+    step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
+    return jnp.round(x / step) * step
+
+
+def _in_blocks(x: jax.Array, block: int) -> jax.Array:
+    """[..., D] -> float32 [..., ceil(D / block), block], padded with zeros."""
+    pad = -x.shape[-1] % block
+    x = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, pad)])
+    return x.reshape(*x.shape[:-1], -1, block)
+
+
+def _scale(blocks: jax.Array, axes: int | tuple[int, ...], largest: float, floor: float):
+    amax = jnp.maximum(jnp.max(jnp.abs(blocks), axis=axes, keepdims=True), floor)
+    # A product with the reciprocal, not a quotient: the released kernels do it this way, and the
+    # two differ in the last bit just where the power of two changes.
+    return ceil_to_power_of_two(amax * jnp.float32(1 / largest))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def round_fp8(x: jax.Array, block: int = FP8_ACTIVATION_BLOCK) -> jax.Array:
+    """`x` rounded to e4m3 with a power-of-two scale per `block` channels of the last axis.
+
+    The gradient is that of the identity (straight-through).
+
+    Args:
+      x: [..., D] float.
+      block: channels per scale; a last partial block is allowed.
+
+    Returns:
+      [..., D] in the dtype of `x`.
+    """
+    blocks = _in_blocks(x, block)
+    scale = _scale(blocks, -1, E4M3_MAX, _FP8_AMAX_FLOOR)
+    rounded = round_e4m3(blocks / scale) * scale
+    return cast(rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def round_fp4(x: jax.Array, block: int = 32) -> jax.Array:
+    """`x` rounded to e2m1 with a power-of-two scale per `block` channels of the last axis.
+
+    The gradient is that of the identity (straight-through).
+
+    Args:
+      x: [..., D] float.
+      block: channels per scale; a last partial block is allowed.
+
+    Returns:
+      [..., D] in the dtype of `x`.
+    """
+    blocks = _in_blocks(x, block)
+    scale = _scale(blocks, -1, E2M1_MAX, _FP4_AMAX_FLOOR)
+    rounded = round_e2m1(blocks / scale) * scale
+    return cast(rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], x.dtype)
+
+
+@round_fp8.defjvp
+def _round_fp8_jvp(block, primals, tangents):
+    return round_fp8(primals[0], block), tangents[0]
+
+
+@round_fp4.defjvp
+def _round_fp4_jvp(block, primals, tangents):
+    return round_fp4(primals[0], block), tangents[0]
+
+
+def quantize_weight(
+    weight: jax.Array,  # [..., in, out] float
+    fmt: str,
+) -> QuantizedArray:
+    """Quantises a weight to the released format, scales E8M0.
+
+    Args:
+      weight: [..., in, out]; for "fp4", `in` must be a multiple of 32.
+      fmt: "fp8" (e4m3, 128 x 128 blocks) or "fp4" (e2m1, 32 inputs x 1 output).
+
+    Raises:
+      ValueError: unknown format, or a shape that cannot be packed.
+    """
+    *batch, rows, cols = weight.shape
+    weight = weight.astype(jnp.float32)
+    match fmt:
+        case "fp8":
+            bi, bo = FP8_WEIGHT_BLOCK
+            pad = [(0, 0)] * len(batch) + [(0, -rows % bi), (0, -cols % bo)]
+            tiles = jnp.pad(weight, pad)
+            ni, no = tiles.shape[-2] // bi, tiles.shape[-1] // bo
+            tiles = tiles.reshape(*batch, ni, bi, no, bo)
+            scale = _scale(tiles, (-3, -1), E4M3_MAX, _FP8_AMAX_FLOOR)
+            values = round_e4m3(tiles / scale).reshape(*batch, ni * bi, no * bo)
+            return QuantizedArray(
+                values[..., :rows, :cols].astype(jnp.float8_e4m3fn),
+                scale.reshape(*batch, ni, no).astype(jnp.float8_e8m0fnu),
+                FP8_WEIGHT_BLOCK,
+            )
+        case "fp4":
+            bi = FP4_WEIGHT_BLOCK[0]
+            if rows % bi:
+                raise ValueError(f"weight has {rows} inputs: fp4 needs a multiple of {bi}.")
+            groups = weight.reshape(*batch, rows // bi, bi, cols)
+            scale = _scale(groups, -2, E2M1_MAX, _FP4_AMAX_FLOOR)
+            code = encode_e2m1(round_e2m1(groups / scale)).reshape(*batch, rows // 2, 2, cols)
+            packed = code[..., 0, :] | code[..., 1, :] << 4
+            return QuantizedArray(
+                packed.astype(jnp.uint8),
+                scale[..., 0, :].astype(jnp.float8_e8m0fnu),
+                FP4_WEIGHT_BLOCK,
+            )
+        case _:
+            raise ValueError(f'fmt={fmt!r}: expected "fp8" or "fp4".')
+
+
+def hadamard(x: jax.Array) -> jax.Array:
+    """Orthonormal Walsh-Hadamard transform (Sylvester order) of the last axis, in float32 inside.
+
+    Args:
+      x: [..., D] float, D a power of two.
+    """
+    width = x.shape[-1]
+    if width & (width - 1):
+        raise ValueError(f"x has {width} channels: the Hadamard transform needs a power of two.")
+    index = jnp.arange(width, dtype=jnp.uint32)
+    parity = jax.lax.population_count(index[:, None] & index[None, :]) & 1
+    matrix = jnp.where(parity == 1, -1.0, 1.0) * width**-0.5
+    out = jnp.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
+    return cast(out, x.dtype)

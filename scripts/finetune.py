@@ -1,0 +1,136 @@
+"""Trains a model on a stream of tokens: from scratch, or from a checkpoint.
+
+    python -m scripts.finetune --model nano --tokens runs/nano/data/tokens.npy --output runs/nano
+
+AdamW over the next token, the token after it (MTP), the indexer's loss and router balance; float32
+throughout. Run the same command again to go on after an interruption: a step's batch depends on
+the seed and the step only. `--output` gets state/ (Orbax), metrics.jsonl, and at the end model/ in
+the released layout, FP4 experts and FP8 linears included (or float32 with `--save float`).
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import time
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from v4jax import checkpoint
+from v4jax.config import VARIANTS
+from v4jax.model import Transformer
+from v4jax.quantization import to_float, to_released
+from v4jax.train.data import TokenStream
+from v4jax.train.loop import Saver, Trainer, TrainState
+from v4jax.train.loss import LossWeights, Metrics, cross_entropy
+from v4jax.train.optimizer import OptimizerConfig
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", choices=sorted(VARIANTS), help="train this variant from scratch")
+    start.add_argument("--checkpoint", type=pathlib.Path, help="start from this folder")
+    parser.add_argument("--tokens", type=pathlib.Path, required=True, help=".npy, integers [N]")
+    parser.add_argument("--eval-tokens", type=pathlib.Path, help="held-out tokens, .npy")
+    parser.add_argument("--output", type=pathlib.Path, required=True)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--eval-every", type=int, default=250)
+    parser.add_argument("--log-every", type=int, default=10)
+    parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
+    parser.add_argument("--save", choices=["released", "float"], default="released")
+    return parser.parse_args()
+
+
+def start_model(args: argparse.Namespace) -> Transformer:
+    """The float32 model to start from."""
+    if args.checkpoint:
+        return to_float(checkpoint.load(args.checkpoint, scan_layers=True))
+    cfg = VARIANTS[args.model]()
+    return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(args.seed)))()
+
+
+class Evaluator:
+    """Mean next-token loss over fixed windows of held-out tokens."""
+
+    def __init__(self, trainer: Trainer, stream: TokenStream, batch_size: int, batches: int = 4):
+        self.windows = [stream.batch(i, batch_size) for i in range(batches)]
+
+        @jax.jit
+        def loss(params, fixed, tokens):
+            model = nnx.merge(trainer.graphdef, params, fixed)
+            hidden = model.hidden(model.trunk(tokens[:, :-2])[0])
+            return cross_entropy(model, hidden, tokens[:, 1:-1]).mean()
+
+        self.loss = loss
+
+    def __call__(self, state: TrainState) -> float:
+        """Nats per token."""
+        losses = [self.loss(state.params, state.fixed, w) for w in self.windows]
+        return float(np.mean([float(x) for x in losses]))
+
+
+def record(step: int, metrics: Metrics) -> dict[str, float]:
+    """One line of metrics.jsonl."""
+    terms = ("loss", "ce", "mtp_ce", "indexer", "balance")
+    return {"step": step, **{name: round(float(getattr(metrics, name)), 5) for name in terms}}
+
+
+def main() -> None:
+    """Trains, saves and exports."""
+    args = parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        start_model(args),
+        OptimizerConfig(peak_lr=args.lr, warmup_steps=args.warmup, total_steps=args.steps),
+        LossWeights(),
+    )
+    stream = TokenStream(args.tokens, args.seq_len, seed=args.seed)
+    state, first = trainer.init(), 0
+    saver = Saver(args.output / "state")
+    if (found := saver.restore(state)) is not None:
+        state, first = found
+        print(f"going on from step {first} of {args.output / 'state'}")
+    evaluate = None
+    if args.eval_tokens:
+        held_out = TokenStream(args.eval_tokens, args.seq_len, seed=args.seed)
+        evaluate = Evaluator(trainer, held_out, args.batch_size)
+    per_step, started = args.batch_size * args.seq_len, time.monotonic()
+    with open(args.output / "metrics.jsonl", "a", encoding="utf-8") as log:
+        bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
+        for step in bar:
+            state, metrics = trainer.step(state, stream.batch(step, args.batch_size))
+            done = step + 1
+            if done % args.log_every == 0 or done == args.steps:
+                line = record(done, metrics)
+                rate = (done - first) * per_step / (time.monotonic() - started)
+                bar.set_postfix(ce=line["ce"], mtp=line["mtp_ce"], tok_s=round(rate))
+                if evaluate and (done % args.eval_every == 0 or done == args.steps):
+                    line["heldout_ce"] = round(evaluate(state), 5)
+                    bar.write(f"step {done}: held-out loss {line['heldout_ce']:.4f}")
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            if done % args.save_every == 0 or done == args.steps:
+                saver.save(done, state)
+                saver.wait()
+    saver.close()
+    model = trainer.model(state)
+    shutil.rmtree(args.output / "model", ignore_errors=True)
+    checkpoint.save(to_released(model) if args.save == "released" else model, args.output / "model")
+    if args.tokenizer:
+        shutil.copyfile(args.tokenizer, args.output / "model" / "tokenizer.json")
+    print(f"wrote {args.output / 'model'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Key-value cache: what a layer remembers of the tokens it has seen.
+
+One `LayerCache` per layer, each array with a leading batch axis; sequences of a batch may have
+different lengths. For a capacity of S tokens and a layer of ratio r:
+
+| field       | shape          | holds                                                             |
+|-------------|----------------|-------------------------------------------------------------------|
+| window      | [B, C, H]      | last C key-value rows, token t in row t mod C                     |
+| entries     | [B, S / r, H]  | one compressed row per r tokens (r = 4 or 128)                    |
+| pool        | see `OpenPool` | partial sums of the window that is not full yet, float32          |
+| index_keys  | [B, S / 4, I]  | the indexer's compressed keys (CSA only)                          |
+| index_pool  | see `OpenPool` | as `pool`, of the indexer's compressor (CSA only)                 |
+
+A cache is an argument and a result, never changed in place; jitted steps donate it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.gated_pool import Pool
+from v4jax.config import LayerSpec, V4Config
+from v4jax.numerics import Numerics
+
+
+class CacheFullError(ValueError):
+    """More tokens than a cache has room for."""
+
+
+def _pytree(*, meta: tuple[str, ...] = ()):
+    def register(cls):
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
+        return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=list(meta))
+
+    return register
+
+
+@_pytree()
+@dataclasses.dataclass(frozen=True)
+class OpenPool:
+    """Partial sums of one compressor's window that is being filled.
+
+    A CSA compressor pools F = 2 * width channels: the first half of a window goes into the next
+    window's entry (`previous` keeps it), the second half into its own. HCA has F = width and no
+    `previous`.
+    """
+
+    current: Pool  # [B, F]
+    previous: Pool | None  # [B, width]
+
+
+@_pytree()
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """State of one layer. Fields that its kind of layer does not have are None."""
+
+    window: jax.Array
+    entries: jax.Array | None = None
+    pool: OpenPool | None = None
+    index_keys: jax.Array | None = None
+    index_pool: OpenPool | None = None
+
+
+@_pytree(meta=("capacity",))
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """State of all layers, and how many tokens each sequence has."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: jax.Array  # [B] int32
+    capacity: int  # tokens a sequence can have
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def require_room(self, counts) -> None:
+        """Raises `CacheFullError` if `counts` [B] more tokens do not fit. Reads the lengths."""
+        needed = np.asarray(self.lengths) + np.asarray(counts)
+        if (needed > self.capacity).any():
+            row = int(np.argmax(needed))
+            raise CacheFullError(
+                f"sequence {row} would have {needed[row]} tokens, but the cache holds "
+                f"{self.capacity}: make one with a larger capacity. Nothing was written."
+            )
+
+
+@_pytree()
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """New tokens of each sequence: `counts` of the T columns are real, the rest padding."""
+
+    start: jax.Array  # [B] int32 tokens already in the cache
+    counts: jax.Array  # [B] int32
+    positions: jax.Array  # [B, T] int32
+
+    @staticmethod
+    def make(start: jax.Array, counts: jax.Array, num_columns: int) -> "Chunk":
+        """Positions continue from `start`."""
+        positions = start[:, None] + jnp.arange(num_columns, dtype=jnp.int32)
+        return Chunk(start, counts, positions)
+
+    @property
+    def valid(self) -> jax.Array:
+        """[B, T] bool: columns that hold a token."""
+        return jnp.arange(self.positions.shape[1]) < self.counts[:, None]
+
+
+def init_cache(cfg: V4Config, numerics: Numerics, batch: int, capacity: int) -> Cache:
+    """An empty cache for `batch` sequences of up to `capacity` tokens.
+
+    Raises:
+      ValueError: capacity is not in 1..cfg.max_length.
+    """
+    if not 0 < capacity <= cfg.max_length:
+        raise ValueError(f"capacity={capacity}: expected 1..{cfg.max_length} (max_length).")
+    layers = tuple(_init_layer(cfg, spec, numerics, batch, capacity) for spec in cfg.layers)
+    return Cache(layers, jnp.zeros(batch, jnp.int32), capacity)
+
+
+def _init_layer(
+    cfg: V4Config, spec: LayerSpec, numerics: Numerics, batch: int, capacity: int
+) -> LayerCache:
+    rows = functools.partial(jnp.zeros, dtype=numerics.dtype)
+    window = rows((batch, cfg.window, cfg.head_dim))
+    if not spec.compress_ratio:
+        return LayerCache(window)
+    num_entries = -(-capacity // spec.compress_ratio)
+    entries = rows((batch, num_entries, cfg.head_dim))
+    pool = init_pool(batch, cfg.head_dim, overlap=spec.is_csa)
+    if not spec.is_csa:
+        return LayerCache(window, entries, pool)
+    width = cfg.indexer.head_dim
+    keys = rows((batch, num_entries, width))
+    return LayerCache(window, entries, pool, keys, init_pool(batch, width, overlap=True))
+
+
+def init_pool(batch: int, width: int, *, overlap: bool) -> OpenPool:
+    """The partial sums of no token."""
+    if overlap:
+        return OpenPool(Pool.empty((batch, 2 * width)), Pool.empty((batch, width)))
+    return OpenPool(Pool.empty((batch, width)), None)
+
+
+def append_entries(
+    entries: jax.Array,  # [B, S, W]
+    new: jax.Array,  # [B, n, W], of which the first `counts` are complete
+    start: jax.Array,  # [B] int32 row of the first new entry
+    counts: jax.Array,  # [B] int32
+) -> jax.Array:
+    """Writes the complete new entries behind the old ones; never past the end."""
+    index = jnp.arange(new.shape[1])
+    rows = jnp.where(index < counts[:, None], start[:, None] + index, entries.shape[1])
+    put = jax.vmap(lambda e, i, n: e.at[i].set(n, mode="drop"))
+    return put(entries, rows, new.astype(entries.dtype))
+
+
+def window_rows(ring: jax.Array, kv: jax.Array, start: jax.Array) -> jax.Array:
+    """The C rows before a chunk, oldest first, then the chunk's own: [B, C + T, H]."""
+    size = ring.shape[1]
+    order = (start[:, None] + jnp.arange(size)) % size
+    return jnp.concatenate([jnp.take_along_axis(ring, order[..., None], axis=1), kv], axis=1)
+
+
+def write_window(ring: jax.Array, kv: jax.Array, chunk: Chunk) -> jax.Array:
+    """The ring after the chunk's valid tokens, kv [B, T, H], have been written."""
+    size, num_columns = ring.shape[1], kv.shape[1]
+    last = chunk.start + chunk.counts - 1
+    # Newest token of each row of the ring; before `start` means that the row keeps its content.
+    token = last[:, None] - (last[:, None] - jnp.arange(size)) % size
+    column = jnp.clip(token - chunk.start[:, None], 0, num_columns - 1)
+    new = jnp.take_along_axis(kv, column[..., None], axis=1)
+    return jnp.where((token >= chunk.start[:, None])[..., None], new.astype(ring.dtype), ring)

@@ -1,0 +1,171 @@
+"""Reading and writing the safetensors container, without torch.
+
+    8 bytes   little-endian length n of the header
+    n bytes   JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__"
+    rest      row-major little-endian data, offsets counted from here
+
+The safetensors package cannot hand FP8 and E8M0 tensors to NumPy (checked with 0.8.0), hence this
+reader. Files are mapped, not read: a view costs nothing until it is copied.
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+
+# Tag in the file -> NumPy dtype. I8 holds packed FP4 in V4's files; readers view it as uint8.
+DTYPES: dict[str, np.dtype] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "BOOL": np.dtype(np.bool_),
+}
+_MAX_HEADER = 100_000_000
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message lists everything found wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in its file."""
+
+    tag: str
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+class SafetensorsFile:
+    """One mapped file.
+
+    Raises:
+      CheckpointError: the header is not valid, or does not fit the file (say, a broken download).
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        size = os.path.getsize(self.path)
+        with open(self.path, "rb") as file:
+            head = file.read(8)
+            (length,) = struct.unpack("<Q", head) if len(head) == 8 else (None,)
+            if length is None or length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(
+                    f"{self.path}: header length {length} does not fit a file of {size} bytes: "
+                    "truncated, or not a safetensors file."
+                )
+            self.header = file.read(length)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            raw = json.loads(self.header)
+            self.metadata: dict[str, str] = raw.pop("__metadata__", {})
+            self.tensors = {name: _tensor_info(entry, 8 + length) for name, entry in raw.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.path}: the header is not valid: {error!r}.") from error
+        problems, position = [], 8 + length
+        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+            expected = math.prod(info.shape) * DTYPES[info.tag].itemsize
+            if info.end - info.begin != expected:
+                problems.append(
+                    f"{name}: {info.end - info.begin} bytes, its shape needs {expected}"
+                )
+            elif info.begin < position:
+                problems.append(f"{name}: overlaps the tensor before it")
+            elif info.end > size:
+                problems.append(f"{name}: ends at byte {info.end} of {size}, the file is truncated")
+            position = max(position, info.end)
+        if problems:
+            raise CheckpointError(f"{self.path}:\n  " + "\n  ".join(problems))
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor as a read-only array over the mapping (bytes may be unaligned)."""
+        info = self.tensors[name]
+        count = math.prod(info.shape)
+        flat = np.frombuffer(self._map, DTYPES[info.tag], count, info.begin)
+        return flat.reshape(info.shape)
+
+
+def _tensor_info(entry: Mapping, data_start: int) -> TensorInfo:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']!r} is unknown (known: {', '.join(DTYPES)})")
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(n) for n in entry["shape"])
+    if begin < 0 or end < begin or any(n < 0 for n in shape):
+        raise ValueError(f"impossible offsets or shape in {entry}")
+    return TensorInfo(entry["dtype"], shape, data_start + begin, data_start + end)
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTensor:
+    """A tensor to write. `read` is called when its turn comes and may be expensive."""
+
+    name: str
+    tag: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * DTYPES[self.tag].itemsize
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    tensors: Iterable[NewTensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file, one tensor in memory at a time. It appears whole or not at all.
+
+    Raises:
+      ValueError: a tensor's data has not the dtype or shape that it was announced with.
+    """
+    tensors = list(tensors)
+    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.tag,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    path = os.fspath(path)
+    folder, name = os.path.split(os.path.abspath(path))
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(struct.pack("<Q", len(encoded)))
+            file.write(encoded)
+            for tensor in tensors:
+                data = tensor.read()
+                if data.dtype != DTYPES[tensor.tag] or data.shape != tensor.shape:
+                    raise ValueError(
+                        f"{tensor.name} is {data.dtype}{list(data.shape)}: expected "
+                        f"{tensor.tag}{list(tensor.shape)}."
+                    )
+                file.write(np.ascontiguousarray(data).tobytes())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,143 @@
+"""Writes a model in the released layout: names, orientation, packing, one file or one per layer."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.quantize import QuantizedArray
+from v4jax.checkpoint import names
+from v4jax.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, Leaf, leaves
+from v4jax.checkpoint.safetensors import NewTensor, write_safetensors
+from v4jax.config import to_hf
+from v4jax.model import Transformer
+
+SINGLE_FILE_LIMIT = 5_000_000_000
+_TAGS = {
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+    np.dtype(ml_dtypes.float8_e8m0fnu): "F8_E8M0",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.uint8): "I8",  # packed FP4
+    np.dtype(np.int32): "I64",  # hash tables
+}
+
+
+def save(
+    model: Transformer,
+    path: str | os.PathLike,
+    *,
+    like: Checkpoint | None = None,
+    single_file_limit: int = SINGLE_FILE_LIMIT,
+) -> None:
+    """Writes `config.json` and safetensors with the released names.
+
+    Parameters are written as they are held: a model that was loaded is written back byte for byte
+    where it was not changed, and a float model becomes a float checkpoint (`to_released` quantises
+    one first). Files are complete or absent; `config.json` comes last.
+
+    Args:
+      path: the folder; made if missing.
+      like: a checkpoint whose order of tensors, integer dtypes, metadata and other files
+        (tokenizer ...) to keep.
+      single_file_limit: bytes up to which everything goes into one file; beyond, one per layer.
+
+    Raises:
+      ValueError: `path` has another checkpoint's files, or the model is spread over processes.
+    """
+    path = os.fspath(path)
+    os.makedirs(path, exist_ok=True)
+    present = [n for n in os.listdir(path) if n.endswith(".safetensors") or n == INDEX_NAME]
+    if present:
+        raise ValueError(
+            f"{path} already holds {present[0]}: give an empty folder, or remove the old checkpoint."
+        )
+    tensors = {t.name: t for leaf in leaves(model) for t in _tensors(leaf, like)}
+    metadata = {"format": "pt"}
+    if like is not None:
+        if any(file.metadata for file in like.files):
+            metadata = like.files[0].metadata
+        order = {name: i for i, name in enumerate(like.tensors)}
+        tensors = dict(sorted(tensors.items(), key=lambda t: order.get(t[0], len(order))))
+        for name in sorted(os.listdir(like.path)):
+            source = os.path.join(like.path, name)
+            if name.endswith((".safetensors", ".json")) and name != "tokenizer.json":
+                continue
+            if os.path.isfile(source):
+                shutil.copyfile(source, os.path.join(path, name))
+    total = sum(t.nbytes for t in tensors.values())
+    if total <= single_file_limit:
+        write_safetensors(os.path.join(path, SINGLE_NAME), tensors.values(), metadata)
+    else:
+        _write_shards(path, tensors, total, metadata)
+    config = json.dumps(to_hf(model.cfg), indent=2)
+    _write_text(os.path.join(path, "config.json"), config)
+
+
+def _write_shards(
+    path: str, tensors: dict[str, NewTensor], total: int, metadata: dict[str, str]
+) -> None:
+    """One file per layer, embedding, head and MTP block, as the releases have it."""
+    shards: dict[str, list[NewTensor]] = {}
+    for name, tensor in tensors.items():
+        match = re.match(r"(layers|mtp)\.\d+\.", name)
+        group = match[0] if match else ("embed" if name.startswith("embed.") else "head")
+        shards.setdefault(group, []).append(tensor)
+
+    def rank(group: str) -> tuple[int, int]:
+        kind, _, number = group.rstrip(".").partition(".")
+        return ["embed", "layers", "head", "mtp"].index(kind), int(number or 0)
+
+    weight_map = {}
+    for i, group in enumerate(sorted(shards, key=rank)):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(os.path.join(path, name), shards[group], metadata)
+        weight_map.update({tensor.name: name for tensor in shards[group]})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_text(os.path.join(path, INDEX_NAME), json.dumps(index, indent=2))
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+    os.replace(f"{path}.new", path)
+
+
+def _tensors(leaf: Leaf, like: Checkpoint | None) -> Iterator[NewTensor]:
+    value = leaf.variable.get_value()
+    table = leaf.released_names()
+    arrays = [(value, lambda name: name)]
+    if isinstance(value, QuantizedArray):
+        arrays = [(value.values, lambda name: name), (value.scale, names.scale_name)]
+    for array, rename in arrays:
+        if not array.is_fully_addressable:
+            raise ValueError(
+                f"{leaf.slot.path} is spread over several processes: save with Orbax, and convert "
+                "on one host."
+            )
+        for position in np.ndindex(*table.shape):
+            name = rename(table[position])
+            tag = _TAGS[np.dtype(array.dtype)]
+            if like is not None and tag == "I64" and name in like.tensors:
+                tag = like.tensors[name].tag
+            yield _tensor(name, tag, array, position, leaf.slot.transposed)
+
+
+def _tensor(
+    name: str, tag: str, array: jax.Array, position: tuple[int, ...], transposed: bool
+) -> NewTensor:
+    shape = array.shape[len(position) :]
+
+    def read() -> np.ndarray:
+        data = np.asarray(array[position] if position else array)
+        data = data.T if transposed else data
+        if tag == "I8":
+            return data.view(np.int8) if data.flags.c_contiguous else data.copy("C").view(np.int8)
+        return data.astype(np.int64) if tag == "I64" else data
+
+    return NewTensor(name, tag, shape[::-1] if transposed else shape, read)

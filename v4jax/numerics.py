@@ -1,0 +1,113 @@
+"""How numbers are held and rounded while computing, as named values.
+
+`plain` simulates no rounding: it is the function that transformers computes. `released` has every
+quantise-dequantise point of the released inference code, which the weights were trained with:
+
+| point                                                     | rounding                       |
+|-----------------------------------------------------------|--------------------------------|
+| window and compressed KV, the unrotated channels          | e4m3, blocks of 64             |
+| indexer queries and keys, after a Hadamard transform      | e2m1, blocks of 32             |
+| input of every linear that is stored in FP8 or FP4        | e4m3, blocks of 128            |
+
+Both compute with float32 accumulation, and norms, router, compressors, hyper-connections, softmax
+and logits in float32. Source: released `inference/model.py`; report section 5.2.1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantize import QuantizedArray, cast, hadamard, round_fp4, round_fp8
+
+KV_BLOCK = 64
+INDEXER_BLOCK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """A numerics by name and the dtype of activations. Hashable."""
+
+    name: str
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        if self.name not in ("plain", "released"):
+            raise ValueError(f'numerics name={self.name!r}: expected "plain" or "released".')
+        dtype = jnp.dtype(self.dtype)
+        if dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"numerics dtype={dtype}: expected float32 or bfloat16.")
+        object.__setattr__(self, "dtype", dtype)
+
+    @property
+    def is_released(self) -> bool:
+        """Rounds where the released inference code does."""
+        return self.name == "released"
+
+    def round_kv(self, kv: jax.Array, nope_dim: int) -> jax.Array:
+        """Rounds the first `nope_dim` channels of key-value rows [..., H]."""
+        if not self.is_released:
+            return kv
+        nope = round_fp8(kv[..., :nope_dim], KV_BLOCK)
+        return jnp.concatenate([nope, kv[..., nope_dim:]], axis=-1)
+
+    def round_indexer(self, x: jax.Array) -> jax.Array:
+        """Hadamard transform and FP4 rounding of indexer queries or keys [..., I].
+
+        Without rounding the transform cancels in the dot product, so `plain` leaves it out.
+        """
+        return round_fp4(hadamard(x), INDEXER_BLOCK) if self.is_released else x
+
+    def round_input(self, x: jax.Array) -> jax.Array:
+        """Rounds the input [..., D] of a linear that is stored in FP8 or FP4."""
+        return round_fp8(x) if self.is_released else x
+
+    def normalize_query(self, q: jax.Array, eps: float) -> jax.Array:
+        """q / rms(q) of each head [..., H]; `released` rounds every step to `dtype`."""
+        if not self.is_released:
+            return cast(rms_normalize(q, eps), q.dtype)
+        square = cast(jnp.square(q.astype(jnp.float32)), q.dtype).astype(jnp.float32)
+        mean = cast(jnp.mean(square, axis=-1, keepdims=True), q.dtype).astype(jnp.float32)
+        inverse = cast(jax.lax.rsqrt(cast(mean + eps, q.dtype).astype(jnp.float32)), q.dtype)
+        return cast(q.astype(jnp.float32) * inverse.astype(jnp.float32), q.dtype)
+
+    def linear(self, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
+        """A linear that is stored in FP8: x [..., in] times w [in, out], in `dtype`.
+
+        Block scales are powers of two, so the factors are exact in bfloat16 and only the order of
+        the float32 sum differs from the released kernels.
+        """
+        return cast(matmul(self.round_input(x), dense(w, self.dtype)), self.dtype)
+
+
+def plain(dtype: jax.typing.DTypeLike = jnp.float32) -> Numerics:
+    """No rounding simulated."""
+    return Numerics("plain", dtype)
+
+
+def released(dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Numerics:
+    """The rounding of the released inference code."""
+    return Numerics("released", dtype)
+
+
+def dense(w: jax.Array | QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The weight as a float array of `dtype`."""
+    return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
+
+
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., in] times w [in, out] with a float32 sum and a float32 result.
+
+    bfloat16 factors are multiplied as they are (their products are exact in float32); if either
+    factor is float32, both are, at full precision.
+    """
+    if x.dtype != w.dtype:
+        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
+
+
+def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)

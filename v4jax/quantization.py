@@ -1,0 +1,48 @@
+"""Models in the released storage formats: FP4 experts, FP8 linears, bfloat16 and float32."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.quantize import QuantizedArray, quantize_weight
+from v4jax.model import Transformer
+
+_FLOAT_DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+
+
+def to_released(model: Transformer) -> Transformer:
+    """A copy of a float model with every parameter as the released checkpoints store it.
+
+    Rounds to nearest, with the released power-of-two block scales. What is quantised already stays
+    as it is.
+    """
+
+    def convert(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        if isinstance(value, QuantizedArray) or variable.stored == "int":
+            return variable
+        if variable.stored in _FLOAT_DTYPES:
+            return variable.replace(value.astype(_FLOAT_DTYPES[variable.stored]))
+        return variable.replace(jax.jit(quantize_weight, static_argnums=1)(value, variable.stored))
+
+    return _map_variables(convert, model)
+
+
+def to_float(model: Transformer, dtype: jax.typing.DTypeLike = jnp.float32) -> Transformer:
+    """A copy with every float or quantised parameter as a float array, say for training."""
+
+    def convert(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        if isinstance(value, QuantizedArray):
+            return variable.replace(value.dequantize(dtype))
+        if variable.stored == "int":
+            return variable
+        return variable.replace(value.astype(dtype))
+
+    return _map_variables(convert, model)
+
+
+def _map_variables(function, model: Transformer) -> Transformer:
+    graphdef, state = nnx.split(model)
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    return nnx.merge(graphdef, jax.tree.map(function, state, is_leaf=is_variable))
