@@ -270,7 +270,7 @@ def _check(
             if tensor.tag in ("I8", "F8_E4M3"):
                 expected.add(names.scale_name(name))
         tags = sorted(set(found.values()))
-        if len(tags) > 1 and not set(tags) <= set(_FLOATS + ("I32", "I64")):
+        if len(tags) > 1 and not set(tags) <= {*_FLOATS, "I32", "I64"}:
             problems.append(
                 f"{table.flat[0]} and its likes are stored as {tags}: expected one format for all "
                 "(layers of one kind can differ with scan_layers=False)"

@@ -1,0 +1,96 @@
+"""Continues a prompt.
+
+    python -m scripts.generate --checkpoint v4jax/assets/nano --prompt "Emma was" --mode raw
+    python -m scripts.generate --checkpoint DIR --prompt "Name three primes." --mode think-high
+
+In the modes non-think, think-high and think-max the prompt is rendered as a user turn; `raw`
+continues the text as it is. The token rate goes to stderr.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+import jax.numpy as jnp
+
+from v4jax import Numerics, checkpoint
+from v4jax.encoding import BOS, MODES, encode_messages
+from v4jax.generate import Generator
+from v4jax.sampling import Greedy, Sampler, Temperature, TopK, TopP
+from v4jax.tokenizer import Tokenizer
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options shared with scripts.chat."""
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--numerics", choices=["plain", "released"], default="released")
+
+
+def sampler_of(args: argparse.Namespace) -> Sampler:
+    """The strategy that the options describe."""
+    if args.top_k is not None and args.top_p is not None:
+        raise SystemExit("--top-k and --top-p exclude each other: give one of them.")
+    if args.temperature == 0:
+        return Greedy()
+    if args.top_k is not None:
+        return TopK(args.top_k, args.temperature)
+    if args.top_p is not None:
+        return TopP(args.top_p, args.temperature)
+    return Temperature(args.temperature)
+
+
+def render(prompt: str, mode: str) -> str:
+    """The text that is fed to the model."""
+    if mode == "raw":
+        return BOS + prompt
+    thinking_mode, effort = MODES[mode]
+    messages = [{"role": "user", "content": prompt}]
+    return encode_messages(messages, thinking_mode, reasoning_effort=effort)
+
+
+def main() -> None:
+    """Generates and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--mode", choices=["raw", *MODES], default="non-think")
+    add_sampling_arguments(parser)
+    args = parser.parse_args()
+
+    numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
+    tokenizer = Tokenizer(args.checkpoint)
+    generator = Generator(checkpoint.load(args.checkpoint, numerics))
+    prompt = tokenizer.encode(render(args.prompt, args.mode))
+    times = [time.monotonic()]
+
+    def ids():
+        steps = generator.stream(
+            [prompt],
+            sampler=sampler_of(args),
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+        )
+        for step in steps:
+            times.append(time.monotonic())
+            yield step[0]
+
+    for piece in tokenizer.decode_stream(ids()):
+        print(piece, end="", flush=True)
+    print()
+    count = len(times) - 1
+    rate = (count - 1) / (times[-1] - times[1]) if count > 1 else 0.0
+    print(
+        f"[{len(prompt)} prompt tokens, {count} generated; first after {times[1] - times[0]:.2f} s "
+        f"(compilation included), then {rate:.1f} tokens/s]",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    main()

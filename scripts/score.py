@@ -1,0 +1,62 @@
+"""Writes the logits of given tokens, or prints the perplexity of a text.
+
+    python -m scripts.score --checkpoint DIR --tokens tokens.npy --out logits.npz \\
+        --dtype float32 --numerics plain
+    python -m scripts.score --checkpoint v4jax/assets/nano --text scripts/data/austen/heldout.txt
+
+`--tokens` holds int32 [B, T]; `logits` in the output is float32 [B, T, V]. With `--decode-from N`
+the first N tokens are fed at once and the others one at a time through the cache.
+"""
+
+import argparse
+import math
+import pathlib
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+
+from v4jax import Numerics, checkpoint
+from v4jax.encoding import BOS
+from v4jax.scoring import Scorer
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tokens", type=pathlib.Path, help=".npy, integers [B, T]")
+    what.add_argument("--text", type=pathlib.Path, help="print the perplexity of this file")
+    parser.add_argument("--out", type=pathlib.Path, help=".npz to write (with --tokens)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--numerics", choices=["plain", "released"], default="released")
+    parser.add_argument("--decode-from", type=int, metavar="N")
+    parser.add_argument("--context", type=int, default=512, help="window of the perplexity")
+    args = parser.parse_args()
+    if args.tokens and not args.out:
+        parser.error("--tokens needs --out FILE.npz")
+    return args
+
+
+def main() -> None:
+    """Scores."""
+    args = parse_args()
+    numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
+    scorer = Scorer(checkpoint.load(args.checkpoint, numerics))
+    if args.tokens:
+        logits = scorer.logits(np.load(args.tokens), decode_from=args.decode_from)
+        np.savez(args.out, logits=logits)
+        print(f"wrote logits {logits.shape} to {args.out}", file=sys.stderr)
+        return
+    from v4jax.tokenizer import Tokenizer
+
+    text = args.text.read_text(encoding="utf-8")
+    tokens = Tokenizer(args.checkpoint).encode(BOS + text)
+    perplexity, count = scorer.perplexity(tokens, context=args.context)
+    bits = math.log2(perplexity) * count / len(text.encode())
+    print(f"perplexity {perplexity:.4f} per token over {count} tokens, {bits:.4f} bits per byte")
+
+
+if __name__ == "__main__":
+    main()

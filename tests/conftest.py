@@ -1,0 +1,35 @@
+"""Eight fake CPU devices, warnings as errors, and models that several tests share."""
+
+import os
+
+# Before jax is imported, here or in a test.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROOT = pathlib.Path(__file__).parent.parent
+NANO = ROOT / "v4jax" / "assets" / "nano"
+
+# Workers compile many of the same programs, and so does the next run.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def hf_small() -> dict[str, np.ndarray]:
+    """What transformers 5.23 computed in float32 (tests/golden/README.md)."""
+    return dict(np.load(GOLDEN / "hf_small" / "reference.npz"))
+
+
+@pytest.fixture(scope="session")
+def official_small() -> dict[str, np.ndarray]:
+    """What the official model code computed in bfloat16 (tests/golden/README.md)."""
+    return dict(np.load(GOLDEN / "official_small" / "reference_bf16.npz"))
