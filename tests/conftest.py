@@ -33,3 +33,12 @@ def hf_small() -> dict[str, np.ndarray]:
 def official_small() -> dict[str, np.ndarray]:
     """What the official model code computed in bfloat16 (tests/golden/README.md)."""
     return dict(np.load(GOLDEN / "official_small" / "reference_bf16.npz"))
+
+
+@pytest.fixture(scope="session")
+def official_small_f32() -> dict[str, np.ndarray]:
+    """The official code in float32, with weights that are not quite those of the file.
+
+    Good for inputs of layers; its outputs belong to other weights (docs/numerics.md).
+    """
+    return dict(np.load(GOLDEN / "official_small" / "reference_f32.npz"))

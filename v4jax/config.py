@@ -277,7 +277,21 @@ _FIXED = {
 }
 # Keys that say nothing about the function computed here.
 _IGNORED = frozenset(
-    ["architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "pad_token_id", "quantization_config", "partial_rotary_factor", "_name_or_path", "name_or_path"]
+    (
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "initializer_range",
+        "name_or_path",
+        "output_router_logits",
+        "pad_token_id",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
 )
 # Keys of the draft model of the 0731 / 0813 releases (not part of the decoder).
 _DRAFTER_PREFIX = "dspark_"
@@ -286,7 +300,13 @@ _LAYER_TYPES = {
     "compressed_sparse_attention": CSA_RATIO,
     "heavily_compressed_attention": HCA_RATIO,
 }
-_ROPE_TYPES = ("yarn", "default")
+_QUANTIZATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
 
 
 class ConfigError(ValueError):
@@ -345,6 +365,17 @@ class _Reader:
         num_mtp = self.take("num_nextn_predict_layers", 0)
         head_dim = self.take("head_dim")
         rope_head_dim = self.take("qk_rope_head_dim")
+        if self.take("partial_rotary_factor", rope_head_dim / head_dim) * head_dim != rope_head_dim:
+            raise ConfigError(
+                f"partial_rotary_factor does not give qk_rope_head_dim={rope_head_dim} of "
+                f"head_dim={head_dim}."
+            )
+        quantization = self.take("quantization_config", None) or _QUANTIZATION
+        for key, expected in _QUANTIZATION.items():
+            if quantization.get(key, expected) != expected:
+                raise ConfigError(
+                    f"quantization_config.{key}={quantization[key]!r}: expected {expected!r}."
+                )
         values = dict(
             vocab_size=self.take("vocab_size"),
             embed_dim=self.take("hidden_size"),
@@ -538,11 +569,5 @@ def to_hf(config: V4Config) -> dict[str, Any]:
     }
     if config.expert_format is not None:
         raw["expert_dtype"] = config.expert_format
-        raw["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": [128, 128],
-        }
+        raw["quantization_config"] = _QUANTIZATION
     return raw

@@ -103,9 +103,7 @@ class Generator:
         rounded = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
         return self._init_cache(batch, min(rounded, self.cfg.max_length))
 
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: Cache
-    ) -> tuple[Cache, jax.Array]:
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Cache, jax.Array]:
         """Feeds token ids behind what the cache holds.
 
         Returns:

@@ -84,7 +84,8 @@ class Scorer:
             raise ValueError(f"{len(tokens)} tokens: perplexity needs at least 2.")
         context = min(context, len(tokens) - 1)
         stride = max(context // 2, 1)
-        starts = list(range(0, len(tokens) - 1 - context, stride)) + [len(tokens) - 1 - context]
+        last = len(tokens) - 1 - context
+        starts = [*range(0, last, stride), last]
         total, count, reached = 0.0, 0, 0
         for i in range(0, len(starts), batch_size):
             batch = starts[i : i + batch_size]

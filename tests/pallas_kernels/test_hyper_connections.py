@@ -1,0 +1,232 @@
+"""Hyper-connections against the formulas of the report, written out in float64."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import hyper_connections
+from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
+
+M, D, EPS = 4, 8, 1e-6
+sinkhorn = jax.jit(hyper_connections.sinkhorn, static_argnums=(1, 2))
+hc_pre = jax.jit(
+    hyper_connections.hc_pre,
+    static_argnames=("num_streams", "sinkhorn_iters", "eps", "norm_eps"),
+)
+hc_post = jax.jit(hyper_connections.hc_post)
+hc_head = jax.jit(hyper_connections.hc_head, static_argnames=("eps", "norm_eps"))
+PRE = dict(num_streams=M, sinkhorn_iters=20, eps=EPS, norm_eps=1e-5)
+HEAD = dict(eps=EPS, norm_eps=1e-5)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def sinkhorn_loop(logits: np.ndarray, iters: int) -> np.ndarray:
+    """One matrix. The softmax is the first row step; every iteration ends on a column step."""
+    c = np.zeros(logits.shape)
+    for j in range(len(c)):
+        c[j] = np.exp(logits[j] - logits[j].max())
+        c[j] = c[j] / c[j].sum() + EPS
+    for i in range(iters):
+        if i > 0:
+            for j in range(len(c)):
+                c[j] = c[j] / (c[j].sum() + EPS)
+        for k in range(len(c)):
+            c[:, k] = c[:, k] / (c[:, k].sum() + EPS)
+    return c
+
+
+def pre_loop(streams, fn, base, scale, norm_eps=1e-5, iters=20):
+    """u, post, comb of every token."""
+    batch, length, _ = streams.shape
+    u, post = np.zeros((batch, length, D)), np.zeros((batch, length, M))
+    comb = np.zeros((batch, length, M, M))
+    for b, t in np.ndindex(batch, length):
+        x = streams[b, t].astype(np.float64)
+        x_normed = x / np.sqrt((x**2).mean() + norm_eps)
+        raw = [float(x_normed @ fn[:, column]) for column in range((2 + M) * M)]
+        logits = np.zeros((M, M))
+        for i in range(M):
+            pre = sigmoid(raw[i] * scale[0] + base[i]) + EPS
+            u[b, t] += pre * x[i * D : (i + 1) * D]
+            post[b, t, i] = 2 * sigmoid(raw[M + i] * scale[1] + base[M + i])
+            for k in range(M):
+                column = 2 * M + M * i + k
+                logits[i, k] = raw[column] * scale[2] + base[column]
+        comb[b, t] = sinkhorn_loop(logits, iters)
+    return u, post, comb
+
+
+def post_loop(f, streams, post, comb):
+    out = np.zeros(streams.shape)
+    for b, t in np.ndindex(*streams.shape[:2]):
+        x = streams[b, t].astype(np.float64).reshape(M, D)
+        for k in range(M):
+            mixed = sum(float(comb[b, t, j, k]) * x[j] for j in range(M))
+            out[b, t, k * D : (k + 1) * D] = post[b, t, k] * f[b, t].astype(np.float64) + mixed
+    return out
+
+
+def head_loop(streams, fn, base, scale, norm_eps=1e-5):
+    out = np.zeros((*streams.shape[:2], D))
+    for b, t in np.ndindex(*streams.shape[:2]):
+        x = streams[b, t].astype(np.float64)
+        x_normed = x / np.sqrt((x**2).mean() + norm_eps)
+        for i in range(M):
+            weight = sigmoid(x_normed @ fn[:, i] * scale[0] + base[i]) + EPS
+            out[b, t] += weight * x[i * D : (i + 1) * D]
+    return out
+
+
+def site(columns: int, dtype=np.float32, seed: int = 0) -> list[np.ndarray]:
+    """Streams of unequal size, and parameters that make coefficients far from uniform."""
+    rng = np.random.default_rng(seed)
+    streams = rng.standard_normal((2, 3, M, D)) * np.array([0.3, 1, 2, 5])[:, None]
+    fn = rng.standard_normal((M * D, columns)) / 3
+    base = rng.standard_normal(columns)
+    scale = np.array([0.7, 1.3, 1.9])[: 1 if columns == M else 3]
+    streams = streams.reshape(2, 3, M * D).astype(dtype)
+    return [streams, *(a.astype(np.float32) for a in (fn, base, scale))]
+
+
+def mixing(dtype=np.float32) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    f, streams = rng.standard_normal((2, 3, D)), rng.standard_normal((2, 3, M * D))
+    post, comb = 2 * rng.random((2, 3, M)), rng.random((2, 3, M, M))
+    return [f.astype(dtype), streams.astype(dtype), *(a.astype(np.float32) for a in (post, comb))]
+
+
+def assert_rounded_once(actual, exact):
+    """Each bfloat16 is within half a unit in the last place of `exact`, give or take float32."""
+    assert actual.dtype == jnp.bfloat16
+    half_ulp = np.exp2(np.floor(np.log2(np.abs(exact))) - 8)
+    error = np.abs(np.asarray(actual, np.float64) - exact)
+    assert (error <= half_ulp + FLOAT32 * np.abs(exact).max()).all()
+
+
+def derivative(f, args: list[np.ndarray], which: int, index: tuple[int, ...]) -> float:
+    """Central difference of the scalar `f(*args)` in one entry of one argument, in float64."""
+    step = 1e-5
+    up, down = ([a.astype(np.float64) for a in args] for _ in range(2))
+    up[which][index] += step
+    down[which][index] -= step
+    return (f(*up) - f(*down)) / (2 * step)
+
+
+def assert_gradients(grads, truth, args):
+    """A few entries of each gradient, relative to its largest one."""
+    rng = np.random.default_rng(5)
+    for which, grad in enumerate(grads):
+        entries = [tuple(rng.integers(grad.shape)) for _ in range(6)]
+        entries.append(np.unravel_index(np.argmax(np.abs(grad)), grad.shape))
+        expected = [derivative(truth, args, which, i) for i in entries]
+        assert_close([float(grad[i]) for i in entries], expected, GRADIENT_FLOAT32)
+
+
+def test_pre_equals_float64_formulas():
+    args = site((2 + M) * M)
+    for actual, expected in zip(hc_pre(*args, **PRE), pre_loop(*args), strict=True):
+        assert_close(actual, expected, FLOAT32)
+
+
+def test_norm_eps_counts_for_small_streams():
+    args = site((2 + M) * M)
+    args[0] = args[0] * np.float32(1e-3)
+    for actual, expected in zip(hc_pre(*args, **PRE), pre_loop(*args), strict=True):
+        assert_close(actual, expected, FLOAT32)
+
+
+def test_head_equals_float64_formulas():
+    args = site(M)
+    assert_close(hc_head(*args, **HEAD), head_loop(*args), FLOAT32)
+
+
+def test_post_equals_float64_formulas():
+    args = mixing()
+    assert_close(hc_post(*args), post_loop(*args), FLOAT32)
+
+
+def test_stream_j_goes_where_row_j_of_comb_sends_it():
+    f, streams, post, _ = mixing()
+    comb = np.zeros((2, 3, M, M), np.float32)
+    for j in range(M):
+        comb[..., j, (j + 1) % M] = 1  # not symmetric: its transpose shifts the other way
+    out = hc_post(f, streams, np.zeros_like(post), comb)
+    np.testing.assert_array_equal(out, np.roll(streams, D, axis=-1))
+
+
+def test_comb_logits_are_row_major():
+    streams, fn, base, scale = site((2 + M) * M)
+    fn, base = np.zeros_like(fn), np.zeros_like(base)
+    for j in range(M):
+        base[2 * M + M * j + (j + 1) % M] = 40
+    _, _, comb = hc_pre(streams, fn, base, scale, **PRE)
+    shift = np.roll(np.eye(M), 1, axis=1)
+    np.testing.assert_allclose(comb, np.broadcast_to(shift, comb.shape), atol=10 * EPS)
+
+
+@pytest.mark.parametrize("iters", [1, 2, 20])
+def test_sinkhorn_equals_loop(iters):
+    logits = 3 * np.random.default_rng(iters).standard_normal((3, 2, M, M)).astype(np.float32)
+    expected = [[sinkhorn_loop(matrix, iters) for matrix in row] for row in logits]
+    assert_close(sinkhorn(logits, iters, EPS), expected, FLOAT32)
+
+
+def test_sinkhorn_ends_on_columns():
+    logits = 4 * np.random.default_rng(0).standard_normal((5, M, M)).astype(np.float32)
+    comb = np.asarray(sinkhorn(logits, 2, EPS), np.float64)  # far from converged
+    np.testing.assert_allclose(comb.sum(axis=-2), 1, atol=3 * EPS)
+    assert np.abs(comb.sum(axis=-1) - 1).max() > 0.01
+
+
+def test_many_sinkhorn_iterations_make_a_doubly_stochastic_matrix():
+    logits = np.random.default_rng(0).standard_normal((5, M, M)).astype(np.float32)
+    comb = np.asarray(sinkhorn(logits, 20, EPS), np.float64)
+    np.testing.assert_allclose(comb.sum(axis=-2), 1, atol=3 * EPS)
+    np.testing.assert_allclose(comb.sum(axis=-1), 1, atol=3 * EPS)
+    assert np.abs(comb - comb.swapaxes(-1, -2)).max() > 0.1
+
+
+def test_results_for_bfloat16_streams_are_rounded_once():
+    args = site((2 + M) * M, ml_dtypes.bfloat16)
+    u, post, comb = hc_pre(*args, **PRE)
+    expected_u, expected_post, expected_comb = pre_loop(*args)
+    assert_rounded_once(u, expected_u)
+    assert_close(post, expected_post, FLOAT32)  # coefficients stay float32
+    assert_close(comb, expected_comb, FLOAT32)
+
+    args = mixing(ml_dtypes.bfloat16)
+    assert_rounded_once(hc_post(*args), post_loop(*args))
+    args = site(M, ml_dtypes.bfloat16)
+    assert_rounded_once(hc_head(*args, **HEAD), head_loop(*args))
+
+
+def test_gradients_of_pre_equal_central_differences():
+    args = site((2 + M) * M)
+    rng = np.random.default_rng(4)
+    d_out = [rng.standard_normal(s) for s in ((2, 3, D), (2, 3, M), (2, 3, M, M))]
+
+    def loss(*args):
+        return sum(jnp.sum(x * d) for x, d in zip(hc_pre(*args, **PRE), d_out))
+
+    def truth(*args):
+        return sum(np.sum(x * d) for x, d in zip(pre_loop(*args), d_out))
+
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
+    assert_gradients(grads, truth, args)
+
+
+def test_gradients_of_post_and_head_equal_central_differences():
+    d_out = np.random.default_rng(4).standard_normal((2, 3, M * D))
+    args = mixing()
+    grads = jax.jit(jax.grad(lambda *a: jnp.sum(hc_post(*a) * d_out), argnums=(0, 1, 2, 3)))(*args)
+    assert_gradients(grads, lambda *a: np.sum(post_loop(*a) * d_out), args)
+
+    d_out, args = d_out[..., :D], site(M)
+    loss = lambda *a: jnp.sum(hc_head(*a, **HEAD) * d_out)  # noqa: E731
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
+    assert_gradients(grads, lambda *a: np.sum(head_loop(*a) * d_out), args)

@@ -1,0 +1,246 @@
+"""The indexer against scores and a stable sort in NumPy.
+
+Most inputs are small integers, whose scores are exact in float32 (and full of ties), so selections
+must be equal, not close.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import indexer
+from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
+
+
+def index_topk(*args, topk: int, ratio: int) -> np.ndarray:
+    """Traced anew each time, so that patched block sizes count."""
+    return np.asarray(jax.jit(functools.partial(indexer.index_topk, topk=topk, ratio=ratio))(*args))
+
+
+def scores_of(q, weights, keys) -> np.ndarray:
+    """[B, T, S] in float64."""
+    q, weights, keys = (x.astype(np.float64) for x in (q, weights, keys))
+    out = np.zeros((*q.shape[:2], keys.shape[1]))
+    for b, t, s in np.ndindex(*out.shape):
+        for a in range(q.shape[2]):
+            out[b, t, s] += weights[b, t, a] * max(float(q[b, t, a] @ keys[b, s]), 0.0)
+    return out
+
+
+def selection(scores: np.ndarray, positions: np.ndarray, topk: int, ratio: int) -> np.ndarray:
+    """Best visible entries of each query, ties to the lowest index; sorted, with -1 in front."""
+    out = np.full((*positions.shape, min(topk, scores.shape[-1])), -1)
+    for b, t in np.ndindex(*positions.shape):
+        visible = range(min((positions[b, t] + 1) // ratio, scores.shape[-1]))
+        best = sorted(visible, key=lambda s: (-scores[b, t, s], s))[:topk]
+        out[b, t, : len(best)] = best
+    return np.sort(out, axis=-1)
+
+
+def inputs(num_queries: int, num_entries: int, starts=(0, 37), *, integer=True, dtype=np.float32):
+    """q [B, T, 3, 4], weights of both signs, keys, and positions that follow each row's start."""
+    rng = np.random.default_rng(num_queries)
+    shapes = ((num_queries, 3, 4), (num_queries, 3), (num_entries, 4))
+    q, weights, keys = (
+        rng.integers(-2, 3, (len(starts), *s)) if integer else rng.standard_normal((2, *s))
+        for s in shapes
+    )
+    positions = np.asarray(starts, np.int32)[:, None] + np.arange(num_queries, dtype=np.int32)
+    return q.astype(dtype), weights.astype(np.float32), keys.astype(dtype), positions
+
+
+@pytest.fixture(params=[(128, 1024), (16, 8)], ids=["one block", "small blocks"])
+def blocks(request, monkeypatch):
+    """The module's block sizes, and sizes so small that several blocks and chunks are visited."""
+    monkeypatch.setattr(indexer, "BLOCK_QUERIES", request.param[0])
+    monkeypatch.setattr(indexer, "BLOCK_ENTRIES", request.param[1])
+
+
+@pytest.mark.parametrize(
+    "num_queries, num_entries, topk, ratio, starts",
+    [
+        (1, 30, 4, 4, (2, 77)),  # no visible entry, and a decoding step
+        (50, 21, 6, 4, (0, 37)),  # T and S multiples of neither block
+        (129, 60, 16, 4, (0, 200)),
+        (64, 8, 3, 128, (100, 900)),
+    ],
+)
+def test_selection_equals_stable_sort(num_queries, num_entries, topk, ratio, starts, blocks):
+    q, weights, keys, positions = inputs(num_queries, num_entries, starts)
+    expected = selection(scores_of(q, weights, keys), positions, topk, ratio)
+    assert (expected == -1).any() and (expected >= 0).any()
+    actual = index_topk(q, weights, keys, positions, topk=topk, ratio=ratio)
+    np.testing.assert_array_equal(np.sort(actual, axis=-1), expected)
+
+
+def test_more_entries_than_one_chunk_of_the_module():
+    num_entries = indexer.BLOCK_ENTRIES + 60
+    q, weights, keys, positions = inputs(3, num_entries, (4 * num_entries - 10, 4 * 1024 - 3))
+    expected = selection(scores_of(q, weights, keys), positions, 40, 4)
+    assert (expected >= indexer.BLOCK_ENTRIES).any()
+    actual = index_topk(q, weights, keys, positions, topk=40, ratio=4)
+    np.testing.assert_array_equal(np.sort(actual, axis=-1), expected)
+
+
+def test_bfloat16_selects_the_same_where_products_are_exact(blocks):
+    args = inputs(50, 21, dtype=ml_dtypes.bfloat16)
+    expected = selection(scores_of(*args[:3]), args[3], 6, 4)
+    np.testing.assert_array_equal(np.sort(index_topk(*args, topk=6, ratio=4), axis=-1), expected)
+
+
+def test_selected_entries_of_real_scores_are_the_largest(blocks):
+    q, weights, keys, positions = inputs(20, 40, (90, 130), integer=False)
+    scores = scores_of(q, weights, keys)
+    actual = index_topk(q, weights, keys, positions, topk=7, ratio=4)
+    margin = FLOAT32 * np.abs(scores).max()
+    for b, t in np.ndindex(*positions.shape):
+        visible = (positions[b, t] + 1) // 4
+        assert len(set(actual[b, t])) == 7 and 0 <= actual[b, t].min()
+        rest = np.setdiff1d(np.arange(min(visible, 40)), actual[b, t])
+        assert scores[b, t, actual[b, t]].min() >= scores[b, t, rest].max() - margin
+
+
+@pytest.mark.parametrize("num_entries, topk", [(5, 5), (5, 9), (0, 4)])
+def test_every_visible_entry_is_selected_when_there_are_no_more_than_topk(num_entries, topk):
+    q, weights, keys, positions = inputs(12, num_entries, (0, 30))
+    actual = index_topk(q, weights, keys, positions, topk=topk, ratio=4)
+    expected = selection(np.zeros((2, 12, num_entries)), positions, topk, 4)
+    np.testing.assert_array_equal(np.sort(actual, axis=-1), expected)
+
+
+@pytest.mark.parametrize("kind", ["zero keys", "negative dots", "equal keys"])
+def test_equal_scores_go_to_the_lowest_indices(kind, blocks):
+    q, weights, keys, positions = inputs(40, 20)
+    match kind:
+        case "zero keys":
+            keys[:] = 0
+        case "negative dots":  # relu makes all of them zero, of either sign after the weights
+            q, keys = np.abs(q) + 1, -np.abs(keys) - 1
+        case "equal keys":
+            keys[:] = keys[:, :1]
+    actual = np.sort(index_topk(q, weights, keys, positions, topk=6, ratio=4), axis=-1)
+    for b, t in np.ndindex(*positions.shape):
+        chosen = min((positions[b, t] + 1) // 4, 6)
+        expected = [-1] * (6 - chosen) + list(range(chosen))
+        np.testing.assert_array_equal(actual[b, t], expected)
+
+
+def test_entries_with_negative_scores_are_selected_before_none():
+    q, weights, keys, positions = inputs(40, 20)
+    q, keys, weights = np.abs(q) + 1, np.abs(keys) + 1, -np.abs(weights) - 1
+    scores = scores_of(q, weights, keys)
+    assert scores.max() < 0
+    actual = np.sort(index_topk(q, weights, keys, positions, topk=6, ratio=4), axis=-1)
+    np.testing.assert_array_equal(actual, selection(scores, positions, 6, 4))
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_entries_of_the_future_are_never_selected_nor_seen(ratio, blocks):
+    q, weights, keys, positions = inputs(40, 20, (3 * ratio - 20, 9 * ratio))
+    q, weights = np.abs(q) + 1, np.abs(weights) + 1
+    select = functools.partial(index_topk, q, weights, positions=positions, topk=6, ratio=ratio)
+    keys[:] = np.arange(20)[:, None] / 4  # the later the better
+    actual = select(keys)
+    visible = (positions + 1) // ratio
+    assert (actual < visible[..., None]).all()
+    np.testing.assert_array_equal(actual.max(axis=-1), np.minimum(visible, 20) - 1)
+    last = visible[:, -1]
+    for b in range(2):  # whatever lies beyond the last visible entry
+        keys[b, last[b] :] = 1e30
+    np.testing.assert_array_equal(select(keys), actual)
+
+
+def test_selection_has_no_gradient():
+    q, weights, keys, positions = inputs(8, 12, (40, 40), integer=False)
+
+    def loss(q, weights, keys):
+        index = indexer.index_topk(q, weights, keys, positions, topk=3, ratio=4)
+        return jnp.sum(indexer.selected_scores(q, weights, keys, index))
+
+    index = index_topk(q, weights, keys, positions, topk=3, ratio=4)
+    fixed = lambda *args: jnp.sum(indexer.selected_scores(*args, index))  # noqa: E731
+    for through, without in zip(
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, weights, keys),
+        jax.jit(jax.grad(fixed, argnums=(0, 1, 2)))(q, weights, keys),
+        strict=True,
+    ):
+        assert_close(through, without, GRADIENT_FLOAT32)
+
+
+def chosen(num_queries: int, num_entries: int, topk: int) -> np.ndarray:
+    """Random distinct indices with -1 here and there, and one row without any."""
+    rng = np.random.default_rng(7)
+    index = np.stack([rng.permutation(num_entries)[:topk] for _ in range(2 * num_queries)])
+    index[rng.random(index.shape) < 0.3] = -1
+    index[0] = -1
+    return index.reshape(2, num_queries, topk).astype(np.int32)
+
+
+def test_selected_scores_equal_numpy_and_are_minus_infinity_for_none():
+    q, weights, keys, _ = inputs(9, 12, integer=False)
+    index = chosen(9, 12, 5)
+    scores = scores_of(q, weights, keys)
+    expected = np.take_along_axis(scores, np.maximum(index, 0), axis=-1)
+    actual = np.asarray(jax.jit(indexer.selected_scores)(q, weights, keys, index))
+    np.testing.assert_array_equal(actual[index < 0], -np.inf)
+    assert_close(actual[index >= 0], expected[index >= 0], FLOAT32)
+
+
+def test_gradients_of_selected_scores_equal_central_differences():
+    args = list(inputs(5, 12, integer=False)[:3])
+    index = chosen(5, 12, 5)
+    d_out = np.random.default_rng(1).standard_normal(index.shape)
+
+    def loss(*args):
+        scores = indexer.selected_scores(*args, index)
+        return jnp.sum(jnp.where(index >= 0, scores * d_out, 0.0))
+
+    def truth(*args):
+        scores = np.take_along_axis(scores_of(*args), np.maximum(index, 0), axis=-1)
+        return np.sum(scores * d_out * (index >= 0))
+
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*args)
+    rng = np.random.default_rng(2)
+    step = 1e-6
+    for which, grad in enumerate(grads):
+        entries = [tuple(rng.integers(grad.shape)) for _ in range(6)]
+        entries.append(np.unravel_index(np.argmax(np.abs(grad)), grad.shape))  # sets the measure
+        expected = []
+        for entry in entries:
+            moved = [[x.astype(np.float64) for x in args] for _ in range(2)]
+            moved[0][which][entry] += step
+            moved[1][which][entry] -= step
+            expected.append((truth(*moved[0]) - truth(*moved[1])) / (2 * step))
+        assert_close([float(grad[entry]) for entry in entries], expected, GRADIENT_FLOAT32)
+
+
+def test_a_softmax_over_selected_scores_has_finite_gradients_where_some_are_missing():
+    q, weights, keys, _ = inputs(5, 12, integer=False)
+    index = chosen(5, 12, 5)[:, 1:]  # without the row that selects nothing
+
+    def loss(q, weights, keys):
+        return jnp.sum(jax.nn.softmax(indexer.selected_scores(q, weights, keys, index)) ** 2)
+
+    for grad in jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q[:, 1:], weights[:, 1:], keys):
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 0
+
+
+@pytest.mark.parametrize(
+    "replace, message",
+    [
+        (dict(weights=(2, 5, 2)), r"must be \[B, T, A, I\]"),
+        (dict(positions=(2, 4)), r"must be \[B, T, A, I\]"),
+        (dict(q=(2, 5, 4)), r"must be \[B, T, A, I\]"),
+        (dict(keys=(2, 7, 5)), r"keys \(2, 7, 5\) must be \[B, S, I\]"),
+        (dict(keys=(1, 7, 4)), r"must be \[B, S, I\]"),
+    ],
+)
+def test_shapes_that_do_not_agree_are_refused(replace, message):
+    shapes = dict(q=(2, 5, 3, 4), weights=(2, 5, 3), keys=(2, 7, 4), positions=(2, 5)) | replace
+    args = {name: jnp.zeros(shape, jnp.int32) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        indexer.index_topk(**args, topk=3, ratio=4)
