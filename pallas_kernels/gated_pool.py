@@ -36,7 +36,9 @@ class Pool:
     @staticmethod
     def empty(shape: tuple[int, ...]) -> "Pool":
         """The partial sums of no rows."""
-        return Pool(jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros(shape))
+        # Three buffers: a cache is donated, and a buffer can be donated once.
+        peak = jnp.full(shape, _LOWEST, jnp.float32)
+        return Pool(peak, jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
     def join(self, other: "Pool") -> "Pool":
         """The partial sums of the rows of both."""

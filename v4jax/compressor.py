@@ -52,7 +52,7 @@ class Compressor(nnx.Module):
         batch, length, _ = x.shape
         count = length // self.ratio
         value, gate = self._project(x)
-        rows = (batch, count, self.ratio, -1)
+        rows = (batch, count, self.ratio, value.shape[-1])
         value, gate = (y[:, : count * self.ratio].reshape(rows) for y in (value, gate))
         pooled = pool_windows(value, gate, self.ape[...])
         if self.overlap:

@@ -117,7 +117,7 @@ def rotate(
     """Rotates the last `rope_head_dim` channels, in interleaved pairs; float32 inside."""
     dim = 2 * len(frequencies)
     angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, dim / 2]
-    angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), -1)
+    angles = jnp.expand_dims(angles, tuple(range(2, x.ndim - 1)))  # heads share them
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     sin = -sin if inverse else sin
     tail = x[..., -dim:].astype(jnp.float32).reshape(*x.shape[:-1], dim // 2, 2)

@@ -1,6 +1,7 @@
 """Gated pooling against a float64 loop over windows."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def parts_of(value, gate, bias, valid, cuts: list[int]) -> list[Pool]:
     pool = jax.jit(pool_windows)
     return [
         pool(value[:, :, a:b], gate[:, :, a:b], bias[a:b], valid[:, :, a:b])
-        for a, b in zip(bounds, bounds[1:])
+        for a, b in itertools.pairwise(bounds)
     ]
 
 
@@ -146,7 +147,9 @@ def test_gradients_equal_central_differences(ratio, kind):
     for grad in grads[:2]:
         np.testing.assert_array_equal(grad[~valid], 0)
 
-    truth = lambda *args: np.sum(pooled(*args, valid) * d_out)  # noqa: E731
+    def truth(*args):
+        return np.sum(pooled(*args, valid) * d_out)
+
     rng = np.random.default_rng(2)
     for which, grad in enumerate(grads):
         entries = [tuple(rng.integers(grad.shape)) for _ in range(12)]

@@ -1,5 +1,7 @@
 """Hyper-connections against the formulas of the report, written out in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -117,16 +119,6 @@ def derivative(f, args: list[np.ndarray], which: int, index: tuple[int, ...]) ->
     return (f(*up) - f(*down)) / (2 * step)
 
 
-def assert_gradients(grads, truth, args):
-    """A few entries of each gradient, relative to its largest one."""
-    rng = np.random.default_rng(5)
-    for which, grad in enumerate(grads):
-        entries = [tuple(rng.integers(grad.shape)) for _ in range(6)]
-        entries.append(np.unravel_index(np.argmax(np.abs(grad)), grad.shape))
-        expected = [derivative(truth, args, which, i) for i in entries]
-        assert_close([float(grad[i]) for i in entries], expected, GRADIENT_FLOAT32)
-
-
 def test_pre_equals_float64_formulas():
     args = site((2 + M) * M)
     for actual, expected in zip(hc_pre(*args, **PRE), pre_loop(*args), strict=True):
@@ -205,28 +197,26 @@ def test_results_for_bfloat16_streams_are_rounded_once():
     assert_rounded_once(hc_head(*args, **HEAD), head_loop(*args))
 
 
-def test_gradients_of_pre_equal_central_differences():
-    args = site((2 + M) * M)
+@pytest.mark.parametrize(
+    "op, truth, args",
+    [
+        (functools.partial(hc_pre, **PRE), pre_loop, site((2 + M) * M)),
+        (hc_post, post_loop, mixing()),
+        (functools.partial(hc_head, **HEAD), head_loop, site(M)),
+    ],
+    ids=["pre", "post", "head"],
+)
+def test_gradients_equal_central_differences(op, truth, args):
+    """A few entries of each gradient of a weighted sum of the results."""
     rng = np.random.default_rng(4)
-    d_out = [rng.standard_normal(s) for s in ((2, 3, D), (2, 3, M), (2, 3, M, M))]
+    d_out = [rng.standard_normal(np.shape(x)) for x in jax.tree.leaves(truth(*args))]
 
-    def loss(*args):
-        return sum(jnp.sum(x * d) for x, d in zip(hc_pre(*args, **PRE), d_out))
+    def weighted_sum(op, args):
+        return sum((x * d).sum() for x, d in zip(jax.tree.leaves(op(*args)), d_out))
 
-    def truth(*args):
-        return sum(np.sum(x * d) for x, d in zip(pre_loop(*args), d_out))
-
-    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
-    assert_gradients(grads, truth, args)
-
-
-def test_gradients_of_post_and_head_equal_central_differences():
-    d_out = np.random.default_rng(4).standard_normal((2, 3, M * D))
-    args = mixing()
-    grads = jax.jit(jax.grad(lambda *a: jnp.sum(hc_post(*a) * d_out), argnums=(0, 1, 2, 3)))(*args)
-    assert_gradients(grads, lambda *a: np.sum(post_loop(*a) * d_out), args)
-
-    d_out, args = d_out[..., :D], site(M)
-    loss = lambda *a: jnp.sum(hc_head(*a, **HEAD) * d_out)  # noqa: E731
-    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
-    assert_gradients(grads, lambda *a: np.sum(head_loop(*a) * d_out), args)
+    grads = jax.jit(jax.grad(functools.partial(weighted_sum, op)))(args)
+    for which, grad in enumerate(grads):
+        entries = [tuple(rng.integers(grad.shape)) for _ in range(6)]
+        entries.append(np.unravel_index(np.argmax(np.abs(grad)), grad.shape))  # sets the measure
+        expected = [derivative(lambda *a: weighted_sum(truth, a), args, which, i) for i in entries]
+        assert_close([float(grad[i]) for i in entries], expected, GRADIENT_FLOAT32)

@@ -170,8 +170,15 @@ def activations(width: int, dtype) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize(
     "fmt, block, width",
-    [("fp8", 128, 256), ("fp8", 64, 448), ("fp8", 128, 200), ("fp8", 64, 7)]
-    + [("fp4", 32, 128), ("fp4", 32, 40), ("fp4", 16, 5)],
+    [
+        ("fp8", 128, 256),
+        ("fp8", 64, 448),
+        ("fp8", 128, 200),  # a last block that is not full
+        ("fp8", 64, 7),
+        ("fp4", 32, 128),
+        ("fp4", 32, 40),
+        ("fp4", 16, 5),
+    ],
 )
 def test_blocks_round_as_in_numpy(fmt, block, width, dtype):
     x = activations(width, dtype)
