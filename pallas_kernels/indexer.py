@@ -82,6 +82,8 @@ def selected_scores(
     indices: jax.Array,  # [B, T, K] int32 (-1: none)
 ) -> jax.Array:  # [B, T, K] float32, -inf where the index is -1
     """Scores of the selected entries, differentiable: what the indexer is trained through."""
+    if not indices.shape[2]:
+        return jnp.zeros(indices.shape, jnp.float32)
     rows = jax.vmap(lambda k, i: jnp.take(k, jnp.maximum(i, 0), axis=0))(keys, indices)
     scores = _scores(q, weights, rows, "btsi")
     return jnp.where(indices >= 0, scores, -jnp.inf)

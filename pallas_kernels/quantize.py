@@ -160,8 +160,6 @@ def _in_blocks(x: jax.Array, block: int) -> jax.Array:
 
 def _scale(blocks: jax.Array, axes: int | tuple[int, ...], largest: float, floor: float):
     amax = jnp.maximum(jnp.max(jnp.abs(blocks), axis=axes, keepdims=True), floor)
-    # A product with the reciprocal, not a quotient: the released kernels do it this way, and the
-    # two differ in the last bit just where the power of two changes.
     return ceil_to_power_of_two(amax * jnp.float32(1 / largest))
 
 

@@ -28,7 +28,7 @@ from v4jax.cache import Chunk, LayerCache, append_entries, window_rows, write_wi
 from v4jax.compressor import Compressor
 from v4jax.config import LayerSpec, V4Config
 from v4jax.indexer import Indexer, indexer_loss
-from v4jax.layers import Linear, RMSNorm, param, rope_frequencies, rotate
+from v4jax.layers import KeyStream, Linear, RMSNorm, param, rope_frequencies, rotate
 from v4jax.numerics import Numerics, dense
 
 
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         numerics: Numerics,
         rules: AxisRules,
         *,
-        rngs: nnx.Rngs,
+        rngs: KeyStream,
     ):
         def linear(in_dim: int, out_dim: int, *axes: str | None) -> Linear:
             return Linear(in_dim, out_dim, numerics, rules, axes=axes, rngs=rngs)

@@ -19,7 +19,7 @@ from pallas_kernels.quantize import cast
 from sharding import AxisRules
 from v4jax.cache import Chunk, OpenPool, init_pool
 from v4jax.config import LayerSpec, V4Config
-from v4jax.layers import RMSNorm, param, rope_frequencies, rotate
+from v4jax.layers import KeyStream, RMSNorm, param, rope_frequencies, rotate
 from v4jax.numerics import Numerics, matmul
 
 
@@ -34,7 +34,7 @@ class Compressor(nnx.Module):
         numerics: Numerics,
         rules: AxisRules,
         *,
-        rngs: nnx.Rngs,
+        rngs: KeyStream,
     ):
         self.ratio, self.overlap, self.width = spec.compress_ratio, spec.is_csa, width
         channels = width * (2 if self.overlap else 1)

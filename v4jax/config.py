@@ -8,6 +8,7 @@ that ships with this repository, and `tiny()` a random one for tests that has ev
 Values: DeepSeek-V4 report (arXiv 2606.19348) section 4.2.1 and the released `config.json` files.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -329,7 +330,12 @@ def from_hf(source: str | os.PathLike | Mapping[str, Any]) -> V4Config:
         path = os.fspath(source)
         path = os.path.join(path, "config.json") if os.path.isdir(path) else path
         with open(path, encoding="utf-8") as file:
-            raw = json.load(file)
+            try:
+                raw = json.load(file)
+            except ValueError as error:
+                raise ConfigError(f"{path} is not JSON: {error}.") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} holds a {type(raw).__name__}: expected an object.")
     return _Reader(raw).config()
 
 
@@ -353,6 +359,18 @@ class _Reader:
             return default[0]
         raise ConfigError(f"{key} is missing from the config.")
 
+    def integer(self, key: str, *default: int) -> int:
+        value = self.take(key, *default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigError(f"{key}={value!r}: expected a whole number.")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.take(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f"{key}={value!r}: expected a number.")
+        return float(value)
+
     def config(self) -> V4Config:
         for key, accepted in _FIXED.items():
             value = self.take(key, accepted[0])
@@ -361,53 +379,56 @@ class _Reader:
         for key in [k for k in self.raw if k in _IGNORED or k.startswith(_DRAFTER_PREFIX)]:
             self.raw.pop(key)
 
-        num_layers = self.take("num_hidden_layers")
-        num_mtp = self.take("num_nextn_predict_layers", 0)
-        head_dim = self.take("head_dim")
-        rope_head_dim = self.take("qk_rope_head_dim")
-        if self.take("partial_rotary_factor", rope_head_dim / head_dim) * head_dim != rope_head_dim:
+        num_layers = self.integer("num_hidden_layers")
+        num_mtp = self.integer("num_nextn_predict_layers", 0)
+        head_dim = self.integer("head_dim")
+        rope_head_dim = self.integer("qk_rope_head_dim")
+        factor = self.take("partial_rotary_factor", None)
+        if factor is not None and round(factor * head_dim) != rope_head_dim:
             raise ConfigError(
-                f"partial_rotary_factor does not give qk_rope_head_dim={rope_head_dim} of "
-                f"head_dim={head_dim}."
+                f"partial_rotary_factor={factor} does not give qk_rope_head_dim={rope_head_dim} "
+                f"of head_dim={head_dim}."
             )
-        quantization = self.take("quantization_config", None) or _QUANTIZATION
+        quantization = self.take("quantization_config", None) or {}
+        if not isinstance(quantization, Mapping):
+            raise ConfigError(f"quantization_config={quantization!r}: expected an object.")
         for key, expected in _QUANTIZATION.items():
             if quantization.get(key, expected) != expected:
                 raise ConfigError(
                     f"quantization_config.{key}={quantization[key]!r}: expected {expected!r}."
                 )
         values = dict(
-            vocab_size=self.take("vocab_size"),
-            embed_dim=self.take("hidden_size"),
-            num_heads=self.take("num_attention_heads"),
+            vocab_size=self.integer("vocab_size"),
+            embed_dim=self.integer("hidden_size"),
+            num_heads=self.integer("num_attention_heads"),
             head_dim=head_dim,
             rope_head_dim=rope_head_dim,
-            q_lora_rank=self.take("q_lora_rank"),
-            o_groups=self.take("o_groups"),
-            o_lora_rank=self.take("o_lora_rank"),
-            window=self.take("sliding_window"),
+            q_lora_rank=self.integer("q_lora_rank"),
+            o_groups=self.integer("o_groups"),
+            o_lora_rank=self.integer("o_lora_rank"),
+            window=self.integer("sliding_window"),
             layers=self.layers(num_layers),
             mtp_layers=(LayerSpec(compress_ratio=0),) * num_mtp,
             indexer=IndexerConfig(
-                num_heads=self.take("index_n_heads"),
-                head_dim=self.take("index_head_dim"),
-                topk=self.take("index_topk"),
+                num_heads=self.integer("index_n_heads"),
+                head_dim=self.integer("index_head_dim"),
+                topk=self.integer("index_topk"),
             ),
             moe=MoEConfig(
-                num_experts=self.take("n_routed_experts"),
-                experts_per_token=self.take("num_experts_per_tok"),
-                expert_dim=self.take("moe_intermediate_size"),
-                routed_scale=self.take("routed_scaling_factor"),
-                swiglu_limit=self.take("swiglu_limit"),
+                num_experts=self.integer("n_routed_experts"),
+                experts_per_token=self.integer("num_experts_per_tok"),
+                expert_dim=self.integer("moe_intermediate_size"),
+                routed_scale=self.number("routed_scaling_factor"),
+                swiglu_limit=self.number("swiglu_limit"),
             ),
             rope=self.rope(),
-            num_streams=self.take("hc_mult"),
-            sinkhorn_iters=self.take("hc_sinkhorn_iters"),
-            hc_eps=self.take("hc_eps"),
-            norm_eps=self.take("rms_norm_eps"),
-            max_length=self.take("max_position_embeddings"),
-            bos_id=self.take("bos_token_id", 0),
-            eos_id=self.take("eos_token_id", 1),
+            num_streams=self.integer("hc_mult"),
+            sinkhorn_iters=self.integer("hc_sinkhorn_iters"),
+            hc_eps=self.number("hc_eps"),
+            norm_eps=self.number("rms_norm_eps"),
+            max_length=self.integer("max_position_embeddings"),
+            bos_id=self.integer("bos_token_id", 0),
+            eos_id=self.integer("eos_token_id", 1),
             expert_format=self.take("expert_dtype", None),
         )
         if self.raw:
@@ -430,17 +451,24 @@ class _Reader:
                 "compress_ratios is missing: expected it (released form) or layer_types "
                 "(transformers form); there is no safe default."
             )
-        if ratios is None:
+        if types is not None:
             for layer_type in types:
                 if layer_type not in _LAYER_TYPES:
                     raise ConfigError(
                         f"layer_types has {layer_type!r}: expected one of {sorted(_LAYER_TYPES)}."
                     )
-            ratios = [_LAYER_TYPES[t] for t in types]
+            of_types = [_LAYER_TYPES[t] for t in types]
+            if ratios is not None and list(ratios[: len(of_types)]) != of_types:
+                raise ConfigError("compress_ratios and layer_types contradict each other.")
+            ratios = of_types if ratios is None else ratios
         if len(ratios) < num_layers:
             raise ConfigError(
                 f"compress_ratios/layer_types has {len(ratios)} entries: expected at least "
                 f"num_hidden_layers={num_layers}."
+            )
+        if any(ratios[num_layers:]):
+            raise ConfigError(
+                f"compress_ratios[{num_layers}:]={ratios[num_layers:]}: expected 0 for MTP blocks."
             )
         num_hash = self.take("num_hash_layers", None)
         mlp_types = self.take("mlp_layer_types", None)
@@ -482,8 +510,11 @@ class _Reader:
                 raise ConfigError(
                     f"rope_parameters.main.rope_type={main['rope_type']!r}: expected 'default'."
                 )
-            theta = main.get("rope_theta", theta)
+            theta = main.pop("rope_theta", theta)
             compress_theta = yarn.pop("rope_theta", compress_theta)
+            unknown = set(main) - {"rope_type", "partial_rotary_factor"}
+            if unknown:
+                raise ConfigError(f"unknown keys in rope_parameters.main: {sorted(unknown)}.")
         if theta is None or compress_theta is None or yarn is None:
             raise ConfigError(
                 "rope_theta, compress_rope_theta and rope_scaling (or rope_parameters) are needed."
@@ -569,5 +600,5 @@ def to_hf(config: V4Config) -> dict[str, Any]:
     }
     if config.expert_format is not None:
         raw["expert_dtype"] = config.expert_format
-        raw["quantization_config"] = _QUANTIZATION
+        raw["quantization_config"] = copy.deepcopy(_QUANTIZATION)
     return raw

@@ -7,7 +7,7 @@ from flax import nnx
 from pallas_kernels import hyper_connections as ops
 from sharding import AxisRules
 from v4jax.config import V4Config
-from v4jax.layers import param
+from v4jax.layers import KeyStream, param
 
 # Initial values for training from scratch; the released ones are unpublished. `scale` as in the
 # mHC paper (arXiv 2512.24880, table 5); `base` so that a site starts close to a plain residual:
@@ -19,7 +19,7 @@ _INIT_OFF_DIAGONAL = -4.0
 class HyperConnection(nnx.Module):
     """One site: collapses the streams to a sub-layer's input and mixes its output back."""
 
-    def __init__(self, cfg: V4Config, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: V4Config, rules: AxisRules, *, rngs: KeyStream):
         m = cfg.num_streams
         width = (2 + m) * m
 
@@ -57,7 +57,7 @@ class HyperConnection(nnx.Module):
 class HyperHead(nnx.Module):
     """The collapse before the final norm."""
 
-    def __init__(self, cfg: V4Config, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: V4Config, rules: AxisRules, *, rngs: KeyStream):
         m = cfg.num_streams
         init_scale = nnx.initializers.constant(_INIT_SCALE)
         init_base = nnx.initializers.constant(-jnp.log(m - 1.0))

@@ -20,7 +20,7 @@ from pallas_kernels.indexer import index_topk, selected_scores
 from sharding import AxisRules
 from v4jax.compressor import Compressor
 from v4jax.config import LayerSpec, V4Config
-from v4jax.layers import Linear, param, rope_frequencies, rotate
+from v4jax.layers import KeyStream, Linear, param, rope_frequencies, rotate
 from v4jax.numerics import Numerics, matmul
 
 
@@ -34,7 +34,7 @@ class Indexer(nnx.Module):
         numerics: Numerics,
         rules: AxisRules,
         *,
-        rngs: nnx.Rngs,
+        rngs: KeyStream,
     ):
         heads, width = cfg.indexer.num_heads, cfg.indexer.head_dim
         self.wq_b = Linear(

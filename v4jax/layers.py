@@ -15,6 +15,23 @@ from v4jax.numerics import Numerics, rms_normalize
 STORED = ("fp4", "fp8", "bf16", "f32", "int")
 
 
+class KeyStream:
+    """A stream of random keys for initial values: call it for the next one.
+
+    Plain Python on purpose. `nnx.Rngs` counts in a variable, and under a trace each count costs
+    time that grows with what has been traced (36 s for an abstract Flash, 1.5 s with this). Modules
+    take either.
+    """
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def __call__(self) -> jax.Array:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
 class RoutingBias(nnx.Variable):
     """Per-expert bias of the router's selection. Updated by a rule of its own, not by gradients."""
 
@@ -24,7 +41,7 @@ class HashTable(nnx.Variable):
 
 
 def param(
-    rngs: nnx.Rngs,
+    rngs: KeyStream,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     rules: AxisRules,
@@ -42,14 +59,14 @@ def param(
     """
     if init is None:
         init = nnx.initializers.normal(1 / math.sqrt(shape[-2]))
-    value = init(rngs.params(), shape, jnp.float32, out_sharding=ambient(rules.spec(*axes)))
+    value = init(rngs(), shape, jnp.float32, out_sharding=ambient(rules.spec(*axes)))
     return kind(value, stored=stored, axes=axes)
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight over the last axis; float32 inside, one rounding at the end."""
 
-    def __init__(self, dim: int, eps: float, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, eps: float, rules: AxisRules, *, rngs: KeyStream):
         ones = nnx.initializers.ones
         self.weight = param(rngs, (dim,), (None,), rules, stored="bf16", init=ones)
         self.eps = eps
@@ -70,7 +87,7 @@ class Linear(nnx.Module):
         rules: AxisRules,
         *,
         axes: tuple[str | None, str | None],
-        rngs: nnx.Rngs,
+        rngs: KeyStream,
     ):
         self.kernel = param(rngs, (in_dim, out_dim), axes, rules, stored="fp8")
         self.numerics = numerics

@@ -25,7 +25,7 @@ from v4jax.attention import Attention
 from v4jax.cache import Cache, Chunk, LayerCache, init_cache
 from v4jax.config import LayerSpec, V4Config
 from v4jax.hyper_connections import HyperConnection, HyperHead
-from v4jax.layers import Linear, RMSNorm, param
+from v4jax.layers import KeyStream, Linear, RMSNorm, param
 from v4jax.moe import MoE, RouterStats
 from v4jax.numerics import Numerics, matmul, plain
 
@@ -51,7 +51,7 @@ class Block(nnx.Module):
         numerics: Numerics,
         rules: AxisRules,
         *,
-        rngs: nnx.Rngs,
+        rngs: KeyStream,
     ):
         self.attn_hc = HyperConnection(cfg, rules, rngs=rngs)
         self.attn_norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
@@ -121,13 +121,13 @@ class Stage(nnx.Module):
         numerics: Numerics,
         rules: AxisRules,
         *,
-        rngs: nnx.Rngs,
+        rngs: KeyStream,
     ):
         def make(spec: LayerSpec) -> Block:
             if plan.repeats == 1:
                 return Block(cfg, spec, numerics, rules, rngs=rngs)
-            keys = jax.random.split(rngs.params(), plan.repeats)
-            return jax.vmap(lambda key: Block(cfg, spec, numerics, rules, rngs=nnx.Rngs(key)))(keys)
+            keys = jax.random.split(rngs(), plan.repeats)
+            return jax.vmap(lambda k: Block(cfg, spec, numerics, rules, rngs=KeyStream(k)))(keys)
 
         self.blocks = nnx.List([make(spec) for spec in plan.pattern])
         self.repeats = plan.repeats
@@ -171,7 +171,7 @@ class MTP(nnx.Module):
         numerics: Numerics,
         rules: AxisRules,
         *,
-        rngs: nnx.Rngs,
+        rngs: KeyStream,
     ):
         def linear() -> Linear:
             dim = cfg.embed_dim
@@ -221,6 +221,7 @@ class Transformer(nnx.Module):
         scan_layers: bool = True,
         rngs: nnx.Rngs,
     ):
+        rngs = KeyStream(rngs())
         shape, axes = (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
         init = nnx.initializers.normal(cfg.embed_dim**-0.5)
         self.embed = param(rngs, shape, axes, rules, stored="bf16", init=init)

@@ -22,7 +22,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu
 from pallas_kernels.quantize import cast
 from sharding import AxisRules
 from v4jax.config import LayerSpec, V4Config
-from v4jax.layers import HashTable, Linear, RoutingBias, param
+from v4jax.layers import HashTable, KeyStream, Linear, RoutingBias, param
 from v4jax.numerics import Numerics, matmul
 
 
@@ -40,7 +40,7 @@ class RouterStats:
 class Router(nnx.Module):
     """Chooses the experts of each token, and their weights."""
 
-    def __init__(self, cfg: V4Config, spec: LayerSpec, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: V4Config, spec: LayerSpec, rules: AxisRules, *, rngs: KeyStream):
         moe = cfg.moe
         shape = (cfg.embed_dim, moe.num_experts)
         self.kernel = param(rngs, shape, ("embed", None), rules, stored="bf16")
@@ -106,7 +106,7 @@ class MoE(nnx.Module):
         numerics: Numerics,
         rules: AxisRules,
         *,
-        rngs: nnx.Rngs,
+        rngs: KeyStream,
     ):
         moe = cfg.moe
         up_shape = (moe.num_experts, cfg.embed_dim, moe.expert_dim)
@@ -148,7 +148,7 @@ class MoE(nnx.Module):
 class SharedExpert(nnx.Module):
     """The expert that every token passes through."""
 
-    def __init__(self, cfg: V4Config, numerics: Numerics, rules: AxisRules, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: V4Config, numerics: Numerics, rules: AxisRules, *, rngs: KeyStream):
         dim, hidden = cfg.embed_dim, cfg.moe.expert_dim
         up, down = ("embed", "expert_dim"), ("expert_dim", "embed")
         self.w1 = Linear(dim, hidden, numerics, rules, axes=up, rngs=rngs)

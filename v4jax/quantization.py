@@ -29,7 +29,10 @@ def to_released(model: Transformer) -> Transformer:
 
 
 def to_float(model: Transformer, dtype: jax.typing.DTypeLike = jnp.float32) -> Transformer:
-    """A copy with every float or quantised parameter as a float array, say for training."""
+    """A copy with matrices and norms as float arrays of `dtype`, say for training.
+
+    What the released checkpoints keep in float32 (hyper-connections, sinks ...) stays float32.
+    """
 
     def convert(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
@@ -37,7 +40,7 @@ def to_float(model: Transformer, dtype: jax.typing.DTypeLike = jnp.float32) -> T
             return variable.replace(value.dequantize(dtype))
         if variable.stored == "int":
             return variable
-        return variable.replace(value.astype(dtype))
+        return variable.replace(value.astype(jnp.float32 if variable.stored == "f32" else dtype))
 
     return _map_variables(convert, model)
 

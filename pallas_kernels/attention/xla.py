@@ -23,6 +23,8 @@ _LOWEST = -1e30
 
 def attention(q, window, entries, indices, sink, positions, *, ratio: int, scale: float):
     """See `ops.py`. `indices` [B, T, K] selects entries; None attends to every visible one."""
+    if indices is not None and not indices.shape[2]:  # nothing to gather
+        entries, indices = entries[:, :0], None
     return _attention(q, window, entries, sink, indices, positions, ratio, scale)
 
 
@@ -92,7 +94,7 @@ def _bwd(ratio, scale, residuals, cotangents):
     window_p = grid.pad_rows(window)
 
     def block(carry, i):
-        d_window, d_entries, d_sink = carry
+        d_window, d_entries = carry
         q_i, pos_i, d_out_i, lse_i, delta_i = (
             grid.queries(x, i) for x in (q_p, positions_p, d_out_p, lse_p, delta_p)
         )
@@ -126,8 +128,7 @@ def _bwd(ratio, scale, residuals, cotangents):
                 return d_q + d_q_c, chunks.add(d_entries, d_rows, c)
 
             d_q, d_entries = jax.lax.fori_loop(0, chunks.count, chunk, (d_q, d_entries))
-        d_sink -= jnp.sum(jnp.exp(sink - lse_i) * delta_i, axis=(0, 1))
-        return (d_window, d_entries, d_sink), d_q.astype(q.dtype)
+        return (d_window, d_entries), d_q.astype(q.dtype)
 
     num_entries = entries.shape[1]
     if indices is None and num_entries:
@@ -135,14 +136,13 @@ def _bwd(ratio, scale, residuals, cotangents):
     carry = (
         jnp.zeros(window_p.shape, jnp.float32),
         jnp.zeros((entries.shape[0], num_entries, entries.shape[2]), jnp.float32),
-        jnp.zeros(sink.shape, jnp.float32),
     )
-    (d_window, d_entries, d_sink), d_q = jax.lax.scan(block, carry, jnp.arange(grid.num_blocks))
+    (d_window, d_entries), d_q = jax.lax.scan(block, carry, jnp.arange(grid.num_blocks))
     return (
         grid.join(d_q),
         d_window[:, : window.shape[1]].astype(window.dtype),
         d_entries[:, : entries.shape[1]].astype(entries.dtype),
-        d_sink.astype(sink.dtype),
+        -jnp.sum(jnp.exp(sink - lse) * delta, axis=(0, 1)).astype(sink.dtype),
         None,
         None,
     )
@@ -177,7 +177,6 @@ class _Softmax:
         weight = total = 0.0
         for part in parts:
             p = jnp.exp(part.scores - peak[..., None])
-            p = jnp.where(part.scores > _LOWEST, p, 0.0)  # where no row is visible
             weight += jnp.sum(p, axis=-1)
             total += einsum_f32(f"btns,{part.axes}->btnh", p.astype(part.rows.dtype), part.rows)
         return _Softmax(peak, weight, total)
@@ -284,6 +283,8 @@ def einsum_f32(subscripts, a, b):
 
 def selected_mass(q, entries, indices, log_denominator, *, scale: float):
     """See `ops.py`."""
+    if not indices.shape[2]:
+        return jnp.zeros(indices.shape, jnp.float32)
     grid = _Grid(q, q)
     padded = [grid.pad_queries(x) for x in (q, indices, log_denominator)]
 

@@ -45,7 +45,7 @@ def _matmul_bwd(residuals, d_out):
         return d_x, tiles.add_weight(d_w, i, tiles.rows(x_p, i), d_rows)
 
     d_x, d_w = tiles.loop(tile, (tiles.empty(x.shape[1], x.dtype), _weight_gradient(w)))
-    return d_x[: x.shape[0]], d_w, None
+    return d_x[: x.shape[0]], _cast_like(d_w, w), None
 
 
 grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -99,6 +99,7 @@ def _swiglu_bwd(limit, residuals, d_out):
             jnp.zeros(weights_p.shape, row_weights.dtype),
         ),
     )
+    d_gate, d_up = _cast_like(d_gate, w_gate), _cast_like(d_up, w_up)
     return d_x[: x.shape[0]], d_gate, d_up, None, d_weights[: x.shape[0]]
 
 
@@ -144,15 +145,19 @@ class _Tiles:
             return None
         valid = jnp.arange(self.size) < self.valid[i]
         d_rows = jnp.where(valid[:, None], d_rows, 0)
-        return d_w.at[self.expert[i]].add(_dot(rows.T, d_rows).astype(d_w.dtype))
+        return d_w.at[self.expert[i]].add(_dot(rows.T, d_rows))
 
     def loop(self, body, init):
         return jax.lax.fori_loop(0, self.count, body, init)
 
 
 def _weight_gradient(w):
-    """A zero gradient to add to; quantised weights are frozen and have none."""
-    return None if isinstance(w, QuantizedArray) else jnp.zeros(w.shape, w.dtype)
+    """Zeros to add gradients to, in float32; quantised weights are frozen and have none."""
+    return None if isinstance(w, QuantizedArray) else jnp.zeros(w.shape, jnp.float32)
+
+
+def _cast_like(d_w, w):
+    return None if d_w is None else d_w.astype(w.dtype)
 
 
 def _dot(a, b):

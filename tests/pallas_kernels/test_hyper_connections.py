@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels import hyper_connections
 from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
 
-M, D, EPS = 4, 8, 1e-6
+M, D, EPS, NORM_EPS = 4, 8, 1e-6, 1e-5
 sinkhorn = jax.jit(hyper_connections.sinkhorn, static_argnums=(1, 2))
 hc_pre = jax.jit(
     hyper_connections.hc_pre,
@@ -19,47 +19,47 @@ hc_pre = jax.jit(
 )
 hc_post = jax.jit(hyper_connections.hc_post)
 hc_head = jax.jit(hyper_connections.hc_head, static_argnames=("eps", "norm_eps"))
-PRE = dict(num_streams=M, sinkhorn_iters=20, eps=EPS, norm_eps=1e-5)
-HEAD = dict(eps=EPS, norm_eps=1e-5)
+PRE = dict(num_streams=M, sinkhorn_iters=20, eps=EPS, norm_eps=NORM_EPS)
+HEAD = dict(eps=EPS, norm_eps=NORM_EPS)
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def sinkhorn_loop(logits: np.ndarray, iters: int) -> np.ndarray:
+def sinkhorn_loop(logits: np.ndarray, iters: int, eps: float = EPS) -> np.ndarray:
     """One matrix. The softmax is the first row step; every iteration ends on a column step."""
     c = np.zeros(logits.shape)
     for j in range(len(c)):
         c[j] = np.exp(logits[j] - logits[j].max())
-        c[j] = c[j] / c[j].sum() + EPS
+        c[j] = c[j] / c[j].sum() + eps
     for i in range(iters):
         if i > 0:
             for j in range(len(c)):
-                c[j] = c[j] / (c[j].sum() + EPS)
+                c[j] = c[j] / (c[j].sum() + eps)
         for k in range(len(c)):
-            c[:, k] = c[:, k] / (c[:, k].sum() + EPS)
+            c[:, k] = c[:, k] / (c[:, k].sum() + eps)
     return c
 
 
-def pre_loop(streams, fn, base, scale, norm_eps=1e-5, iters=20):
+def pre_loop(streams, fn, base, scale, eps=EPS):
     """u, post, comb of every token."""
     batch, length, _ = streams.shape
     u, post = np.zeros((batch, length, D)), np.zeros((batch, length, M))
     comb = np.zeros((batch, length, M, M))
     for b, t in np.ndindex(batch, length):
         x = streams[b, t].astype(np.float64)
-        x_normed = x / np.sqrt((x**2).mean() + norm_eps)
+        x_normed = x / np.sqrt((x**2).mean() + NORM_EPS)
         raw = [float(x_normed @ fn[:, column]) for column in range((2 + M) * M)]
         logits = np.zeros((M, M))
         for i in range(M):
-            pre = sigmoid(raw[i] * scale[0] + base[i]) + EPS
+            pre = sigmoid(raw[i] * scale[0] + base[i]) + eps
             u[b, t] += pre * x[i * D : (i + 1) * D]
             post[b, t, i] = 2 * sigmoid(raw[M + i] * scale[1] + base[M + i])
             for k in range(M):
                 column = 2 * M + M * i + k
                 logits[i, k] = raw[column] * scale[2] + base[column]
-        comb[b, t] = sinkhorn_loop(logits, iters)
+        comb[b, t] = sinkhorn_loop(logits, 20, eps)
     return u, post, comb
 
 
@@ -73,13 +73,13 @@ def post_loop(f, streams, post, comb):
     return out
 
 
-def head_loop(streams, fn, base, scale, norm_eps=1e-5):
+def head_loop(streams, fn, base, scale, eps=EPS):
     out = np.zeros((*streams.shape[:2], D))
     for b, t in np.ndindex(*streams.shape[:2]):
         x = streams[b, t].astype(np.float64)
-        x_normed = x / np.sqrt((x**2).mean() + norm_eps)
+        x_normed = x / np.sqrt((x**2).mean() + NORM_EPS)
         for i in range(M):
-            weight = sigmoid(x_normed @ fn[:, i] * scale[0] + base[i]) + EPS
+            weight = sigmoid(x_normed @ fn[:, i] * scale[0] + base[i]) + eps
             out[b, t] += weight * x[i * D : (i + 1) * D]
     return out
 
@@ -119,9 +119,11 @@ def derivative(f, args: list[np.ndarray], which: int, index: tuple[int, ...]) ->
     return (f(*up) - f(*down)) / (2 * step)
 
 
-def test_pre_equals_float64_formulas():
+@pytest.mark.parametrize("eps", [EPS, 0.1])
+def test_pre_equals_float64_formulas(eps):
     args = site((2 + M) * M)
-    for actual, expected in zip(hc_pre(*args, **PRE), pre_loop(*args), strict=True):
+    results = hc_pre(*args, **PRE | dict(eps=eps))
+    for actual, expected in zip(results, pre_loop(*args, eps), strict=True):
         assert_close(actual, expected, FLOAT32)
 
 
@@ -132,9 +134,10 @@ def test_norm_eps_counts_for_small_streams():
         assert_close(actual, expected, FLOAT32)
 
 
-def test_head_equals_float64_formulas():
+@pytest.mark.parametrize("eps", [EPS, 0.1])
+def test_head_equals_float64_formulas(eps):
     args = site(M)
-    assert_close(hc_head(*args, **HEAD), head_loop(*args), FLOAT32)
+    assert_close(hc_head(*args, **HEAD | dict(eps=eps)), head_loop(*args, eps), FLOAT32)
 
 
 def test_post_equals_float64_formulas():

@@ -428,9 +428,11 @@ def test_cast_rounds_to_bfloat16_even_when_the_result_is_widened_again():
     widened = jax.jit(lambda x: cast(x, jnp.bfloat16).astype(jnp.float32))(x)
     assert_same_bits(widened, expected.astype(np.float32))
     y = x[:1000]
-    lost = jax.jit(lambda y: y - cast(y * 1.5, jnp.bfloat16).astype(jnp.float32) / 2)(y)
+    program = jax.jit(lambda y: y - cast(y * 1.5, jnp.bfloat16).astype(jnp.float32) / 2)
+    # Which conversions a backend drops is its affair; this operation it has to keep.
+    assert "stablehlo.reduce_precision" in program.lower(y).as_text()
     rounded = (y * np.float32(1.5)).astype(ml_dtypes.bfloat16).astype(np.float32)
-    assert_same_bits(lost, y - rounded / 2)
+    assert_same_bits(program(y), y - rounded / 2)
 
 
 def test_cast_to_float32_changes_nothing():

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from pallas_kernels.quantize import FP4_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK, Quantize
 from sharding import AxisRules
 from v4jax.checkpoint import names
 from v4jax.checkpoint.safetensors import CheckpointError, SafetensorsFile
-from v4jax.config import from_hf
+from v4jax.config import V4Config, from_hf
 from v4jax.model import Transformer
 from v4jax.numerics import Numerics, plain
 
@@ -97,18 +98,27 @@ class Checkpoint:
     def _add(self, file: SafetensorsFile, stored_name: str) -> None:
         name = names.from_transformers(stored_name)
         if isinstance(name, names.StackedExperts):
-            parts = name.parts
-            rows = file.tensors[stored_name].shape[1] // len(parts)
-            for expert in range(file.tensors[stored_name].shape[0]):
-                for i, part in enumerate(parts):
-                    index = (expert, slice(i * rows, (i + 1) * rows))
-                    tensor = Tensor(file, stored_name, index)
-                    self.tensors[name.released_name(expert, part)] = tensor
-            return
-        name = re.sub(r"\.(weight_)?scale_inv$", ".scale", name)
-        if name in self.tensors:
-            raise CheckpointError(f"{file.path}: {stored_name} occurs twice in {self.path}.")
-        self.tensors[name] = Tensor(file, stored_name)
+            shape, parts = file.tensors[stored_name].shape, name.parts
+            if len(shape) != 3 or shape[1] % len(parts):
+                raise CheckpointError(
+                    f"{file.path}: {stored_name} is {list(shape)}: expected [experts, "
+                    f"{len(parts)} * rows, columns]."
+                )
+            rows = shape[1] // len(parts)
+            new = {
+                name.released_name(expert, part): (expert, slice(i * rows, (i + 1) * rows))
+                for expert in range(shape[0])
+                for i, part in enumerate(parts)
+            }
+        else:
+            new = {re.sub(r"\.(weight_)?scale_inv$", ".scale", name): ()}
+        for released_name, part in new.items():
+            if released_name in self.tensors:
+                raise CheckpointError(
+                    f"{file.path}: {stored_name} has {released_name}, which occurs twice in "
+                    f"{self.path}."
+                )
+            self.tensors[released_name] = Tensor(file, stored_name, part)
 
     def _settle_mtp(self) -> None:
         """Drops what of `mtp.*` is not an MTP block of the preview releases."""
@@ -144,8 +154,11 @@ def _open_files(path: str) -> list[SafetensorsFile]:
         if not found:
             raise CheckpointError(f"{path} has no .safetensors file.")
         return [SafetensorsFile(os.path.join(path, name)) for name in found]
-    with open(index, encoding="utf-8") as file:
-        weight_map = json.load(file)["weight_map"]
+    try:
+        with open(index, encoding="utf-8") as file:
+            weight_map = dict(json.load(file)["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is not a valid index: {error!r}.") from error
     problems, files = [], {}
     for name in sorted(set(weight_map.values())):
         try:
@@ -333,10 +346,9 @@ def _make_array(
     """An array [layers?, experts?, ...] read from one tensor per element of `table`."""
     sample = checkpoint.tensors[table.flat[0]].view()
     matrix = sample.shape[::-1] if leaf.slot.transposed else sample.shape
-    dtype = functools.reduce(
-        jnp.promote_types, {checkpoint.tensors[name].view().dtype for name in table.flat}
-    )
-    dtype = np.dtype(np.int32) if leaf.stored == "int" else np.dtype(dtype)
+    dtypes = {checkpoint.tensors[name].view().dtype for name in table.flat}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    dtype = np.dtype(np.int32) if leaf.stored == "int" else dtype
     shape = (*table.shape, *matrix)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -349,7 +361,7 @@ def _make_array(
         for position in np.ndindex(*chosen.shape):
             name = chosen[position]
             data = checkpoint.tensors[name].view()[stored_index]
-            _refuse_nan_codes(name, data)
+            _refuse_damage(checkpoint.config, name, data)
             parts[position] = data.T if leaf.slot.transposed else data
         return parts
 
@@ -359,22 +371,33 @@ def _make_array(
 
 
 def _fitting(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """The sharding, replicated along axes that it does not divide (small block scales)."""
+    """The sharding on real devices, replicated along axes it does not divide (block scales)."""
     if not isinstance(sharding, jax.NamedSharding):
         return sharding
-    sizes = dict(sharding.mesh.shape)
+    mesh = jax.sharding.get_mesh()  # the sharding of an abstract model has an abstract one
     spec = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
     for i, axes in enumerate(spec):
-        ways = np.prod([sizes[a] for a in ((axes,) if isinstance(axes, str) else axes or ())])
-        if shape[i] % int(ways):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        if shape[i] % math.prod(mesh.shape[name] for name in names):
             spec[i] = None
-    return jax.NamedSharding(sharding.mesh, jax.P(*spec))
+    return jax.NamedSharding(mesh, jax.P(*spec))
 
 
-def _refuse_nan_codes(name: str, data: np.ndarray) -> None:
-    """NaN has codes in e4m3 (0x7F, 0xFF) and E8M0 (0xFF); no weight has them."""
-    codes = {"float8_e4m3fn": (0x7F, 0x7F), "float8_e8m0fnu": (0xFF, 0xFF)}
-    if data.dtype.name in codes:
-        mask, code = codes[data.dtype.name]
+# Codes that no weight has: NaN in e4m3 (either sign) and in E8M0.
+_NAN_CODES = {"float8_e4m3fn": (0x7F, 0x7F), "float8_e8m0fnu": (0xFF, 0xFF)}
+
+
+def _refuse_damage(config: V4Config, name: str, data: np.ndarray) -> None:
+    """Raises for values that no checkpoint has: NaN codes, and experts that do not exist."""
+    if data.dtype.name in _NAN_CODES:
+        mask, code = _NAN_CODES[data.dtype.name]
         if np.any((data.view(np.uint8) & mask) == code):
             raise CheckpointError(f"{name} has NaN codes ({data.dtype.name}): it is damaged.")
+    elif data.dtype.kind == "i":
+        experts = config.moe.num_experts
+        if data.size and not (0 <= data.min() and data.max() < experts):
+            raise CheckpointError(
+                f"{name} has values in {data.min()}..{data.max()}: expected experts 0..{experts - 1}."
+            )
+    elif not np.isfinite(data).all():
+        raise CheckpointError(f"{name} has NaN or infinite values: it is damaged.")

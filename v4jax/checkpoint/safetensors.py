@@ -14,7 +14,6 @@ import math
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 
 import ml_dtypes
@@ -77,10 +76,12 @@ class SafetensorsFile:
             raw = json.loads(self.header)
             self.metadata: dict[str, str] = raw.pop("__metadata__", {})
             self.tensors = {name: _tensor_info(entry, 8 + length) for name, entry in raw.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: the header is not valid: {error!r}.") from error
         problems, position = [], 8 + length
-        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+        for name, info in sorted(
+            self.tensors.items(), key=lambda item: (item[1].begin, item[1].end)
+        ):
             expected = math.prod(info.shape) * DTYPES[info.tag].itemsize
             if info.end - info.begin != expected:
                 problems.append(
@@ -106,8 +107,9 @@ def _tensor_info(entry: Mapping, data_start: int) -> TensorInfo:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"dtype {entry['dtype']!r} is unknown (known: {', '.join(DTYPES)})")
     begin, end = entry["data_offsets"]
-    shape = tuple(int(n) for n in entry["shape"])
-    if begin < 0 or end < begin or any(n < 0 for n in shape):
+    shape = tuple(entry["shape"])
+    whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+    if not whole or end < begin:
         raise ValueError(f"impossible offsets or shape in {entry}")
     return TensorInfo(entry["dtype"], shape, data_start + begin, data_start + end)
 
@@ -135,9 +137,12 @@ def write_safetensors(
     """Writes a file, one tensor in memory at a time. It appears whole or not at all.
 
     Raises:
-      ValueError: a tensor's data has not the dtype or shape that it was announced with.
+      ValueError: two tensors of one name, or data that has not the dtype or shape that it was
+        announced with.
     """
     tensors = list(tensors)
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise ValueError("two tensors have the same name.")
     header: dict = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in tensors:
@@ -150,10 +155,9 @@ def write_safetensors(
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     path = os.fspath(path)
-    folder, name = os.path.split(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+    temporary = f"{path}.{os.getpid()}.new"
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(encoded)))
             file.write(encoded)
             for tensor in tensors:
@@ -164,7 +168,6 @@ def write_safetensors(
                         f"{tensor.tag}{list(tensor.shape)}."
                     )
                 file.write(np.ascontiguousarray(data).tobytes())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

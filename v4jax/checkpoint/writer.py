@@ -1,5 +1,6 @@
 """Writes a model in the released layout: names, orientation, packing, one file or one per layer."""
 
+import dataclasses
 import json
 import os
 import re
@@ -23,6 +24,7 @@ _TAGS = {
     np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
     np.dtype(ml_dtypes.float8_e8m0fnu): "F8_E8M0",
     np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
     np.dtype(np.uint8): "I8",  # packed FP4
     np.dtype(np.int32): "I64",  # hash tables
 }
@@ -60,22 +62,22 @@ def save(
     tensors = {t.name: t for leaf in leaves(model) for t in _tensors(leaf, like)}
     metadata = {"format": "pt"}
     if like is not None:
-        if any(file.metadata for file in like.files):
-            metadata = like.files[0].metadata
+        metadata = like.files[0].metadata
         order = {name: i for i, name in enumerate(like.tensors)}
         tensors = dict(sorted(tensors.items(), key=lambda t: order.get(t[0], len(order))))
         for name in sorted(os.listdir(like.path)):
             source = os.path.join(like.path, name)
-            if name.endswith((".safetensors", ".json")) and name != "tokenizer.json":
-                continue
-            if os.path.isfile(source):
+            written = name in ("config.json", INDEX_NAME) or name.endswith(".safetensors")
+            if os.path.isfile(source) and not written:
                 shutil.copyfile(source, os.path.join(path, name))
     total = sum(t.nbytes for t in tensors.values())
     if total <= single_file_limit:
         write_safetensors(os.path.join(path, SINGLE_NAME), tensors.values(), metadata)
     else:
         _write_shards(path, tensors, total, metadata)
-    config = json.dumps(to_hf(model.cfg), indent=2)
+    experts = next(t.tag for name, t in tensors.items() if name.endswith("experts.0.w1.weight"))
+    fmt = {"I8": "fp4", "F8_E4M3": "fp8"}.get(experts)
+    config = json.dumps(to_hf(dataclasses.replace(model.cfg, expert_format=fmt)), indent=2)
     _write_text(os.path.join(path, "config.json"), config)
 
 
@@ -128,13 +130,23 @@ def _tensors(leaf: Leaf, like: Checkpoint | None) -> Iterator[NewTensor]:
             yield _tensor(name, tag, array, position, leaf.slot.transposed)
 
 
+def _one(array: jax.Array, position: tuple[int, ...]) -> jax.Array:
+    """`array[position]`, gathered from wherever a mesh has its parts."""
+    if not position:
+        return array
+    if isinstance(array.sharding, jax.NamedSharding):
+        whole = jax.NamedSharding(array.sharding.mesh, jax.P())
+        return array.at[position].get(out_sharding=whole)
+    return array[position]
+
+
 def _tensor(
     name: str, tag: str, array: jax.Array, position: tuple[int, ...], transposed: bool
 ) -> NewTensor:
     shape = array.shape[len(position) :]
 
     def read() -> np.ndarray:
-        data = np.asarray(array[position] if position else array)
+        data = np.asarray(_one(array, position))
         data = data.T if transposed else data
         if tag == "I8":
             return data.view(np.int8) if data.flags.c_contiguous else data.copy("C").view(np.int8)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -98,9 +97,12 @@ class Saver:
         step = self._manager.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(state))
+        abstract = {
+            path: ocp.utils.to_shape_dtype_struct(leaf) for path, leaf in _leaves(state).items()
+        }
         leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        return jax.tree.unflatten(jax.tree.structure(state), list(leaves.values())), step
+        ordered = [leaves[path] for path in abstract]  # Orbax returns them sorted by name
+        return jax.tree.unflatten(jax.tree.structure(state), ordered), step
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
@@ -117,6 +119,3 @@ def _leaves(state: TrainState) -> dict[str, jax.Array]:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-
-
-StepCallback = Callable[[int, Metrics], None]

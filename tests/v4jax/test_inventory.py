@@ -1,0 +1,79 @@
+"""The tensors of the released models, by name, format and shape, without allocating any."""
+
+import collections
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.reference.checkpoints import released_table
+from tests.v4jax.test_config import FLASH, PRO
+from v4jax.checkpoint import writer
+from v4jax.checkpoint.reader import leaves
+from v4jax.config import flash, pro
+from v4jax.model import Transformer
+from v4jax.quantization import to_released
+
+
+@dataclasses.dataclass(frozen=True)
+class Announced:
+    """Shape and dtype of an array that does not exist, as the writer asks for them."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_fully_addressable: bool = True
+
+
+def inventory(config, *, scan_layers: bool) -> list[writer.NewTensor]:
+    """What the writer would write of a model in the released formats; nothing is allocated."""
+
+    def make():
+        return to_released(Transformer(config, scan_layers=scan_layers, rngs=nnx.Rngs(0)))
+
+    model = jax.tree.map(lambda a: Announced(a.shape, a.dtype), nnx.eval_shape(make))
+    return [tensor for leaf in leaves(model) for tensor in writer._tensors(leaf, None)]
+
+
+FLASH_COUNTS = {"BF16": 433, "F32": 417, "F8_E4M3": 375, "F8_E8M0": 34_167, "I64": 3, "I8": 33_792}
+PRO_COUNTS = {"BF16": 619, "F32": 590, "F8_E4M3": 528, "F8_E8M0": 71_952, "I64": 3, "I8": 71_424}
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize(
+    "model, config, count, num_bytes, mtp_count, counts",
+    [
+        (flash(), FLASH, 69_187, 159_609_485_896, 1_575, FLASH_COUNTS),
+        (pro(), PRO, 145_116, 864_704_792_696, 2_343, PRO_COUNTS),
+    ],
+    ids=["flash", "pro"],
+)
+def test_a_released_model_is_written_as_the_published_tensors(
+    model, config, count, num_bytes, mtp_count, counts, scan_layers
+):
+    tensors = inventory(model, scan_layers=scan_layers)
+    assert len(tensors) == count
+    assert sum(tensor.nbytes for tensor in tensors) == num_bytes
+    assert collections.Counter(tensor.tag for tensor in tensors) == counts
+    assert sum(tensor.name.startswith("mtp.0.") for tensor in tensors) == mtp_count
+    assert {t.name: (t.tag, t.shape) for t in tensors} == released_table(config)
+
+
+def test_layers_differ_by_exactly_the_published_names():
+    names = collections.defaultdict(set)
+    for tensor in inventory(flash(), scan_layers=True):
+        if match := re.fullmatch(r"layers\.(\d+)\.(.*)", tensor.name):
+            names[int(match[1])].add(match[2])
+    compressor = {"ape", "wkv.weight", "wgate.weight", "norm.weight"}
+    hca = {f"attn.compressor.{part}" for part in compressor}
+    csa = hca | {f"attn.indexer.compressor.{part}" for part in compressor}
+    csa |= {f"attn.indexer.{n}" for n in ("wq_b.weight", "wq_b.scale", "weights_proj.weight")}
+    hashed, scored = {"ffn.gate.tid2eid"}, {"ffn.gate.bias"}
+    common = names[0] & names[3]
+    assert names[0] == names[1] == common | hashed
+    assert names[2] == common | hashed | csa
+    assert all(names[i] == common | scored | hca for i in range(3, 43, 2))
+    assert all(names[i] == common | scored | csa for i in range(4, 43, 2))
+    assert len(names) == 43
