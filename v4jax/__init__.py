@@ -1,4 +1,14 @@
-"""DeepSeek-V4 in pure JAX."""
+"""DeepSeek-V4 in pure JAX.
+
+    model = v4jax.checkpoint.load(v4jax.nano_path(), v4jax.released())
+    tokenizer = v4jax.tokenizer.Tokenizer(v4jax.nano_path())
+    generator = v4jax.generate.Generator(model)
+
+Modules: `config`, `numerics`, `model`, `cache`, `checkpoint`, `encoding`, `tokenizer`, `generate`,
+`sampling`, `scoring`, `quantization`, `summary`, `train`.
+"""
+
+import pathlib
 
 from v4jax.config import (
     V4Config,
@@ -13,6 +23,12 @@ from v4jax.config import (
 from v4jax.model import Transformer
 from v4jax.numerics import Numerics, plain, released
 
+
+def nano_path() -> pathlib.Path:
+    """Folder of the small model that ships with the package, in the released layout."""
+    return pathlib.Path(__file__).parent / "assets" / "nano"
+
+
 __all__ = [
     "Numerics",
     "Transformer",
@@ -21,6 +37,7 @@ __all__ = [
     "flash_base",
     "from_hf",
     "nano",
+    "nano_path",
     "plain",
     "pro",
     "pro_base",

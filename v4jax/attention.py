@@ -77,7 +77,7 @@ class Attention(nnx.Module):
         """
         batch, length, _ = x.shape
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-        latent, q, kv = self._project(x, positions)
+        latent, q, kv = self.project(x, positions)
         window = jnp.pad(kv, [(0, 0), (self.cfg.window, 0), (0, 0)])
         entries = self._entries(self.compressor(x)) if self.compressor else None
         if self.indexer is None:
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
 
     def extend(self, x: jax.Array, chunk: Chunk, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """A chunk x [B, T, D] after what the cache holds: out [B, T, D] and the new cache."""
-        latent, q, kv = self._project(x, chunk.positions)
+        latent, q, kv = self.project(x, chunk.positions)
         new = dataclasses.replace(cache, window=write_window(cache.window, kv, chunk))
         if self.compressor:
             first = chunk.start // self.spec.compress_ratio
@@ -129,7 +129,7 @@ class Attention(nnx.Module):
     def _frequencies(self):
         return rope_frequencies(self.cfg, compressed=self.spec.compress_ratio > 0)
 
-    def _project(self, x: jax.Array, positions: jax.Array):
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """latent [B, T, q_lora_rank], q [B, T, N, H] and kv [B, T, H]."""
         with jax.named_scope("attention/project"):
             latent = self.q_norm(self.wq_a(x))
