@@ -42,3 +42,17 @@ def official_small_f32() -> dict[str, np.ndarray]:
     Good for inputs of layers; its outputs belong to other weights (docs/numerics.md).
     """
     return dict(np.load(GOLDEN / "official_small" / "reference_f32.npz"))
+
+
+@pytest.fixture
+def compilations():
+    """Call it for the number of programs compiled since the test began."""
+    count = 0
+
+    def listen(event: str, duration: float, **_) -> None:
+        nonlocal count
+        count += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield lambda: count
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -5,11 +5,14 @@ import json
 import logging
 import pathlib
 import re
+import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.reference.checkpoints import (
     HF,
@@ -502,3 +505,25 @@ def test_one_tensor_in_two_files_is_refused(tmp_path):
     write_file(folder / "more.safetensors", {"norm.weight": cut_tensors()["norm.weight"]})
     with pytest.raises(CheckpointError, match=r"norm\.weight, which occurs twice"):
         load(folder)
+
+
+# Costs --------------------------------------------------------------------------------------------
+
+
+def test_loading_compiles_nothing(compilations):
+    load(OFFICIAL)
+
+    assert compilations() == 0
+
+
+def test_loading_holds_little_more_than_the_model():
+    """NumPy memory above what stays: about the largest parameter, as the files are mapped."""
+    load(OFFICIAL)  # what is allocated once
+    tracemalloc.start()
+    model = load(OFFICIAL)
+    now, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model))]
+    assert peak - now <= 1.5 * max(sizes) + 2**21  # and 2 MiB of Python objects
+    assert sum(sizes) > 10 * max(sizes)

@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -366,7 +365,7 @@ def _make_array(
         return parts
 
     if sharding is None:
-        return jnp.asarray(read(tuple(slice(None) for _ in shape)))
+        return jax.device_put(read(tuple(slice(None) for _ in shape)))
     return jax.make_array_from_callback(shape, _fitting(sharding, shape), read)
 
 
