@@ -1,0 +1,88 @@
+"""One operation at one shape: what is timed on a device, and compiled for those that are not here.
+
+    python -m benchmarks.attention --list
+    python -m benchmarks.attention --only "Flash prefill 8k" --implementation xla
+
+`scripts/compile_kernels.py` compiles the same cases for TPUs.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+
+from sharding.topology import CHIPS, Chip
+
+Trips = dict[str, tuple[int, ...]]  # name of a Pallas kernel -> trips of its loops
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operation at a shape."""
+
+    op: str
+    shape: str  # "Flash prefill 8k"
+    run: Callable  # (*arguments, implementation=...) -> arrays
+    make: Callable[[], tuple]  # arguments, traceable
+    flops: float  # multiply-adds the algorithm cannot avoid, as FLOP
+    bytes: float  # HBM bytes it cannot avoid
+    trips: Callable[[str], Trips]  # chip -> loops of the kernels this case runs there
+    fp8: bool = False  # both factors of the products are FP8
+
+    @property
+    def name(self) -> str:
+        """ "attention: Flash prefill 8k"."""
+        return f"{self.op}: {self.shape}"
+
+    def arguments(self) -> tuple:
+        """Shapes and dtypes of the arguments."""
+        return jax.eval_shape(self.make)
+
+    def floors(self, chip: Chip) -> tuple[float, float]:
+        """Seconds the matrix units and the memory of a chip need at least."""
+        peak = chip.fp8_flops if self.fp8 else chip.flops
+        return self.flops / peak, self.bytes / chip.bandwidth
+
+
+def measure(case: Case, implementation: str | None, repeats: int) -> tuple[float, float]:
+    """Median seconds of a run on the default device, and of compiling."""
+    arguments = jax.jit(case.make)()
+    started = time.perf_counter()
+    run = jax.jit(lambda *a: case.run(*a, implementation=implementation))
+    compiled = run.lower(*arguments).compile()
+    seconds_to_compile = time.perf_counter() - started
+    jax.block_until_ready(compiled(*arguments))
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        times.append(time.perf_counter() - started)
+    return statistics.median(times), seconds_to_compile
+
+
+def main(cases: list[Case], doc: str) -> None:
+    """Times the cases on the default device and prints a table."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--implementation", help='"tpu", "xla", "reference" (default: the best)')
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    chosen = [case for case in cases if args.only in case.name]
+    if args.list or not chosen:
+        print("\n".join(case.name for case in cases))
+        return
+    device = jax.devices()[0]
+    chip = next((c for c in CHIPS.values() if c.name in device.device_kind), None)
+    print(f"{device.device_kind}, jax {jax.__version__}")
+    print(f"{'case':48} {'ms':>10} {'TFLOP/s':>9} {'GB/s':>9} {'roofline':>9} {'compile s':>10}")
+    for case in chosen:
+        seconds, compiling = measure(case, args.implementation, args.repeats)
+        share = f"{max(case.floors(chip)) / seconds:9.0%}" if chip else f"{'-':>9}"
+        print(
+            f"{case.name:48} {seconds * 1e3:10.3f} {case.flops / seconds / 1e12:9.3f} "
+            f"{case.bytes / seconds / 1e9:9.2f} {share} {compiling:10.1f}"
+        )

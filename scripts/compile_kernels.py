@@ -1,0 +1,125 @@
+"""Compiles every kernel for real TPUs, on any machine, and prints what the compiler made of it.
+
+    python -m scripts.compile_kernels --chip v6e --chip v7x --only attention
+
+Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip: seconds to compile; VMEM held
+by the largest kernel; HBM the program needs beside its arguments and results; the compiler's
+static schedule in microseconds beside what the matrix units, the vector unit and the memory need
+for the same work, the ratio of the schedule to the largest floor of the algorithm (matrix units or
+memory), and registers spilled. Waits for memory are not in a schedule.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from benchmarks import schedule
+
+DUMP = schedule.start_dump()  # before libtpu is loaded
+
+from benchmarks import kernel_cases
+from benchmarks.case import Case
+from sharding.topology import CHIPS, compile_on
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler made of one case on one chip. Times in microseconds."""
+
+    case: str
+    chip: str
+    compile_seconds: float
+    temp_bytes: int  # HBM beside arguments and results
+    schedule_us: float
+    mxu_floor_us: float
+    hbm_floor_us: float
+    vector_us: float  # what the vector unit needs for what was scheduled
+    spills: int
+    bundles: dict[str, int]  # kernel -> static length
+
+    @property
+    def ratio(self) -> float:
+        """Schedule over the algorithm's floor."""
+        return self.schedule_us / max(self.mxu_floor_us, self.hbm_floor_us)
+
+
+def report(case: Case, chip_name: str) -> Report:
+    """Compiles a case for a chip.
+
+    Raises:
+      ValueError: the kernels compiled are not those the case names.
+    """
+    chip = CHIPS[chip_name]
+    schedule.clear(DUMP)
+    started = time.perf_counter()
+    compiled = compile_on(
+        chip_name, lambda *a: case.run(*a, implementation="tpu"), *case.arguments()
+    )
+    seconds = time.perf_counter() - started
+    cycles = vector = spills = 0
+    bundles = {}
+    for name, trips in case.trips(chip_name).items():
+        for kernel in schedule.read(DUMP, name):
+            cycles += kernel.cycles(trips)
+            vector += kernel.unit_cycles("VALU", trips)
+            spills += kernel.spills()
+            bundles[kernel.kernel] = kernel.bundles
+    mxu, hbm = case.floors(chip)
+    per_us = 1e6 / chip.clock / chip.cores
+    return Report(
+        *(case.name, chip_name, round(seconds, 2), compiled.memory_analysis().temp_size_in_bytes),
+        *(cycles * per_us, mxu * 1e6, hbm * 1e6, vector * per_us, spills, bundles),
+    )
+
+
+HEADER = (
+    f"{'case':46} {'chip':4} {'compile s':>9} {'temp MB':>8} {'schedule':>10} {'MXU':>9} "
+    f"{'HBM':>9} {'VALU':>9} {'ratio':>6} {'spills':>6}   (times in us)"
+)
+
+
+def line(r: Report) -> str:
+    """A row of the table."""
+    return (
+        f"{r.case:46} {r.chip:4} {r.compile_seconds:9.1f} {r.temp_bytes / 1e6:8.1f} "
+        f"{r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} {r.hbm_floor_us:9.1f} {r.vector_us:9.1f} "
+        f"{r.ratio:6.2f} {r.spills:6}"
+    )
+
+
+def main() -> None:
+    """Prints the table; exits with 1 if a case did not compile."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--chip", action="append", choices=sorted(CHIPS), help="default: all")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the reports here")
+    args = parser.parse_args()
+    cases = [case for case in kernel_cases.all_cases() if args.only in case.name]
+    if not cases:
+        names = "\n  ".join(case.name for case in kernel_cases.all_cases())
+        sys.exit(f"no case contains {args.only!r}; there are\n  {names}")
+    print(HEADER)
+    reports, failed = [], []
+    for case in cases:
+        for chip in args.chip or CHIPS:
+            try:
+                reports.append(report(case, chip))
+                print(line(reports[-1]), flush=True)
+            except Exception as error:  # noqa: BLE001 - the compiler's types are not public
+                failed.append((case.name, chip))
+                print(f"{case.name:46} {chip:4} FAILED: {str(error)[:300]}", flush=True)
+    if args.json:
+        rows = [dataclasses.asdict(r) | {"ratio": round(r.ratio, 3)} for r in reports]
+        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    if failed:
+        sys.exit(f"{len(failed)} did not compile: {failed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""TPUs that are not there: their figures, and compiling for them on any machine.
+
+    with jax.set_mesh(topology_mesh("v6e")):
+        compiled = jax.jit(fn).lower(*arguments).compile()
+
+Needs the `libtpu` package (`pip install 'v4jax[tpu]'`), no TPU. Executables cannot run; their
+memory analysis, HLO and schedule can be read.
+
+Figures: Cloud TPU documentation; `jax.experimental.pallas.tpu.get_tpu_info_for_chip`. Clocks of
+v6e and v7x are what the peak rates imply.
+"""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one JAX device of a TPU generation can do (on v7x half a chip: one TensorCore)."""
+
+    name: str
+    host: str  # topology of one host
+    flops: float  # bfloat16 matrix multiply-adds, FLOP/s
+    fp8_flops: float  # FLOP/s with both factors in FP8
+    bandwidth: float  # HBM, bytes/s
+    clock: float  # Hz
+    hbm: float  # bytes the compiler can use
+    vmem: int  # bytes of one core
+    cores: int = 1  # TensorCores of a device; a kernel's parallel grid axes are split over them
+    devices_per_chip: int = 1
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "v5e:2x2", 197e12, 197e12, 819e9, 1.5e9, 15.75 * GiB, 128 << 20),
+        Chip("v5p", "v5p:2x2x1", 459e12, 459e12, 2765e9, 1.75e9, 95.74 * GiB, 64 << 20, cores=2),
+        Chip("v6e", "v6e:2x2", 918e12, 918e12, 1640e9, 1.75e9, 31.25 * GiB, 128 << 20),
+        Chip(
+            *("v7x", "tpu7x:2x2x1", 1153.5e12, 2307e12, 3690e9, 2.2e9, 94.75 * GiB, 64 << 20),
+            devices_per_chip=2,
+        ),
+    )
+}
+
+
+def topology_devices(topology: str) -> list:
+    """Devices of a topology such as "v6e:4x4" or "tpu7x:2x2x1"; abstract, they cannot run.
+
+    Raises:
+      ValueError: libtpu is not installed, or it does not know the topology.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no wait for a metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except Exception as error:  # jax raises several types here
+        raise ValueError(
+            f"no TPU topology {topology!r}: expected a name such as 'v5e:4x4', 'v5p:2x2x1', "
+            f"'v6e:2x2' or 'tpu7x:2x2x1', and the libtpu package ({error})."
+        ) from error
+
+
+def topology_mesh(
+    chip: str, shape: tuple[int, ...] = (1,), axes: tuple[str, ...] = ("d",)
+) -> jax.sharding.Mesh:
+    """A mesh over the first devices of one host of a generation: "v5e", "v5p", "v6e" or "v7x"."""
+    devices = topology_devices(CHIPS[chip].host)
+    return jax.sharding.Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), axes)
+
+
+def compile_on(chip: str, fn, *args) -> jax.stages.Compiled:
+    """Compiles `fn(*args)` for one device. `args` are pytrees of shapes (`jax.ShapeDtypeStruct`)."""
+    mesh = topology_mesh(chip)
+    replicated = jax.NamedSharding(mesh, jax.P())
+
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(fn).lower(*jax.tree.map(place, args)).compile()
