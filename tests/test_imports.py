@@ -17,13 +17,13 @@ ALLOWED = {
     },
     "scripts": {
         *("jax", "numpy", "flax", "tqdm", "matplotlib"),
-        *("pallas_kernels", "sharding", "v4jax"),
+        *("pallas_kernels", "sharding", "v4jax", "benchmarks"),
     },
 }
 # Inside v4jax: what a module may import, besides what comes before it.
 LAYERS = [
     {"config", "encoding", "numerics", "sampling"},
-    {"layers", "tokenizer"},
+    {"costs", "layers", "tokenizer"},
     {"cache", "hyper_connections"},
     {"compressor"},
     {"indexer", "moe"},

@@ -1,0 +1,263 @@
+"""What a token costs: FLOP, cache bytes and weight bytes, by kind of layer, with V3.2 beside it.
+
+    from v4jax import costs, pro
+    costs.decode_flops(pro(), 10**6).fp8_equivalent / costs.v32_decode_flops(10**6).fp8_equivalent
+
+Formulas, nothing is traced. A multiply-add is 2 FLOP. Norms, softmax, rotary embedding, Hadamard
+transform and the top-k itself are left out, as is the MTP block.
+
+The report's figures at 10**6 tokens (27 % of V3.2's FLOP and 10 % of its cache for Pro, 10 % and 7 %
+for Flash; section 1) come out with these weights, which it does not state: FP8 products count 1,
+bfloat16 products 2, FP4 products of the indexer 0.5, FP4 experts times FP8 activations 1, and the
+grouped output projection counts as FP8. V3.2 is taken in absorbed-MLA form with 2048 selected tokens.
+Source of V3.2's sizes: its report (arXiv 2512.02556) and released config.
+"""
+
+import dataclasses
+
+from v4jax.config import LayerSpec, V4Config
+
+# Bytes of a packed cache row: FP8 channels, bfloat16 rotated channels, a scale per 64 FP8 channels.
+_KV_SCALE_BLOCK = 64
+_FP4_SCALE_BLOCK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOP of one token (or of many, added), by the precision they are done in."""
+
+    linear: float = 0.0  # FP8 or FP4 weights times FP8 activations
+    wide: float = 0.0  # bfloat16 or float32: compressors, router, hyper-connections, head
+    attention: float = 0.0  # bfloat16: scores and weighted sum over window and entries
+    indexer: float = 0.0  # FP4 in V4, FP8 in V3.2: scores over compressed keys
+    indexer_weight: float = 0.5  # cost of an indexer FLOP in FP8 FLOP
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.linear + other.linear,
+            self.wide + other.wide,
+            self.attention + other.attention,
+            self.indexer + other.indexer,
+            max(self.indexer_weight, other.indexer_weight),
+        )
+
+    def __mul__(self, times: float) -> "Flops":
+        parts = (self.linear, self.wide, self.attention, self.indexer)
+        return Flops(*(times * part for part in parts), self.indexer_weight)
+
+    @property
+    def total(self) -> float:
+        """All FLOP alike."""
+        return self.linear + self.wide + self.attention + self.indexer
+
+    @property
+    def fp8_equivalent(self) -> float:
+        """FLOP weighted by what they cost beside an FP8 FLOP: bfloat16 2, indexer in FP4 0.5."""
+        return self.linear + 2 * (self.wide + self.attention) + self.indexer_weight * self.indexer
+
+
+def layer_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:
+    """One layer, one token that `context` tokens precede (itself included).
+
+    Args:
+      context: tokens; a mean over many tokens is allowed where attention is linear in it (the
+        callers below do that exactly).
+    """
+    return _fixed_flops(cfg, spec) + _context_flops(cfg, spec, context)
+
+
+def decode_flops(cfg: V4Config, context: int) -> Flops:
+    """One token at the end of a context of that many tokens, all layers and the head."""
+    layers = (layer_flops(cfg, spec, context) for spec in cfg.layers)
+    return sum(layers, _head_flops(cfg))
+
+
+def prefill_flops(cfg: V4Config, length: int) -> Flops:
+    """A prompt of `length` tokens, causal, the head for its last token only.
+
+    Attention counts the entries that each query sees; a kernel that masks does more.
+    """
+    flops = _head_flops(cfg)
+    for spec in cfg.layers:
+        flops += _fixed_flops(cfg, spec) * length
+        flops += _prefill_context_flops(cfg, spec, length)
+    return flops
+
+
+def kv_row_bytes(cfg: V4Config) -> int:
+    """A packed cache row: e4m3 channels, bfloat16 rotated channels, one scale byte per 64.
+
+    Rounded up to 8 bytes, as in the released kernels' layout (584 for 512 channels).
+    """
+    nope = cfg.nope_head_dim
+    return -(-(nope + 2 * cfg.rope_head_dim + -(-nope // _KV_SCALE_BLOCK)) // 8) * 8
+
+
+def index_key_bytes(cfg: V4Config) -> int:
+    """A packed indexer key: e2m1, one scale byte per 32 channels."""
+    width = cfg.indexer.head_dim
+    return width // 2 + width // _FP4_SCALE_BLOCK
+
+
+def cache_bytes_per_token(cfg: V4Config) -> float:
+    """Bytes by which a packed cache grows with each token of context."""
+    row, key = kv_row_bytes(cfg), index_key_bytes(cfg)
+    compressed = [spec for spec in cfg.layers if spec.compress_ratio]
+    return sum((row + key * spec.is_csa) / spec.compress_ratio for spec in compressed)
+
+
+def cache_bytes(cfg: V4Config, context: int) -> float:
+    """A sequence's packed cache: what grows, and the windows. Open pools are not counted."""
+    windows = len(cfg.layers) * cfg.window * kv_row_bytes(cfg)
+    return windows + context * cache_bytes_per_token(cfg)
+
+
+def expert_bytes(cfg: V4Config) -> float:
+    """Weights of one routed expert as stored: FP4 with a scale byte per 32, FP8, or bfloat16."""
+    size = 3 * cfg.embed_dim * cfg.moe.expert_dim
+    match cfg.expert_format:
+        case "fp4":
+            return size * (0.5 + 1 / _FP4_SCALE_BLOCK)
+        case "fp8":
+            return size * (1 + 1 / 128**2)
+        case _:
+            return size * 2.0
+
+
+def experts_hit(cfg: V4Config, tokens: int) -> float:
+    """Expected number of experts that a layer reads for that many tokens, routed at random."""
+    share = cfg.moe.experts_per_token / cfg.moe.num_experts
+    return cfg.moe.num_experts * (1 - (1 - share) ** tokens)
+
+
+# Parts of V4 --------------------------------------------------------------------------------------
+
+
+def _fixed_flops(cfg: V4Config, spec: LayerSpec) -> Flops:
+    """What does not depend on the context."""
+    dim, heads_dim, moe = cfg.embed_dim, cfg.num_heads * cfg.head_dim, cfg.moe
+    latent = cfg.o_groups * cfg.o_lora_rank
+    linear = (
+        dim * cfg.q_lora_rank
+        + cfg.q_lora_rank * heads_dim
+        + dim * cfg.head_dim
+        + heads_dim * cfg.o_lora_rank  # G groups of heads_dim / G inputs
+        + latent * dim
+        + (moe.experts_per_token + 1) * 3 * dim * moe.expert_dim
+    )
+    streams = cfg.num_streams
+    coefficients = streams * dim * (2 + streams) * streams
+    mixing = dim * (streams + streams + streams * streams)  # collapse, expand, mix
+    wide = 2 * (coefficients + mixing)  # before and after attention, before and after the experts
+    if not spec.hash_routed:
+        wide += dim * moe.num_experts
+    if spec.compress_ratio:
+        width = cfg.head_dim * (2 if spec.is_csa else 1)
+        wide += 2 * dim * width  # value and gate
+    if spec.is_csa:
+        index = cfg.indexer
+        linear += cfg.q_lora_rank * index.num_heads * index.head_dim
+        wide += dim * index.num_heads + 2 * dim * 2 * index.head_dim
+    return Flops(linear=2.0 * linear, wide=2.0 * wide)
+
+
+def _context_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:
+    """Attention and indexer of one token that sees `context` tokens."""
+    rows, keys = min(context, cfg.window), 0.0
+    if spec.compress_ratio:
+        entries = context // spec.compress_ratio
+        keys = entries if spec.is_csa else 0.0
+        rows += min(entries, cfg.indexer.topk) if spec.is_csa else entries
+    return Flops(
+        attention=4.0 * cfg.num_heads * cfg.head_dim * rows,
+        indexer=2.0 * cfg.indexer.num_heads * cfg.indexer.head_dim * keys,
+    )
+
+
+def _prefill_context_flops(cfg: V4Config, spec: LayerSpec, length: int) -> Flops:
+    """The sum of `_context_flops` over contexts 1 .. length."""
+    rows = _sum_of_minima(length, cfg.window, 1)
+    keys = 0
+    if spec.is_csa:
+        keys = _sum_of_minima(length, length, spec.compress_ratio)
+        rows += _sum_of_minima(length, cfg.indexer.topk, spec.compress_ratio)
+    elif spec.compress_ratio:
+        rows += _sum_of_minima(length, length, spec.compress_ratio)
+    return Flops(
+        attention=4.0 * cfg.num_heads * cfg.head_dim * rows,
+        indexer=2.0 * cfg.indexer.num_heads * cfg.indexer.head_dim * keys,
+    )
+
+
+def _sum_of_minima(length: int, bound: int, ratio: int) -> int:
+    """sum over t = 1 .. length of min(t // ratio, bound)."""
+    free = min(length, bound * ratio)  # up to here t // ratio <= bound
+    full, rest = divmod(free + 1, ratio)  # t = 0 .. free: `full` whole runs of `ratio` equal values
+    return ratio * full * (full - 1) // 2 + full * rest + bound * (length - free)
+
+
+def _head_flops(cfg: V4Config) -> Flops:
+    streams = cfg.num_streams * cfg.embed_dim
+    collapse = streams * cfg.num_streams + streams
+    return Flops(wide=2.0 * (cfg.vocab_size * cfg.embed_dim + collapse))
+
+
+# DeepSeek-V3.2 ------------------------------------------------------------------------------------
+
+_V32 = dict(
+    layers=61,
+    dense_layers=3,
+    dim=7168,
+    heads=128,
+    q_rank=1536,
+    kv_rank=512,
+    rope=64,
+    nope=128,
+    experts=256,
+    active=9,  # eight routed, one shared
+    expert_dim=2048,
+    dense_dim=18_432,
+    vocab=129_280,
+    index_heads=64,
+    index_dim=128,
+    topk=2048,
+)
+
+
+def v32_decode_flops(context: int) -> Flops:
+    """DeepSeek-V3.2, one token: absorbed MLA over 2048 selected tokens, FP8 indexer."""
+    v = _V32
+    rows, width = min(context, v["topk"]), v["kv_rank"] + v["rope"]
+    attention = (
+        v["dim"] * v["q_rank"]
+        + v["q_rank"] * v["heads"] * (v["nope"] + v["rope"])
+        + v["dim"] * width
+        + v["kv_rank"] * v["heads"] * 2 * v["nope"]
+        + v["heads"] * v["nope"] * v["dim"]
+    )
+    index = v["q_rank"] * v["index_heads"] * v["index_dim"] + v["dim"] * v["index_dim"]
+    moe_layers = v["layers"] - v["dense_layers"]
+    linear = (
+        v["layers"] * (attention + index)
+        + moe_layers * v["active"] * 3 * v["dim"] * v["expert_dim"]
+        + v["dense_layers"] * 3 * v["dim"] * v["dense_dim"]
+    )
+    wide = (
+        v["vocab"] * v["dim"]
+        + moe_layers * v["dim"] * v["experts"]
+        + v["layers"] * v["dim"] * v["index_heads"]
+    )
+    return Flops(
+        linear=2.0 * linear,
+        wide=2.0 * wide,
+        attention=2.0 * v["layers"] * v["heads"] * rows * (width + v["kv_rank"]),
+        indexer=2.0 * v["layers"] * v["index_heads"] * v["index_dim"] * context,
+        indexer_weight=1.0,
+    )
+
+
+def v32_cache_bytes(context: int) -> float:
+    """V3.2's cache: per layer FP8 latent with 4 float32 scales, bfloat16 rope, FP8 key with a scale."""
+    v = _V32
+    row = v["kv_rank"] + 4 * (v["kv_rank"] // 128) + 2 * v["rope"] + v["index_dim"] + 4
+    return float(v["layers"] * row * context)
