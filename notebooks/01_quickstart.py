@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Quickstart: a whole DeepSeek-V4 on a laptop
 #
-# `nano` is the small model that ships with this repository: 7.8 million parameters, trained on Jane
+# `nano` is the small model that ships with this repository: 7.9 million parameters, trained on Jane
 # Austen's novels, with every part of DeepSeek-V4 in it. This notebook loads it, lets it write in the
 # three modes, looks at its parameters and its cache, and draws what a query sees.
 
@@ -26,7 +26,7 @@ import numpy as np
 
 import v4jax
 from v4jax import checkpoint
-from v4jax.encoding import BOS, MODES, encode_messages, parse_partial_completion
+from v4jax.encoding import ASSISTANT, BOS, MODES, encode_messages, parse_partial_completion
 from v4jax.generate import Generator
 from v4jax.sampling import Temperature
 from v4jax.summary import count_parameters, describe
@@ -46,8 +46,10 @@ tokenizer = Tokenizer(NANO)
 generator = Generator(model)
 
 prompt = tokenizer.encode(BOS + "Elizabeth was surprised to see him, but")
-steps = generator.stream([prompt], sampler=Temperature(0.7), max_new_tokens=80, seed=0)
-print(tokenizer.decode(prompt) + "".join(tokenizer.decode_stream(step[0] for step in steps)))
+completion = generator.generate(
+    [prompt], sampler=Temperature(0.5), max_new_tokens=80, stop_ids=tokenizer.stop_ids, seed=0
+)[0]
+print(tokenizer.decode([*prompt, *completion.tokens]).removesuffix(ASSISTANT))
 
 # %% [markdown]
 # ## Three modes
@@ -61,7 +63,7 @@ messages = [{"role": "user", "content": "Mr. Darcy looked at her with great earn
 for mode, (thinking_mode, effort) in MODES.items():
     text = encode_messages(messages, thinking_mode, reasoning_effort=effort)
     (completion,) = generator.generate(
-        [tokenizer.encode(text)], sampler=Temperature(0.7), max_new_tokens=100, seed=2
+        [tokenizer.encode(text)], sampler=Temperature(0.5), max_new_tokens=100, seed=3
     )
     reply = parse_partial_completion(
         tokenizer.decode(completion.tokens, keep_special=True), thinking_mode

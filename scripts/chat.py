@@ -30,12 +30,14 @@ def reply(
         [prompt],
         sampler=sampler_of(args),
         max_new_tokens=args.max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
         seed=args.seed + len(messages),
     )
+    ids = (step[0] for step in steps if step[0] not in tokenizer.stop_ids)
     text = ""
     if thinking_mode == "thinking":
         print("[", end="", flush=True)
-    for piece in tokenizer.decode_stream(step[0] for step in steps):
+    for piece in tokenizer.decode_stream(ids):
         text += piece
         print(piece.replace(THINK_END, "]\n"), end="", flush=True)
     print()

@@ -74,11 +74,13 @@ def main() -> None:
             [prompt],
             sampler=sampler_of(args),
             max_new_tokens=args.max_new_tokens,
+            stop_ids=tokenizer.stop_ids,
             seed=args.seed,
         )
         for step in steps:
             times.append(time.monotonic())
-            yield step[0]
+            if step[0] not in tokenizer.stop_ids:
+                yield step[0]
 
     for piece in tokenizer.decode_stream(ids()):
         print(piece, end="", flush=True)

@@ -1,11 +1,12 @@
-"""Makes the tokenizer and the token stream that nano is trained on.
+"""Makes the tokenizer and the token streams that nano is trained and evaluated on.
 
     python -m scripts.prepare_nano --output runs/nano/data
 
 The text is scripts/data/austen/train.txt (one paragraph per line, an empty line between chapters).
 Every chapter becomes a document. Every longer paragraph also becomes a dialogue in the prompt
 format, in one of the three modes: the user gives its beginning, the assistant continues, and in
-the thinking modes first names words that the continuation will use.
+the thinking modes first names words that the continuation will use. heldout.txt becomes
+heldout.npy, chapters only.
 """
 
 import argparse
@@ -13,13 +14,14 @@ import json
 import pathlib
 import random
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
 from v4jax.encoding import BOS, EOS, MODES, encode_messages
-from v4jax.tokenizer import train_tokenizer
+from v4jax.tokenizer import Tokenizer, train_tokenizer
 
-TEXT = pathlib.Path(__file__).parent / "data" / "austen" / "train.txt"
+FOLDER = pathlib.Path(__file__).parent / "data" / "austen"
 MODE_SHARES = {"non-think": 0.5, "think-high": 0.35, "think-max": 0.15}
 PLANNED_WORDS = {"think-high": 4, "think-max": 8}
 
@@ -40,23 +42,37 @@ def dialogue(paragraph: str, rng: random.Random) -> str | None:
     return encode_messages(messages, thinking_mode, reasoning_effort=effort)
 
 
+def as_document(chapter: str) -> str:
+    """A chapter between the tokens that begin and end a text."""
+    return BOS + chapter + EOS
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
+    """All texts as one stream, uint16 [N]."""
+    return np.array([t for text in texts for t in tokenizer.encode(text)], np.uint16)
+
+
 def main() -> None:
-    """Writes tokenizer.json, tokens.npy and a summary."""
+    """Writes tokenizer.json, tokens.npy and heldout.npy, and prints a summary."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--text", type=pathlib.Path, default=TEXT)
+    parser.add_argument("--text", type=pathlib.Path, default=FOLDER / "train.txt")
+    parser.add_argument("--heldout", type=pathlib.Path, default=FOLDER / "heldout.txt")
     parser.add_argument("--vocab-size", type=int, default=1280)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     rng = random.Random(args.seed)
-    chapters = args.text.read_text(encoding="utf-8").strip().split("\n\n")
+    chapters, held_out = (
+        path.read_text(encoding="utf-8").strip().split("\n\n")
+        for path in (args.text, args.heldout)
+    )
     paragraphs = [line for chapter in chapters for line in chapter.split("\n")]
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(chapters, args.vocab_size, args.output / "tokenizer.json")
 
     dialogues = [text for text in (dialogue(p, rng) for p in paragraphs) if text]
-    documents = [BOS + chapter + EOS for chapter in chapters]
+    documents = [as_document(chapter) for chapter in chapters]
     # Dialogues go in packs between the chapters, so that windows see both.
     size = -(-len(dialogues) // len(documents))
     rng.shuffle(dialogues)
@@ -64,8 +80,9 @@ def main() -> None:
     stream = []
     for i, document in enumerate(documents):
         stream += [document, *dialogues[i * size : (i + 1) * size]]
-    tokens = np.array([t for text in stream for t in tokenizer.encode(text)], np.uint16)
+    tokens = encode(tokenizer, stream)
     np.save(args.output / "tokens.npy", tokens)
+    np.save(args.output / "heldout.npy", encode(tokenizer, map(as_document, held_out)))
     summary = {
         "chapters": len(documents),
         "dialogues": len(dialogues),

@@ -11,7 +11,7 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         "checkpoints and v4jax.encoding work without it, on token ids and strings."
     ) from error
 
-from v4jax.encoding import BOS, EOS, PAD, SPECIAL_TOKENS
+from v4jax.encoding import ASSISTANT, BOS, EOS, PAD, SPECIAL_TOKENS, USER
 
 # What the released tokenizer splits text at before byte-level BPE, in this order.
 _SPLITS = (
@@ -45,6 +45,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids."""
         return self._tokenizer.get_vocab_size()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn: the end of the text, and the beginning of somebody's next turn."""
+        return tuple(self.id(token) for token in (EOS, USER, ASSISTANT))
 
     def id(self, token: str) -> int:
         """Id of one token, say a special one.

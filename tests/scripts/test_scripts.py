@@ -1,0 +1,134 @@
+"""The scripts as a user runs them: in a process of their own, on the bundled model."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import GOLDEN, NANO, ROOT
+from v4jax import checkpoint
+
+PROMPT = "Elizabeth was surprised to see him, but"
+
+
+def start(script: str, *args: object, **options) -> subprocess.Popen:
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+    }
+    command = [sys.executable, "-m", f"scripts.{script}", *map(str, args)]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes, **options)
+
+
+def run(script: str, *args: object, stdin: str = "") -> tuple[str, str]:
+    process = start(script, *args)
+    out, err = process.communicate(stdin, timeout=600)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def test_generate_continues_a_prompt_reproducibly():
+    args = ("--checkpoint", NANO, "--mode", "raw", "--prompt", PROMPT, "--max-new-tokens", 40)
+
+    out, err = run("generate", *args, "--seed", 3)
+
+    assert len(out.split()) > 8
+    assert re.search(r"40 generated.* ([\d.]+) tokens/s", err)
+    assert run("generate", *args, "--seed", 3)[0] == out
+    assert run("generate", *args, "--seed", 4)[0] != out
+
+
+@pytest.mark.parametrize("mode", ["non-think", "think-high", "think-max"])
+def test_generate_in_each_mode(mode):
+    args = ("--checkpoint", NANO, "--mode", mode, "--prompt", "She was very happy.")
+
+    out, _ = run("generate", *args, "--max-new-tokens", 30, "--temperature", 0)
+
+    assert len(out.strip()) > 20
+
+
+def test_generate_refuses_two_samplers():
+    process = start("generate", "--checkpoint", NANO, "--prompt", "x", "--top-k", 3, "--top-p", 0.5)
+    _, err = process.communicate(timeout=600)
+
+    assert process.returncode != 0
+    assert "--top-k and --top-p exclude each other" in err
+
+
+def test_chat_answers_every_message():
+    stdin = "How is Mr. Knightley?\n/mode think-high\nWho is Emma?\n/mode shout\n/quit\n"
+
+    out, err = run("chat", "--checkpoint", NANO, "--max-new-tokens", 30, stdin=stdin)
+
+    first, second = out.split("> ")[1:3]
+    assert len(first.strip()) > 20
+    assert second.startswith("[")
+    assert "'shout': expected one of non-think" in err
+
+
+@pytest.mark.parametrize("decode", [(), ("--decode-from", 150)], ids=["whole", "decoded"])
+def test_score_writes_the_logits_of_transformers(decode, hf_small, tmp_path):
+    np.save(tmp_path / "tokens.npy", hf_small["tokens"].astype(np.int32))
+
+    run(
+        *("score", "--checkpoint", GOLDEN / "hf_small", "--tokens", tmp_path / "tokens.npy"),
+        *("--out", tmp_path / "out.npz", "--dtype", "float32", "--numerics", "plain", *decode),
+    )
+
+    logits, expected = np.load(tmp_path / "out.npz")["logits"], hf_small["logits"]
+    assert logits.dtype == np.float32
+    assert np.abs(logits - expected).max() <= 2e-4
+    assert np.array_equal(logits.argmax(-1), expected.argmax(-1))
+
+
+def test_score_prints_the_perplexity_of_the_documents():
+    text = ROOT / "scripts" / "data" / "austen" / "heldout.txt"
+
+    out, _ = run("score", "--checkpoint", NANO, "--text", text)
+
+    documented = (ROOT / "docs" / "nano.md").read_text(encoding="utf-8")
+    (expected,) = re.findall(r"FP4 \+ FP8, `released`[^|]*\| ([\d.]+)", documented)
+    assert abs(float(re.search(r"perplexity ([\d.]+)", out).group(1)) - float(expected)) < 0.02
+
+
+def test_prepare_nano_makes_the_tokenizer_of_the_bundled_model(tmp_path):
+    out, _ = run("prepare_nano", "--output", tmp_path)
+
+    assert json.loads(out)["vocab_size"] == 1280
+    assert np.load(tmp_path / "tokens.npy").size == json.loads(out)["tokens"]
+    assert 30_000 < np.load(tmp_path / "heldout.npy").size < 60_000
+    ours, bundled = ((d / "tokenizer.json").read_bytes() for d in (tmp_path, NANO))
+    assert ours == bundled
+
+
+def test_finetune_goes_on_where_it_was_killed(tmp_path):
+    tokens = np.random.default_rng(0).integers(3, 256, 4000).astype(np.uint16)
+    np.save(tmp_path / "tokens.npy", tokens)
+    args = (
+        *("--model", "tiny", "--tokens", tmp_path / "tokens.npy", "--steps", 6, "--seq-len", 150),
+        *("--batch-size", 2, "--save-every", 2, "--log-every", 1, "--lr", 1e-3, "--warmup", 1),
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("finetune", *args, "--output", whole)
+
+    process = start("finetune", *args, "--output", broken, start_new_session=True)
+    deadline = time.monotonic() + 500
+    while not (broken / "state" / "2").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    out, _ = run("finetune", *args, "--output", broken)
+
+    assert "going on from step" in out
+    files = [d / "model" / "model.safetensors" for d in (whole, broken)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert checkpoint.load(broken / "model").cfg.name == "tiny"
