@@ -7,6 +7,7 @@ from benchmarks.case import Case
 
 MODULES = (
     "attention",
+    "decode_attention",
     "gated_pool",
     "grouped_matmul",
     "hyper_connections",

@@ -143,9 +143,8 @@ def last_query(layer: int) -> list[tuple[int, int, float]]:
     if spec.is_csa:
         keys = model.numerics.round_indexer(attention.indexer.compressor(x))
         queries, weights = attention.indexer.queries(x, latent, positions)
-        chosen = sorted(
-            int(i) for i in attention.indexer.select(queries, weights, keys, positions)[0, -1]
-        )
+        selection = attention.indexer.select(queries, weights, keys, positions)
+        chosen = sorted(int(i) for i in selection.to_indices()[0, -1])
     window = model.cfg.window
     rows = np.concatenate([kv[0, -window:], entries[0, jnp.asarray(list(chosen))]])
     scores = np.asarray(q[0, -1]) @ rows.T / np.sqrt(model.cfg.head_dim)

@@ -7,7 +7,7 @@
 | "xla"       | blockwise jax.numpy, no quadratic buffer                    | anywhere       |
 | "reference" | the specification: dense, small shapes only                 | anywhere       |
 
-`None` picks "tpu" where the program is compiled for a TPU and the shapes are the kernel's, else
+A tuple of names is an order of preference: the first that can run does. `None` picks "tpu" where the program is compiled for a TPU and the shapes are the kernel's, else
 "xla". A kernel works on one device's arrays: under a mesh of several devices `None` picks it only
 inside `jax.shard_map`.
 """
@@ -17,16 +17,22 @@ import jax
 IMPLEMENTATIONS = ("tpu", "interpret", "xla", "reference")
 
 
-def choose(implementation: str | None, *, unsupported: str | None = None) -> str:
+Implementation = str | tuple[str, ...] | None
+
+
+def choose(implementation: Implementation, *, unsupported: str | None = None) -> str:
     """The implementation to run.
 
     Args:
-      implementation: one of `IMPLEMENTATIONS`, or None for the best one.
+      implementation: one of `IMPLEMENTATIONS`, several in order of preference, or None for the
+        best one.
       unsupported: why the kernel cannot take these arguments, None if it can.
 
     Raises:
       ValueError: an unknown name, or one that cannot run here.
     """
+    if isinstance(implementation, tuple):
+        return _first(implementation, unsupported)
     if implementation is None:
         return "tpu" if unsupported is None and _kernels_run() else "xla"
     if implementation not in IMPLEMENTATIONS:
@@ -39,6 +45,16 @@ def choose(implementation: str | None, *, unsupported: str | None = None) -> str
             "to run the kernel in the Pallas interpreter."
         )
     return implementation
+
+
+def _first(names: tuple[str, ...], unsupported: str | None) -> str:
+    reasons = []
+    for name in names:
+        try:
+            return choose(name, unsupported=unsupported)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError(f"implementation={names}: none can run. {' '.join(reasons)}")
 
 
 def target_platform() -> str:

@@ -12,9 +12,13 @@ Weights are kept as `QuantizedArray`s with logical shape [..., in, out]:
 | fp8    | float8_e4m3fn [..., in, out]    | [..., ceil(in/128), ceil(out/128)]| (128,128) |
 | fp4    | uint8 [..., in/2, out]          | [..., in/32, out]                 | (32, 1)   |
 
-An FP4 byte in row r holds input 2r in its low nibble and input 2r+1 in its high nibble; a nibble is
-sign, two exponent bits, one mantissa bit: codes 0..7 are 0, .5, 1, 1.5, 2, 3, 4, 6, codes 8..15
-their negatives. This is the checkpoint's layout with the last two axes swapped.
+FP4 codes are sign, two exponent bits, one mantissa bit: codes 0..7 are 0, .5, 1, 1.5, 2, 3, 4, 6,
+codes 8..15 their negatives. Inputs lie in blocks of `fp4_block(in)`: 256, or all of them where 256
+does not divide `in`. Byte row r of a block holds the block's input r in its low nibble and its input
+r + block / 2 in its high nibble, so that a kernel unpacks a block into two halves that are whole
+rows, and nothing is interleaved. Checkpoints hold inputs 2r and 2r + 1 in byte r: `pack_planes` and
+`unpack_planes` turn one into the other. Where the `in` axis is cut over devices, a device's part
+must be whole blocks.
 
 Source: the released `inference/kernel.py` (act_quant, fp4_act_quant); report section 5.2.1.
 """
@@ -24,11 +28,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 FP8_WEIGHT_BLOCK = (128, 128)
 FP4_WEIGHT_BLOCK = (32, 1)
+FP4_PLANES_BLOCK = 256  # inputs whose codes share bytes
 FP8_ACTIVATION_BLOCK = 128
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FP8_AMAX_FLOOR = 1e-4
@@ -88,11 +94,40 @@ class QuantizedArray:
         return (values * scale[..., :rows, :cols]).astype(dtype)
 
 
+def fp4_block(num_inputs: int) -> int:
+    """Inputs of a block of packed FP4: byte row r has inputs r and r + block / 2 of its block."""
+    return FP4_PLANES_BLOCK if num_inputs % FP4_PLANES_BLOCK == 0 else num_inputs
+
+
 def unpack_fp4(packed: jax.Array) -> jax.Array:
     """uint8 [..., in / 2, out] -> float32 [..., in, out] of e2m1 values, scales not applied."""
-    nibbles = jnp.stack([packed & 0xF, packed >> 4], axis=-2)  # [..., in / 2, 2, out]
-    *batch, rows, _, cols = nibbles.shape
-    return decode_e2m1(nibbles.reshape(*batch, rows * 2, cols))
+    *batch, rows, cols = packed.shape
+    half = fp4_block(2 * rows) // 2
+    packed = packed.reshape(*batch, rows // half, half, cols)
+    codes = jnp.concatenate([packed & 0xF, packed >> 4], axis=-2)
+    return decode_e2m1(codes.reshape(*batch, rows * 2, cols))
+
+
+def pack_planes(interleaved: np.ndarray) -> np.ndarray:
+    """uint8 [..., in / 2] as in checkpoints (inputs 2r, 2r + 1 in byte r) -> planes, as above."""
+    pairs = _in_fp4_blocks(interleaved)
+    first, second = np.split(pairs, 2, axis=-1)  # the block's first and second half of inputs
+    planes = np.empty_like(pairs)
+    planes[..., 0::2] = (first & 0xF) | (second << 4)
+    planes[..., 1::2] = (first >> 4) | (second & 0xF0)
+    return planes.reshape(interleaved.shape)
+
+
+def unpack_planes(planes: np.ndarray) -> np.ndarray:
+    """The inverse of `pack_planes`."""
+    blocks = _in_fp4_blocks(planes)
+    even, odd = blocks[..., 0::2], blocks[..., 1::2]
+    first, second = (even & 0xF) | (odd << 4), (even >> 4) | (odd & 0xF0)
+    return np.concatenate([first, second], axis=-1).reshape(planes.shape)
+
+
+def _in_fp4_blocks(packed: np.ndarray) -> np.ndarray:
+    return packed.reshape(*packed.shape[:-1], -1, fp4_block(2 * packed.shape[-1]) // 2)
 
 
 def decode_e2m1(code: jax.Array) -> jax.Array:
@@ -246,10 +281,12 @@ def quantize_weight(
                 raise ValueError(f"weight has {rows} inputs: fp4 needs a multiple of {bi}.")
             groups = weight.reshape(*batch, rows // bi, bi, cols)
             scale = _scale(groups, -2, E2M1_MAX, _FP4_AMAX_FLOOR)
-            code = encode_e2m1(round_e2m1(groups / scale)).reshape(*batch, rows // 2, 2, cols)
-            packed = code[..., 0, :] | code[..., 1, :] << 4
+            half = fp4_block(rows) // 2
+            code = encode_e2m1(round_e2m1(groups / scale))
+            code = code.reshape(*batch, rows // (2 * half), 2, half, cols)
+            packed = code[..., 0, :, :] | code[..., 1, :, :] << 4
             return QuantizedArray(
-                packed.astype(jnp.uint8),
+                packed.reshape(*batch, rows // 2, cols).astype(jnp.uint8),
                 scale[..., 0, :].astype(jnp.float8_e8m0fnu),
                 FP4_WEIGHT_BLOCK,
             )

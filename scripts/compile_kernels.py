@@ -93,17 +93,28 @@ def line(r: Report) -> str:
     )
 
 
+def choose(only: list[str]) -> list[Case]:
+    """The cases of these names, or whose names contain these parts."""
+    cases = {case.name: case for case in kernel_cases.all_cases()}
+    found = {}
+    for part in only:
+        names = [part] if part in cases else [name for name in cases if part in name]
+        if not names:
+            sys.exit("\n  ".join([f"no case contains {part!r}; there are", *cases]))
+        found |= {name: cases[name] for name in names}
+    return list(found.values())
+
+
 def main() -> None:
     """Prints the table; exits with 1 if a case did not compile."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--chip", action="append", choices=sorted(CHIPS), help="default: all")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--only", action="append", help="a case's name, or a part of names (may be repeated)"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write the reports here")
     args = parser.parse_args()
-    cases = [case for case in kernel_cases.all_cases() if args.only in case.name]
-    if not cases:
-        names = "\n  ".join(case.name for case in kernel_cases.all_cases())
-        sys.exit(f"no case contains {args.only!r}; there are\n  {names}")
+    cases = choose(args.only or [""])
     print(HEADER)
     reports, failed = [], []
     for case in cases:

@@ -85,9 +85,10 @@ class Attention(nnx.Module):
         x, latent = jax.lax.stop_gradient((x, latent))
         queries, weights = self.indexer.queries(x, latent, positions)
         keys = self.numerics.round_indexer(self.indexer.compressor(x))
-        indices = self.indexer.select(queries, weights, keys, positions)
-        out, log_denominator = self._attend_selected(q, window, entries, indices, positions)
+        selection = self.indexer.select(queries, weights, keys, positions)
+        out, log_denominator = self._attend_selected(q, window, entries, selection, positions)
         with jax.named_scope("indexer/loss"):
+            indices = selection.to_indices()
             mass = selected_mass(q, entries, indices, log_denominator, scale=self._scale)
             loss = indexer_loss(queries, weights, keys, indices, mass)
         return self._output(out, positions), loss
@@ -101,7 +102,7 @@ class Attention(nnx.Module):
             entries, counts, pool = self.compressor.extend(x, chunk, cache.pool)
             entries = append_entries(cache.entries, self._entries(entries), first, counts)
             new = dataclasses.replace(new, entries=entries, pool=pool)
-        indices = None
+        selection = None
         if self.indexer:
             keys, counts, pool = self.indexer.compressor.extend(x, chunk, cache.index_pool)
             keys = append_entries(
@@ -109,16 +110,16 @@ class Attention(nnx.Module):
             )
             new = dataclasses.replace(new, index_keys=keys, index_pool=pool)
             queries, weights = self.indexer.queries(x, latent, chunk.positions)
-            indices = self.indexer.select(queries, weights, keys, chunk.positions)
+            selection = self.indexer.select(queries, weights, keys, chunk.positions)
 
         if x.shape[1] == 1:
-            out = self._attend_decode(q, new, indices, chunk.positions)
+            out = self._attend_decode(q, new, selection, chunk.positions)
         else:
             window = window_rows(cache.window, kv, chunk.start)
-            if indices is None:
+            if selection is None:
                 out = self._attend_dense(q, window, new.entries, chunk.positions)
             else:
-                out, _ = self._attend_selected(q, window, new.entries, indices, chunk.positions)
+                out, _ = self._attend_selected(q, window, new.entries, selection, chunk.positions)
         return self._output(out, chunk.positions), new
 
     @property
@@ -154,16 +155,24 @@ class Attention(nnx.Module):
                 positions,
                 ratio=max(self.spec.compress_ratio, 1),
                 scale=self._scale,
+                implementation=self.numerics.implementation,
             )
         return out
 
-    def _attend_selected(self, q, window, entries, indices, positions):
+    def _attend_selected(self, q, window, entries, selection, positions):
         with jax.named_scope("csa"):
             return selected_attention(
-                q, window, entries, indices, self.sink[...], positions, scale=self._scale
+                q,
+                window,
+                entries,
+                selection,
+                self.sink[...],
+                positions,
+                scale=self._scale,
+                implementation=self.numerics.implementation,
             )
 
-    def _attend_decode(self, q, cache, indices, positions):
+    def _attend_decode(self, q, cache, selection, positions):
         entries = cache.entries
         if entries is None:
             entries = jnp.zeros((q.shape[0], 0, q.shape[-1]), q.dtype)
@@ -172,11 +181,12 @@ class Attention(nnx.Module):
                 q[:, 0],
                 cache.window,
                 entries,
-                None if indices is None else indices[:, 0],
+                None if selection is None else selection.to_indices()[:, 0],
                 self.sink[...],
                 positions[:, 0],
                 ratio=max(self.spec.compress_ratio, 1),
                 scale=self._scale,
+                implementation=self.numerics.implementation,
             )
         return out[:, None]
 

@@ -54,7 +54,9 @@ class Compressor(nnx.Module):
         value, gate = self._project(x)
         rows = (batch, count, self.ratio, value.shape[-1])
         value, gate = (y[:, : count * self.ratio].reshape(rows) for y in (value, gate))
-        pooled = pool_windows(value, gate, self.ape[...])
+        pooled = pool_windows(
+            value, gate, self.ape[...], implementation=self.numerics.implementation
+        )
         if self.overlap:
             pooled = self._overlap(pooled, init_pool(batch, self.width, overlap=True).previous)
         return self._finish(pooled, jnp.zeros(batch, jnp.int32))
@@ -120,6 +122,7 @@ class Compressor(nnx.Module):
             place(space, gate, slot).reshape(rows),
             self.ape[...],
             valid.reshape(rows[:3]),
+            implementation=self.numerics.implementation,
         )
 
     def _overlap(self, pools: Pool, previous: Pool) -> Pool:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.indexer import index_topk, selected_scores
+from pallas_kernels.selection import Selection
 from sharding import AxisRules
 from v4jax.compressor import Compressor
 from v4jax.config import LayerSpec, V4Config
@@ -60,11 +61,17 @@ class Indexer(nnx.Module):
 
     def select(
         self, queries: jax.Array, weights: jax.Array, keys: jax.Array, positions: jax.Array
-    ) -> jax.Array:
-        """Indices [B, T, K] of the entries to attend to, -1 where there are fewer."""
+    ) -> Selection:
+        """The entries each query attends to."""
         cfg = self.cfg.indexer
         return index_topk(
-            queries, weights, keys, positions, topk=cfg.topk, ratio=self.compressor.ratio
+            queries,
+            weights,
+            keys,
+            positions,
+            topk=cfg.topk,
+            ratio=self.compressor.ratio,
+            implementation=self.numerics.implementation,
         )
 
 

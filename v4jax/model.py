@@ -53,10 +53,10 @@ class Block(nnx.Module):
         *,
         rngs: KeyStream,
     ):
-        self.attn_hc = HyperConnection(cfg, rules, rngs=rngs)
+        self.attn_hc = HyperConnection(cfg, numerics, rules, rngs=rngs)
         self.attn_norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
         self.attention = Attention(cfg, spec, numerics, rules, rngs=rngs)
-        self.ffn_hc = HyperConnection(cfg, rules, rngs=rngs)
+        self.ffn_hc = HyperConnection(cfg, numerics, rules, rngs=rngs)
         self.ffn_norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
         self.moe = MoE(cfg, spec, numerics, rules, rngs=rngs)
 
@@ -64,8 +64,7 @@ class Block(nnx.Module):
         """Whole sequences from position 0; tokens [B, T]."""
         x, *mix = self.attn_hc.pre(streams)
         out, indexer_loss = self.attention(self.attn_norm(x))
-        streams = self.attn_hc.post(out, streams, *mix)
-        streams, router = self._feed_forward(streams, tokens)
+        streams, router = self._feed_forward(out, streams, mix, tokens)
         return streams, BlockStats(jnp.asarray(indexer_loss, jnp.float32), router)
 
     def extend(
@@ -74,11 +73,11 @@ class Block(nnx.Module):
         """A chunk of tokens after what the cache holds."""
         x, *mix = self.attn_hc.pre(streams)
         out, cache = self.attention.extend(self.attn_norm(x), chunk, cache)
-        streams = self.attn_hc.post(out, streams, *mix)
-        return self._feed_forward(streams, tokens)[0], cache
+        return self._feed_forward(out, streams, mix, tokens)[0], cache
 
-    def _feed_forward(self, streams, tokens):
-        x, *mix = self.ffn_hc.pre(streams)
+    def _feed_forward(self, out, streams, mix, tokens):
+        """From the output of attention on: the streams are passed over once between the two."""
+        streams, x, *mix = self.ffn_hc.post_pre(out, streams, *mix)
         out, stats = self.moe(self.ffn_norm(x), tokens)
         return self.ffn_hc.post(out, streams, *mix), stats
 
@@ -183,7 +182,7 @@ class MTP(nnx.Module):
         self.e_proj, self.h_proj = linear(), linear()
         self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
         self.block = Block(cfg, spec, numerics, rules, rngs=rngs)
-        self.hc_head = HyperHead(cfg, rules, rngs=rngs)
+        self.hc_head = HyperHead(cfg, numerics, rules, rngs=rngs)
         self.num_streams = cfg.num_streams
 
     def __call__(
@@ -231,7 +230,7 @@ class Transformer(nnx.Module):
             else tuple(StagePlan((spec,), 1) for spec in cfg.layers)
         )
         self.stages = nnx.List([Stage(cfg, plan, numerics, rules, rngs=rngs) for plan in plans])
-        self.hc_head = HyperHead(cfg, rules, rngs=rngs)
+        self.hc_head = HyperHead(cfg, numerics, rules, rngs=rngs)
         self.norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
         self.head = param(rngs, shape, axes, rules, stored="bf16", init=init)
         self.mtp = nnx.List([MTP(cfg, s, numerics, rules, rngs=rngs) for s in cfg.mtp_layers])

@@ -137,10 +137,18 @@ class MoE(nnx.Module):
         order = jnp.argsort(experts, stable=True)  # rows by expert
         sizes = jnp.bincount(experts, length=self.w1.shape[0])
         rows = self.numerics.round_input(x)[order // k]
+        implementation = self.numerics.implementation
         hidden = grouped_swiglu(
-            rows, self.w1[...], self.w3[...], sizes, weights.reshape(-1)[order], limit=self.limit
+            rows,
+            self.w1[...],
+            self.w3[...],
+            sizes,
+            weights.reshape(-1)[order],
+            limit=self.limit,
+            implementation=implementation,
         )
-        out = grouped_matmul(self.numerics.round_input(hidden), self.w2[...], sizes)
+        hidden = self.numerics.round_input(hidden)
+        out = grouped_matmul(hidden, self.w2[...], sizes, implementation=implementation)
         out = out[jnp.argsort(order)].reshape(-1, k, x.shape[-1])
         return jnp.sum(out.astype(jnp.float32), axis=1)
 

@@ -1,4 +1,4 @@
-"""How numbers are held and rounded while computing, as named values.
+"""How numbers are held, rounded and computed, as named values.
 
 `plain` simulates no rounding: it is the function that transformers computes. `released` has every
 quantise-dequantise point of the released inference code, which the weights were trained with:
@@ -18,18 +18,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import QuantizedArray, cast, hadamard, round_fp4, round_fp8
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.quantize import QuantizedArray, cast, hadamard
+from pallas_kernels.quantize_rows import round_rows
 
 KV_BLOCK = 64
 INDEXER_BLOCK = 32
+INPUT_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """A numerics by name and the dtype of activations. Hashable."""
+    """A numerics by name, the dtype of activations, and what computes it. Hashable."""
 
     name: str
     dtype: jax.typing.DTypeLike = jnp.float32
+    implementation: Implementation = None  # of every operation, see pallas_kernels.dispatch
 
     def __post_init__(self):
         if self.name not in ("plain", "released"):
@@ -37,6 +41,7 @@ class Numerics:
         dtype = jnp.dtype(self.dtype)
         if dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"numerics dtype={dtype}: expected float32 or bfloat16.")
+        choose(self.implementation)  # an unknown name, or one that cannot run here
         object.__setattr__(self, "dtype", dtype)
 
     @property
@@ -48,7 +53,7 @@ class Numerics:
         """Rounds the first `nope_dim` channels of key-value rows [..., H]."""
         if not self.is_released:
             return kv
-        nope = round_fp8(kv[..., :nope_dim], KV_BLOCK)
+        nope = self._round(kv[..., :nope_dim], "fp8", KV_BLOCK)
         return jnp.concatenate([nope, kv[..., nope_dim:]], axis=-1)
 
     def round_indexer(self, x: jax.Array) -> jax.Array:
@@ -56,11 +61,11 @@ class Numerics:
 
         Without rounding the transform cancels in the dot product, so `plain` leaves it out.
         """
-        return round_fp4(hadamard(x), INDEXER_BLOCK) if self.is_released else x
+        return self._round(hadamard(x), "fp4", INDEXER_BLOCK) if self.is_released else x
 
     def round_input(self, x: jax.Array) -> jax.Array:
         """Rounds the input [..., D] of a linear that is stored in FP8 or FP4."""
-        return round_fp8(x) if self.is_released else x
+        return self._round(x, "fp8", INPUT_BLOCK) if self.is_released else x
 
     def normalize_query(self, q: jax.Array, eps: float) -> jax.Array:
         """q / rms(q) of each head [..., H]; `released` rounds every step to `dtype`."""
@@ -79,15 +84,22 @@ class Numerics:
         """
         return cast(matmul(self.round_input(x), dense(w, self.dtype)), self.dtype)
 
+    def _round(self, x: jax.Array, fmt: str, block: int) -> jax.Array:
+        return round_rows(x, fmt, block, implementation=self.implementation)
 
-def plain(dtype: jax.typing.DTypeLike = jnp.float32) -> Numerics:
+
+def plain(
+    dtype: jax.typing.DTypeLike = jnp.float32, *, implementation: Implementation = None
+) -> Numerics:
     """No rounding simulated."""
-    return Numerics("plain", dtype)
+    return Numerics("plain", dtype, implementation)
 
 
-def released(dtype: jax.typing.DTypeLike = jnp.bfloat16) -> Numerics:
+def released(
+    dtype: jax.typing.DTypeLike = jnp.bfloat16, *, implementation: Implementation = None
+) -> Numerics:
     """The rounding of the released inference code."""
-    return Numerics("released", dtype)
+    return Numerics("released", dtype, implementation)
 
 
 def dense(w: jax.Array | QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -11,12 +11,11 @@ Source: report section 2.3; visibility and sink as in the released `inference/mo
 """
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.attention import reference, xla
-from pallas_kernels.quantize import cast
-
-IMPLEMENTATIONS = ("xla", "reference")
+from pallas_kernels import dispatch
+from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
+from pallas_kernels.packed_rows import PackedRows
+from pallas_kernels.selection import Selection
 
 
 def window_attention(
@@ -24,11 +23,11 @@ def window_attention(
     window: jax.Array,  # [B, C + T, H]: the C rows before the first query, then those of the T
     entries: jax.Array,  # [B, S, H]; S may be 0
     sink: jax.Array,  # [N] float32
-    positions: jax.Array,  # [B, T] int32: position of each query in its sequence
+    positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
     *,
     ratio: int,
     scale: float,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to the last C tokens (the query's own included) and all visible entries.
 
@@ -36,31 +35,36 @@ def window_attention(
 
     Args:
       ratio: tokens per entry (any positive number when there are no entries).
-      implementation: "xla", "reference" or None for the best one.
+      implementation: see `dispatch.choose`.
 
     Returns:
       out [B, T, N, H] in the dtype of q, and the log of the softmax's denominator [B, T, N].
 
     Raises:
-      ValueError: shapes do not agree, or `implementation` is unknown.
+      ValueError: shapes do not agree, or an implementation that cannot run.
     """
     _check(q, window, entries, sink, positions)
-    if _choose(implementation) == "reference":
+    chosen = dispatch.choose(implementation, unsupported=tpu.unsupported(q, window, entries))
+    static = dict(ratio=max(ratio, 1), scale=scale)
+    if chosen in ("tpu", "interpret"):
+        static["interpret"] = chosen == "interpret"
+        return tpu.attention(q, window, entries, None, sink, positions, **static)
+    if chosen == "reference":
         visible = reference.visible_entries(positions, entries.shape[1], max(ratio, 1))
         return reference.attention_reference(q, window, entries, visible, sink, positions, scale)
-    return xla.attention(q, window, entries, None, sink, positions, ratio=ratio, scale=scale)
+    return xla.attention(q, window, entries, None, sink, positions, **static)
 
 
 def selected_attention(
     q: jax.Array,  # [B, T, N, H]
     window: jax.Array,  # [B, C + T, H]
     entries: jax.Array,  # [B, S, H]
-    indices: jax.Array,  # [B, T, K] int32, distinct; -1 selects nothing
+    selection: Selection,  # of S entries, for [B, T] queries
     sink: jax.Array,  # [N] float32
-    positions: jax.Array,  # [B, T] int32
+    positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
     *,
     scale: float,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to the last C tokens and to the selected entries of each query.
 
@@ -70,45 +74,76 @@ def selected_attention(
       out [B, T, N, H] in the dtype of q, and the log of the softmax's denominator [B, T, N].
 
     Raises:
-      ValueError: shapes do not agree, or `implementation` is unknown.
+      ValueError: shapes do not agree, or an implementation that cannot run.
     """
     _check(q, window, entries, sink, positions)
-    if indices.shape[:2] != q.shape[:2] or indices.ndim != 3:
-        raise ValueError(f"indices {indices.shape} must be [B, T, K] with [B, T] of q {q.shape}.")
-    if _choose(implementation) == "reference":
-        mask = reference.selection_mask(indices, entries.shape[1])
+    if (selection.shape, selection.num_entries) != (q.shape[:2], entries.shape[1]):
+        raise ValueError(
+            f"selection, for {selection.shape} queries of {selection.num_entries} entries, must "
+            f"be for [B, T] of q {q.shape} and S of entries {entries.shape}."
+        )
+    chosen = dispatch.choose(implementation, unsupported=tpu.unsupported(q, window, entries))
+    static = dict(ratio=1, scale=scale)
+    if chosen in ("tpu", "interpret"):
+        bits, interpret = selection.to_bits(), chosen == "interpret"
+        args = (q, window, entries, bits, sink, positions)
+        return tpu.attention(*args, interpret=interpret, **static)
+    if chosen == "reference":
+        mask = selection.mask()
         return reference.attention_reference(q, window, entries, mask, sink, positions, scale)
-    return xla.attention(q, window, entries, indices, sink, positions, ratio=1, scale=scale)
+    indices = selection.to_indices()
+    return xla.attention(q, window, entries, indices, sink, positions, **static)
 
 
 def decode_attention(
     q: jax.Array,  # [B, N, H]: one query per sequence
-    window: jax.Array,  # [B, C, H] ring: token t lies in row t mod C, the query's own included
-    entries: jax.Array,  # [B, S, H]
-    indices: jax.Array | None,  # [B, K] int32 (-1: none), or None for every visible entry
+    window: jax.Array | PackedRows,  # [B, C, H] ring: token t in row t mod C, the query's included
+    entries: jax.Array | PackedRows,  # [B, S, H]; S may be 0
+    indices: jax.Array | None,  # [B, K] int32, distinct (-1: none), or None for every visible entry
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B] int32
     *,
     ratio: int,
     scale: float,
+    implementation: dispatch.Implementation = None,
 ) -> jax.Array:  # [B, N, H]
-    """One decoding step over a ring of window rows and a cache of entries."""
-    if indices is not None:
-        rows = xla.gather_rows(entries, indices)
-        visible = indices >= 0
-    else:
-        rows = entries
-        visible = reference.visible_entries(positions[:, None], rows.shape[1], max(ratio, 1))[:, 0]
-    in_ring = jnp.arange(window.shape[1]) <= positions[:, None]
-    keys = jnp.concatenate([window, rows], axis=1)
-    scores = scale * xla.einsum_f32("bnh,bsh->bns", q, keys)
-    mask = jnp.concatenate([in_ring, visible], axis=1)[:, None]
-    sink = sink.astype(jnp.float32)[:, None]
-    peak = jnp.max(jnp.where(mask, scores, -jnp.inf), axis=-1, keepdims=True)
-    p = jnp.where(mask, jnp.exp(scores - peak), 0.0)
-    total = xla.einsum_f32("bns,bsh->bnh", p.astype(keys.dtype), keys)
-    weight = jnp.sum(p, axis=-1, keepdims=True) + jnp.exp(sink - peak)
-    return cast(total / weight, q.dtype)
+    """One decoding step over a ring of window rows and a cache of entries. Not differentiable.
+
+    Args:
+      ratio: tokens per entry (with indices, or without entries, it does not matter).
+      implementation: see `dispatch.choose`.
+
+    Raises:
+      ValueError: shapes do not agree, or an implementation that cannot run.
+    """
+    _check_decode(q, window, entries, indices, sink, positions)
+    chosen = dispatch.choose(implementation, unsupported=tpu_decode.unsupported(q, window, entries))
+    static = dict(ratio=max(ratio, 1), scale=scale)
+    if chosen in ("tpu", "interpret"):
+        static["interpret"] = chosen == "interpret"
+        return tpu_decode.decode_attention(q, window, entries, indices, sink, positions, **static)
+    decode = xla_decode.decode_reference if chosen == "reference" else xla_decode.decode_attention
+    return decode(q, window, entries, indices, sink, positions, **static)
+
+
+def _check_decode(q, window, entries, indices, sink, positions):
+    if q.ndim != 3 or window.ndim != 3 or entries.ndim != 3:
+        raise ValueError(
+            f"q {q.shape} must be [B, N, H], window {window.shape} [B, C, H] and entries "
+            f"{entries.shape} [B, S, H]."
+        )
+    batch, num_heads, width = q.shape
+    if any((x.shape[0], x.shape[2]) != (batch, width) for x in (window, entries)):
+        raise ValueError(
+            f"window {window.shape} and entries {entries.shape} must have q's batch {batch} and "
+            f"width {width}."
+        )
+    if indices is not None and (indices.ndim != 2 or indices.shape[0] != batch):
+        raise ValueError(f"indices {indices.shape} must be [B, K] with B={batch}.")
+    if sink.shape != (num_heads,):
+        raise ValueError(f"sink {sink.shape} must be [N] with N={num_heads} heads of q.")
+    if positions.shape != (batch,):
+        raise ValueError(f"positions {positions.shape} must be {(batch,)}.")
 
 
 def selected_mass(
@@ -121,12 +156,6 @@ def selected_mass(
 ) -> jax.Array:  # [B, T, K] float32
     """Attention probability of each selected entry, summed over heads: the indexer's teacher."""
     return xla.selected_mass(q, entries, indices, log_denominator, scale=scale)
-
-
-def _choose(implementation: str | None) -> str:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{implementation=}: expected one of {IMPLEMENTATIONS} or None.")
-    return implementation or "xla"
 
 
 def _check(q, window, entries, sink, positions):

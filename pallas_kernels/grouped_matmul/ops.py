@@ -10,10 +10,9 @@ Source: report section 2.4; clamp and place of the routing weight as in the rele
 
 import jax
 
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.grouped_matmul import reference, vjp, xla
 from pallas_kernels.quantize import QuantizedArray
-
-IMPLEMENTATIONS = ("xla", "reference")
 
 
 def grouped_matmul(
@@ -21,19 +20,24 @@ def grouped_matmul(
     w: jax.Array | QuantizedArray,  # [E, in, out]
     group_sizes: jax.Array,  # [E] int32, sum P
     *,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:  # [P, out] in the dtype of x
     """Each row times its expert's matrix. Differentiable in x, and in w if it is float.
 
     Args:
-      implementation: "xla", "reference" or None for the best one.
+      implementation: see `pallas_kernels.dispatch`.
 
     Raises:
-      ValueError: shapes do not agree, or `implementation` is unknown.
+      ValueError: shapes do not agree, or `implementation` cannot run.
     """
     _check(x, w, group_sizes)
-    op = reference.grouped_matmul_reference if _is_reference(implementation) else xla.grouped_matmul
-    return op(x, w, group_sizes)
+    match choose(implementation, unsupported=vjp.unsupported(x, [w])):
+        case "tpu" | "interpret" as kernel:
+            return vjp.grouped_matmul(x, w, group_sizes, kernel == "interpret")
+        case "xla":
+            return xla.grouped_matmul(x, w, group_sizes)
+        case _:
+            return reference.grouped_matmul_reference(x, w, group_sizes)
 
 
 def grouped_swiglu(
@@ -44,28 +48,27 @@ def grouped_swiglu(
     row_weights: jax.Array,  # [P] float32: routing weight of each row
     *,
     limit: float,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> jax.Array:  # [P, hidden] in the dtype of x
     """First half of an expert: row_weight * silu(min(gate, limit)) * clip(up, -limit, limit).
 
     Differentiable in x and row_weights, and in the weights if they are float.
 
     Raises:
-      ValueError: shapes do not agree, or `implementation` is unknown.
+      ValueError: shapes do not agree, or `implementation` cannot run.
     """
     for w in (w_gate, w_up):
         _check(x, w, group_sizes)
     if row_weights.shape != x.shape[:1]:
         raise ValueError(f"row_weights {row_weights.shape} must be [P] with P={x.shape[0]} rows.")
-    reference_op = reference.grouped_swiglu_reference
-    op = reference_op if _is_reference(implementation) else xla.grouped_swiglu
-    return op(x, w_gate, w_up, group_sizes, row_weights, limit)
-
-
-def _is_reference(implementation: str | None) -> bool:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{implementation=}: expected one of {IMPLEMENTATIONS} or None.")
-    return implementation == "reference"
+    args = (x, w_gate, w_up, group_sizes, row_weights, limit)
+    match choose(implementation, unsupported=vjp.unsupported(x, [w_gate, w_up])):
+        case "tpu" | "interpret" as kernel:
+            return vjp.grouped_swiglu(*args, kernel == "interpret")
+        case "xla":
+            return xla.grouped_swiglu(*args)
+        case _:
+            return reference.grouped_swiglu_reference(*args)
 
 
 def _check(x, w, group_sizes):

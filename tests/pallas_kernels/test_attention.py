@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import (
+    block_sizes,
     decode_attention,
     selected_attention,
     selected_mass,
     window_attention,
     xla,
 )
+from pallas_kernels.selection import Selection
 from tests.tolerances import BFLOAT16, FLOAT32, GRADIENT_FLOAT32, assert_close
 
 N, H = 2, 8
@@ -22,6 +24,20 @@ SCALE = H**-0.5
 # Block sizes under which a few dozen queries and entries take several blocks and chunks.
 SMALL_BLOCKS = (32, 16)
 MODULE_BLOCKS = (xla.BLOCK_QUERIES, xla.BLOCK_ENTRIES)
+KERNEL_BLOCKS = (256, 64, 128)  # rows (two heads count as eight), rows of a chunk, entries
+
+
+KERNEL_WINDOW_CASES = [
+    (1, 8, 0, 1, (0, 5)),
+    (7, 16, 5, 4, (0, 30)),  # window longer than the row's past, and not
+    (33, 8, 0, 1, (3, 0)),
+    (70, 130, 300, 2, (0, 700)),  # no visible entry, all of them, a padded block of each kind
+]
+KERNEL_SELECTED_CASES = [
+    (1, 8, 5, 3, 128),
+    (70, 16, 300, 12, 128),
+    (18, 8, 4300, 9, 2048),  # more entries than a row of words
+]
 
 
 def visible_entries(positions, num_entries: int, ratio: int) -> list[list[np.ndarray]]:
@@ -89,7 +105,8 @@ def value_and_gradients(implementation, args, d_out, d_lse, indices=None, ratio=
             if indices is None:
                 static["ratio"] = ratio
                 return window_attention(q, window, entries, sink, positions, **static)
-            return selected_attention(q, window, entries, indices, sink, positions, **static)
+            selection = Selection.of_indices(jnp.asarray(indices), entries.shape[1])
+            return selected_attention(q, window, entries, selection, sink, positions, **static)
 
         out, vjp = jax.vjp(op, *args)
         return out, vjp((d_out.astype(out[0].dtype), d_lse))
@@ -102,18 +119,25 @@ def set_blocks(monkeypatch, blocks: tuple[int, int]):
     monkeypatch.setattr(xla, "BLOCK_ENTRIES", blocks[1])
 
 
+@pytest.fixture
+def kernel_blocks(monkeypatch):
+    """Several blocks and chunks of the kernel for a few dozen queries."""
+    for table in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(block_sizes, table, {"v6e": KERNEL_BLOCKS})
+    return monkeypatch
+
+
 def assert_all_close(actual, expected, tolerance):
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, tolerance)
 
 
-def check(args, chosen, **kwargs):
-    """Both implementations against the loop, and their gradients against each other."""
+def check(args, chosen, implementation="xla", **kwargs):
+    """Values against the loop, and gradients against the reference's."""
     expected = attend(*args, chosen)
     gradients = []
-    for implementation in ("reference", "xla"):
-        cots = cotangents(args[0])
-        values, grads = value_and_gradients(implementation, args, *cots, **kwargs)
+    for each in ("reference", implementation):
+        values, grads = value_and_gradients(each, args, *cotangents(args[0]), **kwargs)
         assert_all_close(values, expected, FLOAT32)
         gradients.append(grads)
     assert_all_close(gradients[1], gradients[0], GRADIENT_FLOAT32)
@@ -159,18 +183,67 @@ def test_selected_attention_equals_float64_loop(
     check(args, chosen_entries(indices), indices=indices)
 
 
-def test_no_index_at_all_leaves_the_window():
+@pytest.mark.parametrize("num_queries, size, num_entries, ratio, starts", KERNEL_WINDOW_CASES)
+def test_kernel_of_window_attention(num_queries, size, num_entries, ratio, starts, kernel_blocks):
+    args = inputs(num_queries, size, num_entries, starts)
+    chosen = visible_entries(args[-1], num_entries, ratio)
+    check(args, chosen, "interpret", ratio=ratio)
+
+
+@pytest.mark.parametrize("num_queries, size, num_entries, num_picked, block", KERNEL_SELECTED_CASES)
+def test_kernel_of_selected_attention(
+    num_queries, size, num_entries, num_picked, block, kernel_blocks
+):
+    kernel_blocks.setattr(block_sizes, "FORWARD", {"v6e": (*KERNEL_BLOCKS[:2], block)})
+    args = inputs(num_queries, size, num_entries, (0, 37))
+    indices = picks(num_queries, num_entries, num_picked)
+    check(args, chosen_entries(indices), "interpret", indices=indices)
+
+
+def test_kernel_over_all_heads_of_a_model(kernel_blocks):
+    """As many heads as lanes: no head is padded."""
+    for table in ("FORWARD", "BACKWARD"):
+        kernel_blocks.setattr(block_sizes, table, {"v6e": (2048, 1024, 128)})
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((1, 17, 128, 8), (1, 8 + 17, 8), (1, 9, 8))
+    q, window, entries = (jax.random.normal(k, s) for k, s in zip(keys, shapes))
+    sink, positions = jnp.linspace(-1, 1, 128), jnp.arange(3, 20, dtype=jnp.int32)[None]
+    args = (q, window, entries, sink, positions)
+    outs = [
+        value_and_gradients(implementation, args, *cotangents(q), ratio=2)
+        for implementation in ("interpret", "reference")
+    ]
+    assert_all_close(*map(jax.tree.leaves, outs), GRADIENT_FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_no_index_at_all_leaves_the_window(implementation):
     args = inputs(7, 8, 5, (0, 40))
     indices = np.full((2, 7, 3), -1, np.int32)
-    check(args, chosen_entries(indices), indices=indices)
-    _, grads = value_and_gradients("xla", args, *cotangents(args[0]), indices=indices)
+    check(args, chosen_entries(indices), implementation, indices=indices)
+    _, grads = value_and_gradients(implementation, args, *cotangents(args[0]), indices=indices)
     np.testing.assert_array_equal(grads[2], 0)
 
 
-def test_selected_attention_of_a_sequence_too_short_for_any_entry():
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_selected_attention_of_a_sequence_too_short_for_any_entry(implementation):
     args = inputs(3, 8, 0, (0, 0))
     indices = np.zeros((2, 3, 0), np.int32)
-    check(args, chosen_entries(indices), indices=indices)
+    check(args, chosen_entries(indices), implementation, indices=indices)
+
+
+def test_bits_and_indices_are_the_same_selection():
+    *args, positions = inputs(7, 8, 20, (0, 40))
+    selection = Selection.of_indices(jnp.asarray(picks(7, 20, 6)), 20)
+    bits = Selection.of_mask(selection.mask(), 6)
+    for implementation in ("xla", "reference"):
+        outs = [
+            selected_attention(
+                *(*args[:3], s, args[3], positions), scale=SCALE, implementation=implementation
+            )
+            for s in (selection, bits)
+        ]
+        assert_all_close(*outs, FLOAT32)
 
 
 def test_selected_mass_of_a_sequence_too_short_for_any_entry():
@@ -179,8 +252,9 @@ def test_selected_mass_of_a_sequence_too_short_for_any_entry():
     assert selected_mass(q, entries, indices, log_denominator, scale=SCALE).shape == (2, 3, 0)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
 @pytest.mark.parametrize("op", ["window", "selected"])
-def test_gradients_equal_central_differences(op, monkeypatch):
+def test_gradients_equal_central_differences(op, implementation, monkeypatch):
     set_blocks(monkeypatch, (8, 4))
     args = inputs(21, 8, 10, (0, 17))
     d_out, d_lse = cotangents(args[0])
@@ -189,7 +263,7 @@ def test_gradients_equal_central_differences(op, monkeypatch):
     else:
         indices = picks(21, 10, 4)
         chosen, kwargs = chosen_entries(indices), dict(indices=indices)
-    _, grads = value_and_gradients("xla", args, d_out, d_lse, **kwargs)
+    _, grads = value_and_gradients(implementation, args, d_out, d_lse, **kwargs)
 
     def truth(*args):
         out, log_denominator = attend(*args, chosen)
@@ -228,7 +302,15 @@ def test_sinks_far_from_all_scores(num_queries, sinks, monkeypatch):
     check(args, visible_entries(positions, 10, 4), ratio=4)
 
 
-def test_scores_far_from_zero_and_far_from_each_other(monkeypatch):
+@pytest.mark.parametrize("sinks", [(100.0, -1000.0), (1e4, 0.0)], ids=str)
+def test_kernel_with_sinks_far_from_all_scores(sinks):
+    *args, _, positions = inputs(7, 8, 10, (0, 17))
+    args = (*args, np.asarray(sinks, np.float32), positions)
+    check(args, visible_entries(positions, 10, 4), "interpret", ratio=4)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_scores_far_from_zero_and_far_from_each_other(implementation, monkeypatch):
     set_blocks(monkeypatch, (4, 2))
     q, window, entries, sink, positions = inputs(9, 8, 10, (0, 40))
     # Multiples of 1/4: scores of a few hundred are then exact sums, apart from the scale.
@@ -238,14 +320,15 @@ def test_scores_far_from_zero_and_far_from_each_other(monkeypatch):
     chosen = visible_entries(positions, 10, 4)
     expected = attend(*args, chosen)
     assert expected[1].max() > 400
-    values, grads = value_and_gradients("xla", args, *cotangents(q), ratio=4)
+    values, grads = value_and_gradients(implementation, args, *cotangents(q), ratio=4)
     assert_all_close(values, expected, FLOAT32)
     _, expected_grads = value_and_gradients("reference", args, *cotangents(q), ratio=4)
     assert_all_close(grads, expected_grads, GRADIENT_FLOAT32)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
 @pytest.mark.parametrize("op", ["window", "selected"])
-def test_bfloat16(op, monkeypatch):
+def test_bfloat16(op, implementation, monkeypatch):
     set_blocks(monkeypatch, SMALL_BLOCKS)
     args = inputs(70, 16, 20, (0, 37), ml_dtypes.bfloat16)
     if op == "window":
@@ -254,7 +337,7 @@ def test_bfloat16(op, monkeypatch):
         indices = picks(70, 20, 6)
         chosen, kwargs = chosen_entries(indices), dict(indices=indices)
     cots = [d.astype(ml_dtypes.bfloat16).astype(np.float32) for d in cotangents(args[0])]
-    (out, log_denominator), grads = value_and_gradients("xla", args, *cots, **kwargs)
+    (out, log_denominator), grads = value_and_gradients(implementation, args, *cots, **kwargs)
     assert out.dtype == jnp.bfloat16 and log_denominator.dtype == jnp.float32
     assert [g.dtype for g in grads] == [jnp.bfloat16] * 3 + [jnp.float32]
     expected, expected_log_denominator = attend(*args, chosen)
@@ -342,7 +425,8 @@ def temporary_bytes(num_queries: int, implementation: str, *, backward: bool) ->
     def forward(floats, integers):
         q, window, entries, sink = floats
         indices, positions = integers
-        return selected_attention(q, window, entries, indices, sink, positions[..., 0], **static)
+        selection = Selection.of_indices(indices, 64)
+        return selected_attention(q, window, entries, selection, sink, positions[..., 0], **static)
 
     def loss(floats, integers):
         return sum(jnp.sum(x) for x in forward(floats, integers))
@@ -379,14 +463,30 @@ def test_shapes_that_do_not_agree_are_refused(replace, message):
     with pytest.raises(ValueError, match=message):
         window_attention(**args, ratio=4, scale=1.0)
     with pytest.raises(ValueError, match=message):
-        selected_attention(**args, indices=jnp.zeros((2, 7, 2), jnp.int32), scale=1.0)
+        selection = Selection.of_indices(jnp.zeros((2, 7, 2), jnp.int32), 5)
+        selected_attention(**args, selection=selection, scale=1.0)
 
 
-@pytest.mark.parametrize("shape", [(2, 7), (2, 6, 3), (1, 7, 3)])
-def test_indices_of_another_shape_are_refused(shape):
+@pytest.mark.parametrize("shape, num_entries", [((2, 6, 3), 5), ((1, 7, 3), 5), ((2, 7, 3), 6)])
+def test_selections_of_another_shape_are_refused(shape, num_entries):
     args = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
-    with pytest.raises(ValueError, match=r"must be \[B, T, K\]"):
-        selected_attention(**args, indices=jnp.zeros(shape, jnp.int32), scale=1.0)
+    selection = Selection.of_indices(jnp.zeros(shape, jnp.int32), num_entries)
+    with pytest.raises(ValueError, match=r"selection, for .*, must be for \[B, T\] of q"):
+        selected_attention(**args, selection=selection, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "replace, message",
+    [
+        (dict(q=jnp.zeros((2, 7, 3, 8), jnp.bfloat16)), "have dtypes bfloat16, float32 and float"),
+        (dict(q=jnp.zeros((2, 7, 129, 8)), sink=jnp.zeros(129)), "up to 128 heads, not 129"),
+    ],
+    ids=["dtype", "heads"],
+)
+def test_what_the_kernel_does_not_take_is_named(replace, message):
+    args = {name: jnp.zeros(shape) for name, shape in SHAPES.items()} | replace
+    with pytest.raises(ValueError, match=message):
+        window_attention(**args, ratio=4, scale=1.0, implementation="interpret")
 
 
 def test_unknown_implementation_is_refused():

@@ -188,3 +188,66 @@ def test_gradients_pass_through_joined_pools():
 def test_shapes_that_do_not_agree_are_refused(value, gate, bias):
     with pytest.raises(ValueError, match=r"must both be \[B, S, R, F\]"):
         pool_windows(jnp.zeros(value), jnp.zeros(gate), jnp.zeros(bias))
+
+
+# The kernel, in the interpreter
+
+KERNEL_SHAPES = [
+    (2, 1, 4, 128),
+    (1, 37, 4, 256),
+    (2, 3, 128, 128),
+    (1, 19, 8, 128),
+    (1, 40, 3, 128),
+]
+
+
+@pytest.mark.parametrize("kind", [None, "scattered"])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
+def test_kernel_gives_the_partial_sums_of_the_xla_form(shape, kind):
+    args = inputs(*shape)
+    if kind:
+        args += (valid_rows(kind, shape[:3]),)
+    actual, expected = (
+        jax.jit(functools.partial(pool_windows, implementation=i))(*args)
+        for i in ("interpret", "xla")
+    )
+    np.testing.assert_array_equal(actual.peak, expected.peak)
+    assert_close(actual.weight, expected.weight, FLOAT32)
+    assert_close(actual.total, expected.total, FLOAT32)
+
+
+@pytest.mark.parametrize("ratio", [4, 8])
+def test_gradients_through_the_kernel_equal_those_of_the_xla_form(ratio):
+    value, gate, bias = inputs(1, 5, ratio, 128)
+    valid = valid_rows("scattered", value.shape[:3])
+    d_out = np.random.default_rng(1).standard_normal((1, 5, 128)).astype(np.float32)
+
+    def grad(implementation):
+        def loss(*args):
+            pool = pool_windows(*args, valid, implementation=implementation)
+            return jnp.sum(pool.join(pool).mean() * d_out)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(value, gate, bias)
+
+    for actual, expected in zip(grad("interpret"), grad("xla"), strict=True):
+        assert_close(actual, expected, GRADIENT_FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, message",
+    [
+        ((1, 2, 4, 96), np.float32, "whole blocks of 128 channels"),
+        ((1, 2, 200, 128), np.float32, "up to 128 rows"),
+        ((1, 2, 4, 128), ml_dtypes.bfloat16, "value is bfloat16"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused_by_name_and_falls_back(shape, dtype, message):
+    args = inputs(*shape, dtype)
+    with pytest.raises(ValueError, match=message):
+        pool_windows(*args, implementation="interpret")
+    assert pool_windows(*args).peak.shape == (1, 2, shape[3])
+
+
+def test_valid_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"valid \(2, 3\) must be"):
+        pool_windows(*inputs(2, 3, 4, 8), np.ones((2, 3), bool))

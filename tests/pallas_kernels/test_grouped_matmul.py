@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu, visits
 from pallas_kernels.quantize import quantize_weight
 from tests.tolerances import BFLOAT16, FLOAT32, GRADIENT_FLOAT32, assert_close
 
@@ -78,8 +78,9 @@ def dense(packed) -> np.ndarray:
     """float64 weights of a quantised array, unpacked byte by byte and block by block."""
     values, scale = np.asarray(packed.values), np.asarray(packed.scale).astype(np.float64)
     if values.dtype == np.uint8:
-        out = np.zeros((values.shape[0], 2 * values.shape[1], values.shape[2]))
-        out[:, 0::2], out[:, 1::2] = E2M1[values & 15], E2M1[values >> 4]
+        half = min(values.shape[1], 128)
+        blocks = [values[:, i : i + half] for i in range(0, values.shape[1], half)]
+        out = np.concatenate([E2M1[b] for v in blocks for b in (v & 15, v >> 4)], axis=1)
     else:
         out = values.astype(np.float64)
     rows, cols = packed.block
@@ -338,3 +339,172 @@ def test_unknown_implementation_is_refused():
         grouped_matmul(x, w, sizes, implementation="cuda")
     with pytest.raises(ValueError, match=r"implementation='cuda': expected one of"):
         grouped_swiglu(x, w, w, sizes, jnp.zeros(5), limit=LIMIT, implementation="cuda")
+
+
+# The kernel, interpreted -----------------------------------------------------------------------
+#
+# Weights are [3, 256, 128]: one block of packed inputs, or [3, 512, 256] where a kernel loops.
+
+KERNEL_GROUPS = [
+    (1, 0, 8),  # few rows an expert: tiles of 8 rows from any row
+    (17, 0, 23),  # tiles of 16 rows from any row
+    (90, 0, 61),  # tiles of 64 rows, one of them shared, a ragged end
+    (0, 0, 110),  # one expert, more than a tile
+    (64, 64, 0),  # groups that are tiles
+]
+
+
+@functools.cache
+def kernel_case(kind: str, dtype, group_sizes, shape=(3, 256, 128)):
+    """Arguments of both ops, a cotangent; weights with scales that differ."""
+    rng = np.random.default_rng(sum(group_sizes))
+    num_experts, num_inputs, num_outputs = shape
+    size = np.exp2(rng.integers(-2, 2, (num_experts, num_inputs // 32, 1, num_outputs)))
+    pair = [
+        (rng.standard_normal((num_experts, num_inputs // 32, 32, num_outputs)) * size / 10).reshape(
+            shape
+        )
+        for _ in range(2)
+    ]
+    pair = [jnp.asarray(w, jnp.float32) for w in pair]
+    if kind in ("fp8", "fp4"):
+        pair = [quantize(w, kind) for w in pair]
+    elif kind == "bf16":
+        pair = [w.astype(jnp.bfloat16) for w in pair]
+    num_rows = sum(group_sizes)
+    x = jnp.asarray(rng.standard_normal((num_rows, num_inputs)), dtype)
+    row_weights = jnp.asarray(rng.random(num_rows) + 0.2, jnp.float32)
+    d_out = jnp.asarray(rng.standard_normal((num_rows, num_outputs)), jnp.float32)
+    return x, *pair, jnp.asarray(group_sizes, jnp.int32), row_weights, d_out
+
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("f32", jnp.float32),
+        ("fp8", jnp.float32),
+        ("fp4", jnp.float32),
+        ("bf16", jnp.bfloat16),
+        ("fp4", jnp.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("group_sizes", KERNEL_GROUPS, ids=str)
+def test_kernel_equals_reference(group_sizes, kind, dtype):
+    x, gate, up, sizes, row_weights, _ = kernel_case(kind, dtype, group_sizes)
+    tolerance = FLOAT32 if dtype == jnp.float32 else BFLOAT16
+    if kind in ("f32", "fp4"):
+        out = matmul(x, gate, sizes, implementation="interpret")
+        assert out.dtype == dtype
+        assert_close(out, matmul(x, gate, sizes, implementation="reference"), tolerance)
+    args = (x, gate, up, sizes, row_weights)
+    out = activate(*args, limit=LIMIT, implementation="interpret")
+    assert out.dtype == dtype
+    assert_close(out, activate(*args, limit=LIMIT, implementation="reference"), tolerance)
+
+
+@pytest.mark.parametrize("kind, dtype", [("fp4", jnp.bfloat16), ("fp8", jnp.float32)])
+@pytest.mark.parametrize("group_sizes", [(2, 0, 5), (40, 0, 57)], ids=str)
+def test_kernel_with_several_blocks_of_inputs(group_sizes, kind, dtype):
+    x, gate, _, sizes, _, d_out = kernel_case(kind, dtype, group_sizes, (3, 512, 256))
+    tolerance = FLOAT32 if dtype == jnp.float32 else BFLOAT16
+    out, expected = (matmul(x, gate, sizes, implementation=i) for i in ("interpret", "reference"))
+    assert_close(out, expected, tolerance)
+    (d_x,), (expected,) = (
+        matmul_gradients(i, x, gate, sizes, d_out) for i in ("interpret", "reference")
+    )
+    assert_close(d_x, expected, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["f32", "fp8", "fp4"])
+@pytest.mark.parametrize("group_sizes", [(3, 0, 6), (90, 0, 61)], ids=str)
+def test_kernel_gradients(group_sizes, kind):
+    x, gate, up, sizes, row_weights, d_out = kernel_case(kind, jnp.float32, group_sizes)
+    grads, expected = (
+        activate_gradients(i, x, gate, up, sizes, row_weights, d_out)
+        for i in ("interpret", "reference")
+    )
+    assert len(grads) == (4 if kind == "f32" else 2)
+    for grad, expected_grad in zip(grads, expected, strict=True):
+        assert_close(grad, expected_grad, GRADIENT_FLOAT32)
+    if kind != "f32":
+        return
+    for grad in grads[2:]:
+        np.testing.assert_array_equal(grad[1], 0)  # an expert without rows
+    grads, expected = (
+        matmul_gradients(i, x, gate, sizes, d_out) for i in ("interpret", "reference")
+    )
+    for grad, expected_grad in zip(grads, expected, strict=True):
+        assert_close(grad, expected_grad, GRADIENT_FLOAT32)
+
+
+def test_kernel_gradients_equal_differences():
+    x, gate, up, sizes, row_weights, d_out = kernel_case("fp4", jnp.float32, (3, 0, 6))
+    grads = activate_gradients("interpret", x, gate, up, sizes, row_weights, d_out)
+    pair = [dense(w) for w in (gate, up)]
+
+    def truth(x, row_weights):
+        return np.sum(swiglu_loop(x, *pair, (3, 0, 6), row_weights) * np.asarray(d_out))
+
+    assert_gradients_equal_differences(grads, truth, [np.asarray(x), np.asarray(row_weights)])
+
+
+def test_kernel_touches_no_weights_of_experts_without_rows():
+    x, gate, up, sizes, row_weights, _ = kernel_case("f32", jnp.float32, (90, 0, 61))
+    gate, up = (w.at[1].set(jnp.nan) for w in (gate, up))
+    out = activate(x, gate, up, sizes, row_weights, limit=LIMIT, implementation="interpret")
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("num_rows", [20, 200])
+def test_kernel_zeroes_rows_of_no_expert(num_rows):
+    x, gate, *_ = kernel_case("f32", jnp.float32, (3, 0, 6))
+    x = jnp.tile(x, (num_rows // 9 + 1, 1))[:num_rows]
+    sizes = jnp.array([3, 0, 6], jnp.int32)
+    out = matmul(x, gate, sizes, implementation="interpret")
+    expected = matmul(x[:9], gate, sizes, implementation="reference")
+    assert_close(out[:9], expected, FLOAT32)
+    np.testing.assert_array_equal(out[9:], 0)
+    out = matmul(x, gate, jnp.zeros(3, jnp.int32), implementation="interpret")
+    np.testing.assert_array_equal(out, 0)
+
+
+@pytest.mark.parametrize(
+    "x, w, message",
+    [
+        ((5, 64), (2, 64, 128), r"multiples of 128"),
+        ((5, 128), (2, 128, 10), r"multiples of 128"),
+        ((0, 128), (2, 128, 128), r"no rows"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused(x, w, message):
+    x, w, sizes = jnp.zeros(x), jnp.zeros(w), jnp.zeros((2,), jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(x, w, sizes, implementation="interpret")
+    assert grouped_matmul(x, w, sizes).shape == (x.shape[0], w.shape[2])
+
+
+def test_visits_cover_each_row_once():
+    rng = np.random.default_rng(0)
+    for rows in (8, 64):
+        make = {
+            aligned: jax.jit(
+                visits.tiled if aligned else visits.from_first_rows, static_argnums=(1, 2)
+            )
+            for aligned in (False, True)
+        }
+        for _ in range(20):
+            sizes = rng.integers(0, 90, 6) * rng.integers(0, 2, 6)
+            num_rows = 600
+            for aligned in (False, True):
+                found = jax.tree.map(np.asarray, make[aligned](sizes, num_rows, rows))
+                assert found.count <= len(found.tile)
+                owner = np.full(num_rows, -1)
+                for i in range(found.count):
+                    first = found.tile[i] * (rows if aligned else 1)
+                    taken = range(
+                        max(first, found.start[i]), min(first + rows, found.end[i], num_rows)
+                    )
+                    assert (owner[taken] == -1).all()
+                    owner[taken] = found.expert[i]
+                np.testing.assert_array_equal(owner[: sizes.sum()], np.repeat(np.arange(6), sizes))
+                assert (owner[sizes.sum() :] == -1).all()

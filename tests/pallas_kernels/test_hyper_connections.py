@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hyper_connections
-from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
+from tests.tolerances import BFLOAT16, FLOAT32, GRADIENT_FLOAT32, assert_close
 
 M, D, EPS, NORM_EPS = 4, 8, 1e-6, 1e-5
 sinkhorn = jax.jit(hyper_connections.sinkhorn, static_argnums=(1, 2))
-hc_pre = jax.jit(
-    hyper_connections.hc_pre,
-    static_argnames=("num_streams", "sinkhorn_iters", "eps", "norm_eps"),
-)
-hc_post = jax.jit(hyper_connections.hc_post)
-hc_head = jax.jit(hyper_connections.hc_head, static_argnames=("eps", "norm_eps"))
+PRE_OPTIONS = ("num_streams", "sinkhorn_iters", "eps", "norm_eps", "implementation")
+hc_pre = jax.jit(hyper_connections.hc_pre, static_argnames=PRE_OPTIONS)
+hc_post = jax.jit(hyper_connections.hc_post, static_argnames="implementation")
+hc_post_pre = jax.jit(hyper_connections.hc_post_pre, static_argnames=PRE_OPTIONS)
+hc_head = jax.jit(hyper_connections.hc_head, static_argnames=("eps", "norm_eps", "implementation"))
 PRE = dict(num_streams=M, sinkhorn_iters=20, eps=EPS, norm_eps=NORM_EPS)
 HEAD = dict(eps=EPS, norm_eps=NORM_EPS)
 
@@ -223,3 +222,139 @@ def test_gradients_equal_central_differences(op, truth, args):
         entries.append(np.unravel_index(np.argmax(np.abs(grad)), grad.shape))  # sets the measure
         expected = [derivative(lambda *a: weighted_sum(truth, a), args, which, i) for i in entries]
         assert_close([float(grad[i]) for i in entries], expected, GRADIENT_FLOAT32)
+
+
+# The kernels, in the interpreter, against the reference --------------------------------------------
+
+
+def arrays(shape: tuple[int, int, int], dtype) -> dict[str, tuple]:
+    """Arguments of each operation for [B, T, D], coefficients far from uniform."""
+    batch, length, d = shape
+    rng = np.random.default_rng(5)
+
+    def normal(*shape, size=1.0):
+        return jnp.asarray(rng.standard_normal(shape) * size, jnp.float32)
+
+    sizes = np.array([0.3, 1, 2, 5])[:, None]
+    streams = normal(batch, length, M, d, size=sizes).reshape(batch, length, M * d).astype(dtype)
+    f = normal(batch, length, d).astype(dtype)
+    post = 2 * jax.nn.sigmoid(normal(batch, length, M))
+    comb = jax.nn.softmax(normal(batch, length, M, M))
+    fn = normal(M * d, (2 + M) * M, size=3 * (M * d) ** -0.5)
+    base, scale = normal((2 + M) * M), jnp.array([0.7, 1.3, 1.9])
+    return {
+        "pre": (streams, fn, base, scale),
+        "post": (f, streams, post, comb),
+        "post_pre": (f, streams, post, comb, fn, base, scale),
+        "head": (streams, fn[:, :M], base[:M], scale[:1]),
+    }
+
+
+OPS = {
+    "pre": functools.partial(hyper_connections.hc_pre, **PRE),
+    "post": hyper_connections.hc_post,
+    "post_pre": functools.partial(hyper_connections.hc_post_pre, **PRE),
+    "head": functools.partial(hyper_connections.hc_head, **HEAD),
+}
+
+
+@functools.partial(jax.jit, static_argnames=("op", "implementation"))
+def with_gradients(d_out, args, *, op, implementation):
+    out, vjp = jax.vjp(functools.partial(OPS[op], implementation=implementation), *args)
+    return out, vjp(d_out)
+
+
+def cotangents(op: str, args: tuple):
+    rng = np.random.default_rng(6)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype),
+        jax.eval_shape(OPS[op], *args),
+    )
+
+
+def compare(op: str, args: tuple, implementation: str, tolerance: float, grad_tolerance: float):
+    d_out = cotangents(op, args)
+    actual = with_gradients(d_out, args, op=op, implementation=implementation)
+    expected = with_gradients(d_out, args, op=op, implementation="reference")
+    for one, other in zip(jax.tree.leaves(actual[0]), jax.tree.leaves(expected[0]), strict=True):
+        assert one.dtype == other.dtype
+        assert_close(one, other, tolerance)
+    for one, other in zip(actual[1], expected[1], strict=True):
+        assert one.dtype == other.dtype
+        assert_close(one, other, grad_tolerance)
+
+
+@pytest.mark.parametrize(
+    "op, shape",
+    [
+        *((op, (2, 9, 256)) for op in ("pre", "post", "head")),
+        ("post_pre", (1, 1, 128)),
+        ("post_pre", (2, 75, 128)),  # two blocks, the second ragged
+    ],
+    ids=str,
+)
+def test_kernel_equals_reference(op, shape):
+    args = arrays(shape, jnp.float32)[op]
+    compare(op, args, "interpret", FLOAT32, GRADIENT_FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_bfloat16_streams_equal_reference(implementation):
+    args = arrays((1, 20, 256), jnp.bfloat16)["post_pre"]
+    compare("post_pre", args, implementation, BFLOAT16, BFLOAT16)
+
+
+@pytest.mark.parametrize("op", list(OPS))
+def test_xla_equals_reference(op):
+    compare(op, arrays((2, 5, 24), jnp.float32)[op], "xla", FLOAT32, GRADIENT_FLOAT32)
+
+
+def test_kernel_rounds_bfloat16_results_once():
+    args = arrays((1, 20, 256), jnp.bfloat16)["post_pre"]
+    f, streams, post, comb, *site = args
+
+    mixed, u, new_post, new_comb = hc_post_pre(*args, **PRE, implementation="interpret")
+
+    x = np.asarray(streams, np.float64).reshape(1, 20, M, -1)
+    exact = np.einsum("btjk,btjd->btkd", np.asarray(comb, np.float64), x)
+    exact += np.asarray(post, np.float64)[..., None] * np.asarray(f, np.float64)[:, :, None]
+    assert_rounded_once(mixed, exact.reshape(streams.shape))
+    # The next site reads the rounded streams, with float32 coefficients.
+    expected = hc_pre(mixed, *site, **PRE, implementation="reference")
+    np.testing.assert_array_equal(u, expected[0])
+    for actual, other in zip((new_post, new_comb), expected[1:]):
+        assert_close(actual, other, FLOAT32)
+
+
+def test_fused_equals_one_after_the_other():
+    args = arrays((2, 3, 24), jnp.float32)["post_pre"]
+    f, streams, post, comb, *site = args
+    mixed = hc_post(f, streams, post, comb)
+    expected = mixed, *hc_pre(mixed, *site, **PRE)
+    for actual, other in zip(hc_post_pre(*args, **PRE), expected, strict=True):
+        assert_close(actual, other, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "op, position, shape, message",
+    [
+        ("pre", 0, (2, 96), r"streams \(2, 96\) must be \[B, T, M \* D\]"),
+        ("pre", 1, (96, 4), r"fn \(96, 4\).*must be \[M \* D, 24\], \[24\] and \[3\]"),
+        ("head", 3, (3,), r"scale \(3,\) must be"),
+        ("post", 0, (2, 5, 12), r"f \(2, 5, 12\) float32 must be \[B, T, D\]"),
+        ("post_pre", 3, (2, 5, 4), r"comb \(2, 5, 4\) must be"),
+    ],
+)
+def test_bad_shapes_are_refused(op, position, shape, message):
+    args = list(arrays((2, 5, 24), jnp.float32)[op])
+    args[position] = jnp.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        OPS[op](*args)
+
+
+def test_kernels_say_what_they_cannot_take():
+    for shape, message in [((1, 2, 24), "multiple of 128"), ((1, 0, 128), "no tokens")]:
+        args = arrays(shape, jnp.float32)["post"]
+        with pytest.raises(ValueError, match=message):
+            hyper_connections.hc_post(*args, implementation="interpret")
+        hyper_connections.hc_post(*args)  # None falls back

@@ -13,12 +13,23 @@ import numpy as np
 import pytest
 
 from pallas_kernels import indexer
+from pallas_kernels.indexer import block_sizes, xla
+from pallas_kernels.packed_rows import PackedKeys
+from pallas_kernels.selection import Selection
 from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
 
 
-def index_topk(*args, topk: int, ratio: int) -> np.ndarray:
+def select(*args, topk: int, ratio: int, implementation: str) -> Selection:
     """Traced anew each time, so that patched block sizes count."""
-    return np.asarray(jax.jit(functools.partial(indexer.index_topk, topk=topk, ratio=ratio))(*args))
+    options = dict(topk=topk, ratio=ratio, implementation=implementation)
+    return jax.jit(functools.partial(indexer.index_topk, **options))(*args)
+
+
+def index_topk(*args, topk: int, ratio: int, implementation: str = "xla") -> np.ndarray:
+    """Indices."""
+    selection = select(*args, topk=topk, ratio=ratio, implementation=implementation)
+    assert selection.num_entries == args[2].shape[1]
+    return np.asarray(selection.to_indices())
 
 
 def scores_of(q, weights, keys) -> np.ndarray:
@@ -56,8 +67,8 @@ def inputs(num_queries: int, num_entries: int, starts=(0, 37), *, integer=True, 
 @pytest.fixture(params=[(128, 1024), (16, 8)], ids=["one block", "small blocks"])
 def blocks(request, monkeypatch):
     """The module's block sizes, and sizes so small that several blocks and chunks are visited."""
-    monkeypatch.setattr(indexer, "BLOCK_QUERIES", request.param[0])
-    monkeypatch.setattr(indexer, "BLOCK_ENTRIES", request.param[1])
+    monkeypatch.setattr(xla, "BLOCK_QUERIES", request.param[0])
+    monkeypatch.setattr(xla, "BLOCK_ENTRIES", request.param[1])
 
 
 @pytest.mark.parametrize(
@@ -79,10 +90,10 @@ def test_selection_equals_stable_sort(num_queries, num_entries, topk, ratio, sta
 
 
 def test_more_entries_than_one_chunk_of_the_module():
-    num_entries = indexer.BLOCK_ENTRIES + 60
+    num_entries = xla.BLOCK_ENTRIES + 60
     q, weights, keys, positions = inputs(3, num_entries, (4 * num_entries - 10, 4 * 1024 - 3))
     expected = selection(scores_of(q, weights, keys), positions, 40, 4)
-    assert (expected >= indexer.BLOCK_ENTRIES).any()
+    assert (expected >= xla.BLOCK_ENTRIES).any()
     actual = index_topk(q, weights, keys, positions, topk=40, ratio=4)
     np.testing.assert_array_equal(np.sort(actual, axis=-1), expected)
 
@@ -156,6 +167,109 @@ def test_entries_of_the_future_are_never_selected_nor_seen(ratio, blocks):
     for b in range(2):  # whatever lies beyond the last visible entry
         keys[b, last[b] :] = 1e30
     np.testing.assert_array_equal(select(keys), actual)
+
+
+KERNEL_CASES = [  # queries, entries, topk, ratio, first positions
+    (1, 30, 4, 4, (2, 77)),  # decoding; no visible entry
+    (1, 1500, 64, 4, (100, 5990)),  # all visible ones are selected; several scoring steps
+    (1, 17000, 200, 4, (66000, 67990)),  # more entries than 128 rows of 128
+    (50, 21, 6, 4, (0, 37)),  # fewer queries than a block, fewer entries than a chunk
+    (150, 300, 16, 4, (0, 900)),  # two blocks, two chunks
+    (70, 8, 3, 128, (100, 900)),
+    (12, 5, 9, 4, (0, 30)),  # nothing is left out
+]
+
+
+@pytest.mark.parametrize("num_queries, num_entries, topk, ratio, starts", KERNEL_CASES)
+def test_kernel_equals_stable_sort(num_queries, num_entries, topk, ratio, starts):
+    q, weights, keys, positions = inputs(num_queries, num_entries, starts)
+    expected = select(
+        *(q, weights, keys, positions), topk=topk, ratio=ratio, implementation="reference"
+    )
+    actual = select(
+        *(q, weights, keys, positions), topk=topk, ratio=ratio, implementation="interpret"
+    )
+    np.testing.assert_array_equal(actual.mask(), expected.mask())
+    if num_queries == 1:
+        listed = np.asarray(actual.indices)[:, 0]
+        for row in listed:
+            count = np.sum(row >= 0)
+            assert (np.diff(row[:count]) > 0).all() and (row[count:] == -1).all()
+    else:
+        assert actual.bits.dtype == np.uint32 and actual.topk == min(topk, num_entries)
+
+
+@pytest.mark.parametrize(
+    "num_queries, num_entries, topk, ratio, starts",
+    [(1, 30, 4, 4, (2, 77)), (50, 21, 6, 4, (0, 37)), (12, 5, 9, 4, (0, 30))],
+)
+def test_reference_equals_stable_sort(num_queries, num_entries, topk, ratio, starts):
+    args = inputs(num_queries, num_entries, starts)
+    expected = selection(scores_of(*args[:3]), args[3], topk, ratio)
+    actual = index_topk(*args, topk=topk, ratio=ratio, implementation="reference")
+    np.testing.assert_array_equal(np.sort(actual, axis=-1), expected)
+
+
+@pytest.mark.parametrize("num_queries", [1, 20])
+@pytest.mark.parametrize("kind", ["zero keys", "equal keys", "negative scores", "wide range"])
+def test_kernel_breaks_ties_and_orders_scores_of_any_sign_and_size(num_queries, kind):
+    q, weights, keys, positions = inputs(num_queries, 40, (90, 150))
+    match kind:
+        case "zero keys":
+            keys[:] = 0
+        case "equal keys":
+            keys[:] = keys[:, :1]
+        case "negative scores":
+            q, keys, weights = np.abs(q) + 1, np.abs(keys) + 1, -np.abs(weights) - 1
+        case "wide range":  # more halvings than a float32 has bits
+            keys *= np.float32(2.0) ** np.linspace(-120, 110, 40, dtype=np.int32)[:, None]
+            keys = np.ascontiguousarray(keys[:, ::-1])
+    options = dict(topk=6, ratio=4)
+    expected = select(q, weights, keys, positions, **options, implementation="reference")
+    actual = select(q, weights, keys, positions, **options, implementation="interpret")
+    np.testing.assert_array_equal(actual.mask(), expected.mask())
+
+
+@pytest.mark.parametrize("num_queries", [1, 50])
+def test_kernel_in_bfloat16_selects_the_same_where_products_are_exact(num_queries):
+    args = inputs(num_queries, 21, (40, 70), dtype=ml_dtypes.bfloat16)
+    expected = selection(scores_of(*args[:3]), args[3], 6, 4)
+    actual = index_topk(*args, topk=6, ratio=4, implementation="interpret")
+    np.testing.assert_array_equal(np.sort(actual, axis=-1), expected)
+
+
+@pytest.mark.parametrize("integer", [True, False])
+def test_kernel_with_queries_in_groups_of_lanes(integer, monkeypatch):
+    monkeypatch.setattr(block_sizes, "MAX_SCORE_BYTES", 1 << 21)
+    assert block_sizes.lane_groups(4200) == 2
+    rng = np.random.default_rng(0)
+    shapes = (1, 70, 2, 4), (1, 70, 2), (1, 4200, 4)
+    draw = functools.partial(rng.integers, -3, 4) if integer else rng.standard_normal
+    q, weights, keys = (np.float32(draw(size=shape)) for shape in shapes)
+    positions = np.arange(16400, 16470, dtype=np.int32)[None]
+    options = dict(topk=50, ratio=4)
+    expected = select(q, weights, keys, positions, **options, implementation="reference")
+    actual = select(q, weights, keys, positions, **options, implementation="interpret")
+    np.testing.assert_array_equal(actual.mask(), expected.mask())
+
+
+def test_kernel_does_not_see_entries_of_the_future():
+    q, weights, keys, positions = inputs(20, 40, (90, 130))
+    keys[0, (positions[0, -1] + 1) // 4 :] = 1e30
+    expected = select(*(q, weights, keys, positions), topk=6, ratio=4, implementation="reference")
+    actual = select(*(q, weights, keys, positions), topk=6, ratio=4, implementation="interpret")
+    np.testing.assert_array_equal(actual.mask(), expected.mask())
+
+
+def test_packed_keys_are_unpacked():
+    q, weights, _, positions = inputs(5, 12, (20, 40))
+    q = np.random.default_rng(3).standard_normal((2, 5, 3, 64)).astype(np.float32)
+    keys = PackedKeys.pack(jax.random.normal(jax.random.key(0), (2, 12, 64)))
+    options = dict(topk=3, ratio=4, implementation="xla")
+    expected = select(q, weights, keys.unpack(jnp.float32), positions, **options)
+    np.testing.assert_array_equal(
+        select(q, weights, keys, positions, **options).indices, expected.indices
+    )
 
 
 def chosen(num_queries: int, num_entries: int, topk: int) -> np.ndarray:
@@ -237,3 +351,27 @@ def test_shapes_that_do_not_agree_are_refused(replace, message):
     args = {name: jnp.zeros(shape, jnp.int32) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
         indexer.index_topk(**args, topk=3, ratio=4)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(topk=0), "topk=0 and ratio=4 must be positive"),
+        (dict(implementation="mosaic"), "expected one of"),
+        (dict(implementation="tpu"), "cannot run on cpu"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(change, message):
+    args = inputs(5, 12)
+    with pytest.raises(ValueError, match=message):
+        indexer.index_topk(*args, **(dict(topk=3, ratio=4) | change))
+
+
+def test_kernel_refuses_what_it_cannot_take():
+    q, weights, keys, positions = (jnp.asarray(x) for x in inputs(5, 12))
+    options = dict(topk=3, ratio=4, implementation="interpret")
+    with pytest.raises(ValueError, match="both in bfloat16 or float32"):
+        indexer.index_topk(q, weights, keys.astype(jnp.bfloat16), positions, **options)
+    many = jax.ShapeDtypeStruct((2, 1 << 20, 4), jnp.float32)
+    with pytest.raises(ValueError, match="do not fit in VMEM"):
+        jax.eval_shape(lambda k: indexer.index_topk(q, weights, k, positions, **options), many)

@@ -14,12 +14,14 @@ from pallas_kernels.quantize import (
     decode_e2m1,
     encode_e2m1,
     hadamard,
+    pack_planes,
     quantize_weight,
     round_e2m1,
     round_e4m3,
     round_fp4,
     round_fp8,
     unpack_fp4,
+    unpack_planes,
 )
 from tests.tolerances import FLOAT32, assert_close
 
@@ -265,18 +267,46 @@ def test_every_e4m3_code_dequantizes_to_its_value_times_the_scale():
     assert_same_bits(np.signbit(weight), (codes & 0x80) != 0)
 
 
-def test_low_nibble_is_the_even_input():
+def test_low_nibbles_are_the_first_half_of_the_inputs():
     unpacked = unpack_fp4(jnp.array([[0x21, 0xF0], [0x9A, 0x07]], jnp.uint8))
-    expected = np.array([[0.5, 0.0], [1.0, -6.0], [-1.0, 6.0], [-0.5, 0.0]], np.float32)
+    expected = np.array([[0.5, 0.0], [-1.0, 6.0], [1.0, -6.0], [-0.5, 0.0]], np.float32)
     np.testing.assert_array_equal(unpacked, expected)
 
 
 def test_fp4_packs_two_inputs_per_byte():
     column = np.zeros((32, 1), np.float32)
-    column[:4, 0] = [0.5, 1.0, -2.0, 6.0]  # codes 1, 2, 12, 7 under a scale of one
+    column[[0, 16, 1, 17], 0] = [0.5, 1.0, -2.0, 6.0]  # codes 1, 2, 12, 7 under a scale of one
     packed = pack(jnp.asarray(column), "fp4")
     np.testing.assert_array_equal(packed.values[:, 0], [0x21, 0x7C] + [0] * 14)
     np.testing.assert_array_equal(packed.scale.astype(jnp.float32), [[1.0]])
+
+
+def interleaved_codes(num_inputs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [4, in] and the bytes a checkpoint has for them: inputs 2r and 2r + 1 in byte r."""
+    codes = np.random.default_rng(seed).integers(0, 16, (4, num_inputs)).astype(np.uint8)
+    return codes, codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+@pytest.mark.parametrize(
+    "num_inputs, block", [(512, 256), (256, 256), (64, 64), (96, 96), (32, 32)]
+)
+def test_planes_of_checkpoint_bytes(num_inputs, block):
+    codes, stored = interleaved_codes(num_inputs)
+    planes = pack_planes(stored)
+    for start in range(0, num_inputs, block):
+        rows = planes[:, start // 2 : (start + block) // 2]
+        half = block // 2
+        np.testing.assert_array_equal(rows & 15, codes[:, start : start + half])
+        np.testing.assert_array_equal(rows >> 4, codes[:, start + half : start + block])
+    np.testing.assert_array_equal(unpack_planes(planes), stored)
+    np.testing.assert_array_equal(unpack_fp4(jnp.asarray(planes.T)).T, E2M1[codes])
+
+
+def test_whole_blocks_of_planes_stand_for_themselves():
+    # What a device holds of weights cut along their inputs is a valid packed array.
+    codes, stored = interleaved_codes(1024)
+    half = pack_planes(stored).T[256:]
+    np.testing.assert_array_equal(unpack_fp4(jnp.asarray(half)).T, E2M1[codes[:, 512:]])
 
 
 def representable(fmt: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

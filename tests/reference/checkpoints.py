@@ -167,6 +167,21 @@ SCANNED = {"stages.0.blocks.0": [0, 1], "stages.1.blocks.0": [2, 4], "stages.1.b
 Parameters = dict[str, tuple[np.ndarray, ...]]  # by path; (values, scale) if quantised
 
 
+def fp4_codes(values: np.ndarray) -> np.ndarray:
+    """Codes [..., in, out] of packed FP4 as it lies in memory: blocks of 256 inputs, in halves."""
+    half = min(values.shape[-2], 128)
+    blocks = np.split(values, values.shape[-2] // half, axis=-2)
+    return np.concatenate([b for v in blocks for b in (v & 15, v >> 4)], axis=-2)
+
+
+def fp4_in_memory(stored: np.ndarray) -> np.ndarray:
+    """Bytes [in / 2, out] as they lie in memory, of bytes [out, in / 2] of a file."""
+    codes = np.stack([stored & 15, stored >> 4], axis=-1).reshape(len(stored), -1).T
+    half = min(len(codes) // 2, 128)
+    halves = np.split(codes, len(codes) // half)
+    return np.concatenate([a | b << 4 for a, b in zip(halves[0::2], halves[1::2])])
+
+
 def expected_parameters(tensors: Tensors, blocks: dict[str, list[int]] | None = None) -> Parameters:
     """Every parameter as it must be loaded: kernels [in, out], layers and experts stacked."""
 
@@ -176,7 +191,7 @@ def expected_parameters(tensors: Tensors, blocks: dict[str, list[int]] | None = 
             return (data.astype(np.int32),)
         is_matrix = name.endswith(".weight") and data.ndim == 2
         if name.endswith("_fn") or (is_matrix and name not in ("embed.weight", "head.weight")):
-            data = data.T
+            data = fp4_in_memory(data) if data.dtype == np.uint8 else data.T
         scale = tensors.get(name.removesuffix(".weight") + ".scale")
         return (data,) if scale is None else (data, scale.T)
 

@@ -42,7 +42,7 @@ def test_generate_continues_a_prompt_reproducibly():
     out, err = run("generate", *args, "--seed", 3)
 
     assert len(out.split()) > 8
-    assert re.search(r"40 generated.* ([\d.]+) tokens/s", err)
+    assert re.search(r"\d+ generated.* [\d.]+ tokens/s", err)
     assert run("generate", *args, "--seed", 3)[0] == out
     assert run("generate", *args, "--seed", 4)[0] != out
 
@@ -69,8 +69,8 @@ def test_chat_answers_every_message():
 
     out, err = run("chat", "--checkpoint", NANO, "--max-new-tokens", 30, stdin=stdin)
 
-    first, second = out.split("> ")[1:3]
-    assert len(first.strip()) > 20
+    first, second = (part.strip() for part in out.split("> ") if part.strip())
+    assert len(first) > 20
     assert second.startswith("[")
     assert "'shout': expected one of non-think" in err
 

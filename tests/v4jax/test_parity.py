@@ -58,6 +58,10 @@ def _no_inverse(x, positions, frequencies, *, inverse=False):
     return x if inverse else rotate(x, positions, frequencies)
 
 
+def _transposed(op, f, streams, post, comb, *site, **options):
+    return op(f, streams, post, jnp.swapaxes(comb, -1, -2), *site, **options)
+
+
 def _unclamped(gate, up, limit):
     return jax.nn.silu(gate) * up
 
@@ -65,9 +69,9 @@ def _unclamped(gate, up, limit):
 @pytest.mark.parametrize("mistake", ["transposed comb", "no inverse rotation", "no shared clamp"])
 def test_parity_would_notice(mistake, hf_model, hf_small, monkeypatch):
     if mistake == "transposed comb":
-        right = hyper_connections.hc_post
-        wrong = lambda f, x, post, comb: right(f, x, post, jnp.swapaxes(comb, -1, -2))
-        monkeypatch.setattr(hyper_connections, "hc_post", wrong)
+        for name in ("hc_post", "hc_post_pre"):
+            wrong = functools.partial(_transposed, getattr(hyper_connections, name))
+            monkeypatch.setattr(hyper_connections, name, wrong)
     elif mistake == "no inverse rotation":
         monkeypatch.setattr("v4jax.attention.rotate", _no_inverse)
     else:

@@ -22,6 +22,7 @@ from tests.reference.checkpoints import (
     cut_config,
     cut_tensors,
     expected_parameters,
+    fp4_codes,
     hf_tensors,
     official_tensors,
     parameters,
@@ -261,11 +262,6 @@ def scales_of_the_rule(weight: np.ndarray, is_fp4: bool) -> np.ndarray:
     return power_of_two_above(np.maximum(amax, np.float32(floor)) * np.float32(1 / largest))
 
 
-def without_negative_zeros(packed: np.ndarray) -> np.ndarray:
-    packed = np.where(packed & 0x0F == 0x08, packed & 0xF0, packed)
-    return np.where(packed & 0xF0 == 0x80, packed & 0x0F, packed)
-
-
 def test_requantised_weights_have_the_scale_of_the_rule_and_lose_nothing(
     official_model, float_model, released_model
 ):
@@ -288,8 +284,9 @@ def test_requantised_weights_have_the_scale_of_the_rule_and_lose_nothing(
         num_blocks[value.is_fp4] += same.size
         old, new = (np.asarray(q.values).view(np.uint8) for q in (original[path], value))
         if value.is_fp4:
-            old = without_negative_zeros(old)
-        rows, cols = (16, 1) if value.is_fp4 else (128, 128)
+            old, new = fp4_codes(old), fp4_codes(new)
+            old = np.where(old == 8, 0, old)  # minus zero
+        rows, cols = value.block
         same = np.repeat(np.repeat(same, rows, axis=-2), cols, axis=-1)
         same = same[..., : old.shape[-2], : old.shape[-1]]
         assert np.array_equal(old[same], new[same]), path

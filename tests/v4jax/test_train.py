@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels.attention import selected_attention, selected_mass
+from pallas_kernels.selection import Selection
 from sharding import AxisRules
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, plain, tiny
@@ -128,7 +129,8 @@ def test_teacher_has_the_denominator_of_the_whole_softmax(what):
     indices, positions = jnp.tile(jnp.arange(4), (1, 9, 1)), jnp.arange(20, 29)[None]
 
     def mass(sink, window):
-        _, lse = selected_attention(q, window, entries, indices, sink, positions, scale=0.25)
+        selection = Selection.of_indices(indices, 6)
+        _, lse = selected_attention(q, window, entries, selection, sink, positions, scale=0.25)
         return selected_mass(q, entries, indices, lse, scale=0.25)
 
     sink = jnp.zeros(2)

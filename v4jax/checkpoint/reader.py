@@ -18,7 +18,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.quantize import FP4_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK, QuantizedArray
+from pallas_kernels.quantize import (
+    FP4_WEIGHT_BLOCK,
+    FP8_WEIGHT_BLOCK,
+    QuantizedArray,
+    fp4_block,
+    pack_planes,
+)
 from sharding import AxisRules
 from v4jax.checkpoint import names
 from v4jax.checkpoint.safetensors import CheckpointError, SafetensorsFile
@@ -359,7 +365,10 @@ def _make_array(
         )
         for position in np.ndindex(*chosen.shape):
             name = chosen[position]
-            data = checkpoint.tensors[name].view()[stored_index]
+            tensor = checkpoint.tensors[name]
+            data = (
+                _planes(tensor, stored_index) if tensor.tag == "I8" else tensor.view()[stored_index]
+            )
             _refuse_damage(checkpoint.config, name, data)
             parts[position] = data.T if leaf.slot.transposed else data
         return parts
@@ -367,6 +376,16 @@ def _make_array(
     if sharding is None:
         return jax.device_put(read(tuple(slice(None) for _ in shape)))
     return jax.make_array_from_callback(shape, _fitting(sharding, shape), read)
+
+
+def _planes(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+    """A part [out, in / 2] of packed FP4, in the order it has in memory."""
+    rows, cols = index
+    width = tensor.shape[1]
+    half = fp4_block(2 * width) // 2
+    start, stop, _ = cols.indices(width)
+    first, last = start - start % half, stop + -stop % half  # whole blocks
+    return pack_planes(tensor.view()[rows, first:last])[:, start - first : stop - first]
 
 
 def _fitting(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding:

@@ -11,7 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.quantize import QuantizedArray
+from pallas_kernels.quantize import QuantizedArray, unpack_planes
 from v4jax.checkpoint import names
 from v4jax.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, Leaf, leaves
 from v4jax.checkpoint.safetensors import NewTensor, write_safetensors
@@ -149,7 +149,7 @@ def _tensor(
         data = np.asarray(_one(array, position))
         data = data.T if transposed else data
         if tag == "I8":
-            return data.view(np.int8) if data.flags.c_contiguous else data.copy("C").view(np.int8)
+            return unpack_planes(np.ascontiguousarray(data)).view(np.int8)
         return data.astype(np.int64) if tag == "I64" else data
 
     return NewTensor(name, tag, shape[::-1] if transposed else shape, read)

@@ -1,12 +1,7 @@
-"""Lightning indexer: which compressed entries each query attends to.
-
-    score[t, s] = sum_a weight[t, a] * relu(<q[t, a], key[s]>)        for visible entries s
-    indices[t]  = the `topk` entries of largest score, ties to the lowest index; -1 fills the rest
+"""The indexer in jax.numpy.
 
 Scores are formed for one block of queries at a time, in chunks of entries no further than the last
 one the block can see, so memory is [block, S] and never [T, S].
-
-Source: report section 2.3.1 (eqs. 15-17); released `inference/model.py` (Indexer).
 """
 
 import jax
@@ -16,34 +11,23 @@ BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 1024
 
 
+def all_visible(num_visible: jax.Array, num_entries: int) -> jax.Array:
+    """[B, T, S] int32: every visible entry, whatever its score."""
+    index = jnp.arange(num_entries, dtype=jnp.int32)
+    return jnp.where(index < num_visible[..., None], index, -1)
+
+
 def index_topk(
     q: jax.Array,  # [B, T, A, I]
-    weights: jax.Array,  # [B, T, A] float32, may be negative
+    weights: jax.Array,  # [B, T, A]
     keys: jax.Array,  # [B, S, I]
-    positions: jax.Array,  # [B, T] int32
-    *,
-    topk: int,
-    ratio: int,
-) -> jax.Array:  # [B, T, min(topk, S)] int32
-    """Indices of the entries each query attends to; -1 where fewer are visible. No gradient.
-
-    Raises:
-      ValueError: shapes do not agree.
-    """
-    if q.ndim != 4 or weights.shape != q.shape[:3] or positions.shape != q.shape[:2]:
-        raise ValueError(
-            f"q {q.shape} must be [B, T, A, I], weights {weights.shape} [B, T, A] and positions "
-            f"{positions.shape} [B, T]."
-        )
-    if keys.ndim != 3 or keys.shape[0] != q.shape[0] or keys.shape[2] != q.shape[3]:
-        raise ValueError(f"keys {keys.shape} must be [B, S, I] with B and I of q {q.shape}.")
-    q, weights, keys = map(jax.lax.stop_gradient, (q, weights, keys))
+    num_visible: jax.Array,  # [B, T] int32, at most S
+    topk: int,  # at most S
+) -> jax.Array:  # [B, T, topk] int32
+    """Indices in the order of their scores; -1 where fewer are visible."""
     num_entries, num_queries = keys.shape[1], q.shape[1]
-    num_visible = jnp.minimum((positions + 1) // ratio, num_entries)
-    if num_entries <= topk:  # every visible entry is selected, whatever its score
-        index = jnp.arange(num_entries, dtype=jnp.int32)
-        return jnp.where(index < num_visible[..., None], index, -1)
-
+    if num_entries == topk:
+        return all_visible(num_visible, num_entries)
     block = min(BLOCK_QUERIES, num_queries)
     num_blocks = -(-num_queries // block)
     padding = num_blocks * block - num_queries
@@ -62,7 +46,7 @@ def index_topk(
 
         def fill(c, scores):
             keys_c = jax.lax.dynamic_slice_in_dim(keys, c * chunk, chunk, axis=1)
-            part = _scores(q_i, weights_i, keys_c, "bsi")
+            part = scores_of(q_i, weights_i, keys_c, "bsi")
             return jax.lax.dynamic_update_slice_in_dim(scores, part, c * chunk, axis=2)
 
         scores = jnp.zeros((q.shape[0], block, keys.shape[1]), jnp.float32)
@@ -81,17 +65,19 @@ def selected_scores(
     keys: jax.Array,  # [B, S, I]
     indices: jax.Array,  # [B, T, K] int32 (-1: none)
 ) -> jax.Array:  # [B, T, K] float32, -inf where the index is -1
-    """Scores of the selected entries, differentiable: what the indexer is trained through."""
+    """Scores of the selected entries."""
     if not indices.shape[2]:
         return jnp.zeros(indices.shape, jnp.float32)
     rows = jax.vmap(lambda k, i: jnp.take(k, jnp.maximum(i, 0), axis=0))(keys, indices)
-    scores = _scores(q, weights, rows, "btsi")
+    scores = scores_of(q, weights, rows, "btsi")
     return jnp.where(indices >= 0, scores, -jnp.inf)
 
 
-def _scores(q, weights, keys, axes):
+def scores_of(q: jax.Array, weights: jax.Array, keys: jax.Array, axes: str) -> jax.Array:
+    """[B, T, S] float32 of keys [B, S, I] (axes "bsi") or [B, T, S, I] ("btsi")."""
     wide = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     dots = jnp.einsum(
         f"btai,{axes}->btas", q, keys, precision=wide, preferred_element_type=jnp.float32
     )
-    return jnp.einsum("btas,bta->bts", jax.nn.relu(dots), weights.astype(jnp.float32))
+    scores = jnp.einsum("btas,bta->bts", jax.nn.relu(dots), weights.astype(jnp.float32))
+    return jnp.where(scores == 0.0, 0.0, scores)  # lax.top_k puts 0 before -0

@@ -1,0 +1,197 @@
+"""Experts: grouped matmuls and SwiGLU at the sizes of V4-Flash and V4-Pro, 32 experts on a device.
+
+    python -m benchmarks.grouped_matmul --list
+    python -m benchmarks.grouped_matmul --only "Flash FP4, 256 rows"
+
+"16 rows" is rows an expert, all experts alike.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.case import Case, Trips, main
+from pallas_kernels.grouped_matmul import (
+    block_sizes,
+    few_rows,
+    grouped_matmul,
+    grouped_swiglu,
+    tpu,
+    vjp,
+    weights,
+)
+from pallas_kernels.quantize import FP4_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK, QuantizedArray
+
+NUM_EXPERTS, LIMIT = 32, 10.0
+DIMS = {"Flash": (4096, 2048), "Pro": (7168, 3072)}  # model width, expert width
+BYTES = {"FP4": 0.5 + 1 / 32, "FP8": 1 + 1 / 128**2, "bf16": 2}  # of a weight
+
+
+def cases() -> list[Case]:
+    found = []
+    for rows in (1, 16, 256, 4096):
+        for model, fmt in (("Flash", "FP4"), ("Flash", "FP8"), ("Flash", "bf16"), ("Pro", "FP4")):
+            found += [_swiglu(model, fmt, rows), _down(model, fmt, rows)]
+    for fmt in ("FP4", "bf16"):
+        found += [_swiglu_gradient("Flash", fmt, 256), _down_gradient("Flash", fmt, 256)]
+    return found
+
+
+def _weight(fmt: str, num_inputs: int, num_outputs: int) -> jax.Array | QuantizedArray:
+    """Values do not matter for time; all are one half."""
+    shape = (NUM_EXPERTS, num_inputs, num_outputs)
+
+    def full(divisors, value, dtype):
+        divided = (s // d for s, d in zip(shape, (1, *divisors)))
+        return jnp.full(tuple(divided), value, dtype)
+
+    if fmt == "bf16":
+        return full((1, 1), 0.5, jnp.bfloat16)
+    if fmt == "FP4":
+        scale = full(FP4_WEIGHT_BLOCK, 1, jnp.float8_e8m0fnu)
+        return QuantizedArray(full((2, 1), 0x11, jnp.uint8), scale, FP4_WEIGHT_BLOCK)
+    scale = full(FP8_WEIGHT_BLOCK, 1, jnp.float8_e8m0fnu)
+    return QuantizedArray(full((1, 1), 0.5, jnp.float8_e4m3fn), scale, FP8_WEIGHT_BLOCK)
+
+
+def _make(num_weights: int, fmt: str, rows: int, num_inputs: int, num_outputs: int) -> tuple:
+    num_rows = rows * NUM_EXPERTS
+    sizes = jnp.full((NUM_EXPERTS,), rows, jnp.int32)
+    x = jnp.ones((num_rows, num_inputs), jnp.bfloat16)
+    ws = [_weight(fmt, num_inputs, num_outputs) for _ in range(num_weights)]
+    row_weights = jnp.ones((num_rows,), jnp.float32)
+    return (x, *ws, sizes) if num_weights == 1 else (x, *ws, sizes, row_weights)
+
+
+def _swiglu(model: str, fmt: str, rows: int) -> Case:
+    embed, hidden = DIMS[model]
+    return _case("grouped_swiglu", model, fmt, rows, 2, embed, hidden)
+
+
+def _down(model: str, fmt: str, rows: int) -> Case:
+    embed, hidden = DIMS[model]
+    return _case("grouped_matmul", model, fmt, rows, 1, hidden, embed)
+
+
+def _case(op, model, fmt, rows, num_weights, num_inputs, num_outputs) -> Case:
+    count = num_weights * NUM_EXPERTS * num_inputs * num_outputs
+    run = functools.partial(grouped_swiglu, limit=LIMIT) if num_weights == 2 else grouped_matmul
+    make = functools.partial(_make, num_weights, fmt, rows, num_inputs, num_outputs)
+    return Case(
+        op=op,
+        shape=f"{model} {fmt}, {rows} rows",
+        run=run,
+        make=make,
+        flops=2 * rows * count,
+        bytes=count * BYTES[fmt] + 2 * rows * NUM_EXPERTS * (num_inputs + num_outputs),
+        trips=functools.partial(_trips, op, make),
+    )
+
+
+def _trips(op: str, make, chip: str) -> Trips:
+    x, *ws = jax.tree.leaves(jax.eval_shape(make), is_leaf=_is_weight)
+    ws = [w for w in ws if w.ndim == 3]
+    formats = [weights.format_of(w, x.dtype, chip) for w in ws]
+    (num_rows, num_inputs), num_outputs = x.shape, ws[0].shape[2]
+    rows = block_sizes.few_rows(num_rows, NUM_EXPERTS, num_inputs)
+    if rows is not None:
+        sizes = few_rows.sizes_for(chip, rows, formats, num_rows)
+        visits = NUM_EXPERTS * -(-num_rows // NUM_EXPERTS // rows)
+        steps = sizes.columns // sizes.step
+        tiles = (num_rows + max(rows, 8)) // 8
+        inner = (tiles / visits, *((steps,) if steps > 1 else ()), 1 / visits)
+        return {f"{op}_few_rows": (num_outputs // sizes.columns * visits, *inner)}
+    product = tpu.Product(op, None, (x.dtype,))
+    return {op: _tiled_trips(product, formats, chip, num_rows, num_outputs, 0)}
+
+
+def _tiled_trips(product, formats, chip, num_rows, num_columns, num_extras) -> tuple:
+    rows = block_sizes.row_tile(num_rows, NUM_EXPERTS)
+    sizes = tpu.sizes_for(product, chip, rows, formats, num_extras)
+    visits, steps = num_rows // rows, sizes.columns // sizes.step
+    grid = num_columns // sizes.columns * visits
+    if not formats[0].is_packed:
+        return (grid, 0, steps, 0) if steps > 1 else (grid, 0, 0)
+    first = NUM_EXPERTS / visits
+    return grid, 0, first, steps * first, steps * (1 - first), 0
+
+
+def _is_weight(leaf) -> bool:
+    return isinstance(leaf, QuantizedArray)
+
+
+def _swiglu_gradient(model: str, fmt: str, rows: int) -> Case:
+    embed, hidden = DIMS[model]
+    return _gradient("grouped_swiglu", model, fmt, rows, 2, embed, hidden)
+
+
+def _down_gradient(model: str, fmt: str, rows: int) -> Case:
+    embed, hidden = DIMS[model]
+    return _gradient("grouped_matmul", model, fmt, rows, 1, hidden, embed)
+
+
+def _gradient(op, model, fmt, rows, num_weights, num_inputs, num_outputs) -> Case:
+    """Of the rows and row weights, and of the weights if they are float."""
+    forward = _case(op, model, fmt, rows, num_weights, num_inputs, num_outputs)
+    is_float = fmt == "bf16"
+    # Gate and up are computed again.
+    products = 1 + is_float + (num_weights == 2)
+    count = num_weights * NUM_EXPERTS * num_inputs * num_outputs
+
+    def run(*args, implementation):
+        *args, d_out = args
+        if not is_float:
+            chosen = (0,) if num_weights == 1 else (0, 4)
+        else:
+            chosen = (0, 1) if num_weights == 1 else (0, 1, 2, 4)
+
+        def of_chosen(*values):
+            full = list(args)
+            for i, value in zip(chosen, values):
+                full[i] = value
+            return forward.run(*full, implementation=implementation)
+
+        return jax.vjp(of_chosen, *(args[i] for i in chosen))[1](d_out)
+
+    def make():
+        args = forward.make()
+        return (*args, jnp.ones((args[0].shape[0], num_outputs), jnp.bfloat16))
+
+    def trips(chip: str) -> Trips:
+        num_rows = rows * NUM_EXPERTS
+        ws = [_weight_shape(fmt, num_inputs, num_outputs)] * num_weights
+        formats = [weights.format_of(w, jnp.bfloat16, chip) for w in ws]
+        back = vjp.transposed(jnp.bfloat16)
+        found = {back.name: _tiled_trips(back, formats, chip, num_rows, num_inputs, 0)}
+        if num_weights == 2:
+            again = tpu.Product("", None, (jnp.bfloat16,) * 2, has_row_sums=True)
+            again_trips = _tiled_trips(again, formats, chip, num_rows, num_outputs, 1)
+            found["grouped_swiglu_gradient"] = again_trips
+        if is_float:
+            tiles = num_rows // block_sizes.row_tile(num_rows, NUM_EXPERTS)
+            for width in (num_inputs, num_outputs):
+                sizes = block_sizes.GRADIENT_BLOCKS
+                tiles *= width // next(s for s in sizes if width % s == 0)
+            found["grouped_weight_gradient"] = (tiles * num_weights,)
+        # As jax names what a gradient rule calls.
+        return {f"transpose_jvp_{name}": trips for name, trips in found.items()}
+
+    return Case(
+        op=f"{op} gradient",
+        shape=forward.shape,
+        run=run,
+        make=make,
+        flops=2 * rows * count * products,
+        bytes=count * (BYTES[fmt] + 2 * is_float)
+        + 2 * rows * NUM_EXPERTS * 2 * (num_inputs + num_outputs),
+        trips=trips,
+    )
+
+
+def _weight_shape(fmt: str, num_inputs: int, num_outputs: int):
+    return jax.eval_shape(functools.partial(_weight, fmt, num_inputs, num_outputs))
+
+
+if __name__ == "__main__":
+    main(cases(), __doc__)

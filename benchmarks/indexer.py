@@ -1,0 +1,117 @@
+"""Lightning indexer at the sizes of V4-Flash and V4-Pro: prefill (bits) and decoding (indices).
+
+    python -m benchmarks.indexer --only "Flash prefill 8k"
+
+"prefill 8k" is a whole sequence; "prefill 8k of 128k" its last 8192 queries. Decoding is at the last
+position of the context. FLOPs are those of the scores of visible entries, where any are left out.
+How often the search for the threshold halves its interval depends on the scores: `PASSES` is what
+normal random queries and keys need.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.case import Case, Trips, main
+from pallas_kernels.indexer import block_sizes, index_topk, threshold
+from v4jax import config
+
+RATIO = 4
+PASSES = {"prefill": 20, "decode": 14}
+
+
+def _make(cfg: config.V4Config, batch: int, num_queries: int, context: int):
+    heads, width = cfg.indexer.num_heads, cfg.indexer.head_dim
+    keys = jax.random.split(jax.random.key(0), 3)
+    start = context - num_queries
+    positions = start + jnp.arange(num_queries, dtype=jnp.int32)
+    return (
+        jax.random.normal(keys[0], (batch, num_queries, heads, width), jnp.bfloat16),
+        jax.random.normal(keys[1], (batch, num_queries, heads)),
+        jax.random.normal(keys[2], (batch, context // RATIO, width), jnp.bfloat16),
+        jnp.broadcast_to(positions, (batch, num_queries)),
+    )
+
+
+def _prefill_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -> Trips:
+    """Averages over the grid steps that score, of which several may belong to one query block."""
+    num_entries = context // RATIO
+    groups = block_sizes.lane_groups(num_entries)
+    block = threshold.LANES // groups
+    ends = range(context - num_queries + block, context + 1, block)
+    last = [end // RATIO for end in ends if end // RATIO > cfg.indexer.topk]
+    key_block = min(4096, num_entries)
+    steps = sum(-(-n // key_block) for n in last)
+    chunks = sum(
+        n // key_block * (key_block // groups // block_sizes.CHUNK)
+        + -(-min(n % key_block, key_block // groups) // block_sizes.CHUNK)
+        for n in last
+    )
+    blocks = len(last) / steps  # per step
+    pairs = chunks / len(last) / 2
+    num_words = -(-num_entries // 4096)
+    pack = (2 * pairs * block_sizes.CHUNK / 128,)
+    if num_words > 1:
+        pack = (blocks * num_words, pack[0] / num_words)
+    else:
+        pack = (blocks * pack[0],)
+    columns = (blocks * block // 16,) if block > 16 else ()
+    search = blocks * PASSES["prefill"]
+    trips = (batch * steps, *columns, chunks / steps, 0, search, pairs, 0, 0, 0, 0, *pack)
+    return {"index_bits": trips}
+
+
+def _decode_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -> Trips:
+    num_entries = context // RATIO
+    block = block_sizes.decode_block(num_entries)
+    steps = -(-num_entries // block)
+    keys = block_sizes.decode_keys(num_entries)
+    pair = 2 * block_sizes.decode_chunk(num_entries)
+    pairs = -(-num_entries // (pair * 128))
+    tiles = -(-num_entries // (128 * 128)) / steps
+    search = (PASSES["decode"] / steps, pairs, 0, 0, 0, 0)
+    visits = (tiles,) * (-(-cfg.indexer.topk // 128))
+    inner = (block // keys, 0, pair // 128 * pairs / steps, *search, tiles, *visits)
+    grid = (batch * steps,) if batch * steps > 1 else ()  # a grid of one step is no loop
+    return {"index_list": (*grid, *inner)}
+
+
+def _case(cfg, batch: int, num_queries: int, context: int) -> Case:
+    heads, width, topk = cfg.indexer.num_heads, cfg.indexer.head_dim, cfg.indexer.topk
+    seen = [p // RATIO for p in range(context - num_queries + 1, context + 1)]
+    scored = sum(n for n in seen if n > topk)
+    num_entries = context // RATIO
+    length, total = (
+        f"{n >> 10}k" if n < 1 << 20 else f"{n >> 20}M" for n in (num_queries, context)
+    )
+    if num_queries == 1:
+        shape, out_bytes, trips = f"decode {total} x{batch}", 4 * topk, _decode_trips
+    else:
+        shape = f"prefill {length}" + (f" of {total}" if total != length else "")
+        out_bytes, trips = 512 * -(-num_entries // 4096), _prefill_trips
+    per_query = heads * (2 * width + 4) + out_bytes
+    return Case(
+        op="indexer",
+        shape=f"{cfg.name.capitalize()} {shape}",
+        run=functools.partial(index_topk, topk=topk, ratio=RATIO),
+        make=functools.partial(_make, cfg, batch, num_queries, context),
+        flops=2.0 * batch * heads * width * scored,
+        bytes=float(batch * (num_queries * per_query + 2 * width * num_entries)),
+        trips=functools.partial(trips, cfg, batch, num_queries, context),
+    )
+
+
+def cases() -> list[Case]:
+    """Flash and Pro: whole and late prefills, and decoding."""
+    k = 1 << 10
+    prefills = [(1, 8 * k, 8 * k), (1, 32 * k, 32 * k), (1, 8 * k, 128 * k), (1, 4 * k, 1024 * k)]
+    decodes = [(1, 1, 32 * k), (8, 1, 32 * k), (1, 1, 128 * k), (8, 1, 128 * k)]
+    decodes += [(1, 1, 1024 * k), (8, 1, 1024 * k)]
+    flash, pro = config.flash(), config.pro()
+    found = [_case(flash, *size) for size in prefills + decodes]
+    return found + [_case(pro, *size) for size in [*prefills[:3], decodes[3], decodes[4]]]
+
+
+if __name__ == "__main__":
+    main(cases(), __doc__)

@@ -1,0 +1,64 @@
+"""Decode attention in jax.numpy: one query per sequence, for any backend; and its specification."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import reference
+from pallas_kernels.packed_rows import PackedRows
+from pallas_kernels.quantize import cast
+
+
+def decode_attention(q, window, entries, indices, sink, positions, *, ratio, scale):
+    """See `ops.py`. Ring and entries share the softmax's sums; their keys are not joined."""
+    if indices is not None:
+        entries, visible = jax.tree.map(lambda e: _take(e, indices), entries), indices >= 0
+    else:
+        visible = reference.visible_entries(positions[:, None], entries.shape[1], ratio)[:, 0]
+    window, entries = _unpacked(window, q.dtype), _unpacked(entries, q.dtype)
+    written = jnp.arange(window.shape[1]) <= positions[:, None]
+    parts = [(window, written)] + [(entries, visible)] * (entries.shape[1] > 0)
+    scores = [
+        jnp.where(mask[:, None], scale * _einsum("bnh,bsh->bns", q, keys), -jnp.inf)
+        for keys, mask in parts
+    ]
+    # Not of the sink: p is rounded to the keys' dtype below, and the released code divides by the
+    # largest score. The query's own row is always there, so the peak is finite.
+    peak = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1) for s in scores])
+    weight, total = jnp.exp(sink - peak), 0.0
+    for s, (keys, _) in zip(scores, parts):
+        p = jnp.exp(s - peak[..., None])
+        weight += jnp.sum(p, axis=-1)
+        total += _einsum("bns,bsh->bnh", p.astype(keys.dtype), keys)
+    return cast(total / weight[..., None], q.dtype)
+
+
+def decode_reference(q, window, entries, indices, sink, positions, *, ratio, scale):
+    """See `ops.py`: the ring in the order of time, and one dense softmax."""
+    window, entries = _unpacked(window, q.dtype), _unpacked(entries, q.dtype)
+    size = window.shape[1]
+    order = (positions[:, None] - size + jnp.arange(size + 1)) % size
+    history = _take(window, order)
+    if indices is None:
+        mask = reference.visible_entries(positions[:, None], entries.shape[1], ratio)
+    else:
+        mask = reference.selection_mask(indices[:, None], entries.shape[1])
+    out, _ = reference.attention_reference(
+        q[:, None], history, entries, mask, sink, positions[:, None], scale
+    )
+    return out[:, 0]
+
+
+def _take(rows, indices):
+    """rows [B, S, ...], indices [B, K] -> [B, K, ...]; index -1 gives row 0."""
+    return jax.vmap(lambda r, i: jnp.take(r, jnp.maximum(i, 0), axis=0))(rows, indices)
+
+
+def _unpacked(rows, dtype):
+    return rows.unpack(dtype) if isinstance(rows, PackedRows) else rows
+
+
+def _einsum(subscripts, a, b):
+    wide = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, a, b, precision=wide, preferred_element_type=jnp.float32)

@@ -1,0 +1,70 @@
+"""Sizes of the blocks the kernels work on, by chip, shape and format."""
+
+import dataclasses
+
+MIB = 1 << 20
+# What a kernel may hold in VMEM; the rest is left to XLA and to registers that spill.
+VMEM_BUDGET = {"v5e": 96 * MIB, "v5p": 46 * MIB, "v6e": 96 * MIB, "v7x": 46 * MIB}
+VMEM_LIMIT = {"v5e": 112 * MIB, "v5p": 58 * MIB, "v6e": 112 * MIB, "v7x": 58 * MIB}
+# Rows of a right operand that the matrix unit holds.
+MXU_DEPTH = {"v5e": 128, "v5p": 128, "v6e": 256, "v7x": 256}
+CORES = {"v5e": 1, "v5p": 2, "v6e": 1, "v7x": 1}  # that share a grid by its column blocks
+MAX_ROW_TILE = 256
+FEW_ROWS = (8, 16)  # row tiles of the kernel for few rows an expert
+FEW_ROWS_X_BYTES = 16 * MIB  # its rows lie in VMEM as float32
+COLUMNS = (2048, 1536, 1024, 768, 512, 384, 256, 128)
+GRADIENT_BLOCKS = (1024, 768, 512, 384, 256, 128)  # of both axes of a gradient
+# A step of the loop within a block takes about so many weights: the more, the more of the unpacking
+# is hidden under products, and the rarer the matrix unit runs dry between steps; the code grows.
+STEP_WEIGHTS = {"v5e": 1 << 20, "v5p": 1 << 20, "v6e": 1 << 21, "v7x": 1 << 21}
+STEPS = (1024, 512, 256, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """How a product is cut."""
+
+    rows: int  # of x in a tile
+    columns: int  # of the result in a grid step
+    step: int  # of these, computed together
+    vmem_limit: int
+
+
+def few_rows(num_rows: int, num_groups: int, num_inputs: int) -> int | None:
+    """Row tile of the kernel for few rows an expert; None where the other kernel is for."""
+    mean = -(-num_rows // num_groups)
+    fits = (num_rows + max(FEW_ROWS)) * num_inputs * 4 <= FEW_ROWS_X_BYTES
+    return next((size for size in FEW_ROWS if fits and mean <= size), None)
+
+
+def row_tile(num_rows: int, num_groups: int) -> int:
+    """Rows of a tile: about those of an expert, so that few tiles have rows of several."""
+    mean = max(-(-num_rows // num_groups), 32)
+    return min(MAX_ROW_TILE, 1 << (mean - 1).bit_length())
+
+
+def choose(
+    chip: str,
+    rows: int,
+    num_columns: int,
+    fixed: int,
+    per_column: int,
+    multiple: int,
+    max_step: int,
+) -> BlockSizes | None:
+    """The widest block that fits VMEM, None if there is none.
+
+    Args:
+      fixed: bytes of VMEM whatever the number of columns.
+      per_column: bytes of VMEM for a column.
+      multiple: columns that cannot be parted.
+      max_step: columns to compute together at most.
+    """
+    widest = max(num_columns // CORES[chip], multiple)
+    for columns in (*COLUMNS, multiple):
+        fits = columns <= widest and fixed + columns * per_column <= VMEM_BUDGET[chip]
+        if fits and num_columns % columns == 0 and columns % multiple == 0:
+            most = max(max_step, MXU_DEPTH[chip])  # which is also its width
+            steps = (s for s in STEPS if s <= most and columns % s == 0 and s % multiple == 0)
+            return BlockSizes(rows, columns, next(steps, multiple), VMEM_LIMIT[chip])
+    return None

@@ -1,0 +1,210 @@
+"""Grouped matmuls for TPU: few rows an expert, as in decoding, where reading weights is all.
+
+A visit is an expert and up to `rows` of its rows, starting at its first row wherever that is: all
+rows lie in VMEM as float32, and a window of whole registers is rotated to begin there. So an expert
+with a few rows is visited once. The visit's results are rotated back and stored under a mask.
+
+Scales are not applied to weights, of which there are many, but to partial products, of which there
+are few: with the rows of a tile laid out as
+
+    x0  0   0  ..       x0: the first group of inputs of each row
+    0   x1  0  ..       x1: the second, ..
+    0   0   x2 ..
+
+one pass through the matrix unit (`MXU_DEPTH` inputs) gives each group's product by itself, in rows
+of its own, and those are scaled and added in float32. FP8 values, and the e5m2 made of FP4 codes,
+go into the matrix unit as they are. It is busy with loading weights, so the longer left operand
+costs little; the vector unit does two operations per group and register of results instead of four
+and more per register of weights.
+
+Grid: (blocks of columns, visits).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.grouped_matmul import block_sizes
+from pallas_kernels.grouped_matmul.block_sizes import BlockSizes
+from pallas_kernels.grouped_matmul.tpu import Product, Weight
+from pallas_kernels.grouped_matmul.visits import Visits
+from pallas_kernels.grouped_matmul.weights import (
+    Format,
+    codes,
+    dot,
+    format_of,
+    operands,
+    rows_of_operands,
+    scale_rows,
+)
+
+SUBLANES = 8  # rows of a register of 32-bit values
+
+
+def sizes_for(chip: str, rows: int, formats: Sequence[Format], num_rows: int) -> BlockSizes | None:
+    """Blocks for these weights, None if none fit VMEM."""
+    first = formats[0]
+    padded = _padded(num_rows, rows)
+    fixed = 4 * padded * (first.num_inputs + 2 * 128) + 2 * first.num_inputs * 16 * rows
+    per_column = sum(f.vmem_bytes() - f.is_packed * f.dtype.itemsize for f in formats)
+    per_column = per_column * first.num_inputs + padded * (4 + 2 * first.dtype.itemsize)
+    max_step = block_sizes.STEP_WEIGHTS[chip] // (first.num_inputs * len(formats))
+    limits = (fixed, int(per_column), 128, max_step)
+    return block_sizes.choose(chip, rows, first.num_outputs, *limits)
+
+
+def grouped_product(
+    product: Product,
+    x: jax.Array,  # [P, in]
+    ws: Sequence[Weight],  # [E, in, out]
+    visits: Visits,
+    rows: int,
+    chip: str,
+    *,
+    row_values: Sequence[jax.Array] = (),  # [P, 1] float32
+    interpret: bool = False,
+) -> jax.Array:  # [P, out]
+    """Runs the kernel; the blocks must exist (`sizes_for`)."""
+    formats = [format_of(w, x.dtype, chip) for w in ws]
+    num_rows, num_inputs = x.shape
+    num_columns = ws[0].shape[2]
+    sizes = sizes_for(chip, rows, formats, num_rows)
+    depth = block_sizes.MXU_DEPTH[chip]
+    padded = _padded(num_rows, rows)
+    row_values = [jnp.broadcast_to(a, (num_rows, 128)) for a in row_values]
+    row_arrays = [
+        jnp.pad(a.astype(jnp.float32), ((0, padded - num_rows), (0, 0))) for a in (x, *row_values)
+    ]
+
+    def weight_at(n, v, start_row, expert, *_):
+        return expert[v], 0, n
+
+    in_specs = [
+        pl.BlockSpec(a.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)) for a in row_arrays
+    ]
+    arrays, scratch = [], []
+    for w, fmt in zip(ws, formats):
+        for array, height in zip(operands(w), rows_of_operands(fmt, num_inputs)):
+            in_specs.append(pl.BlockSpec((None, height, sizes.columns), weight_at))
+            arrays.append(array)
+    parts = max(_parts(fmt, depth) for fmt in formats)
+    scratch.append(pltpu.VMEM((parts * rows, num_inputs), x.dtype))
+    scratch.append(pltpu.VMEM((padded, sizes.columns), jnp.float32))
+    return pl.pallas_call(
+        functools.partial(_kernel, product, formats, sizes, depth, len(row_values)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(num_columns // sizes.columns, visits.count),
+            in_specs=in_specs,
+            out_specs=pl.BlockSpec((num_rows, sizes.columns), lambda n, v, *_: (0, n)),
+            scratch_shapes=scratch,
+        ),
+        out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), product.result_dtypes[0]),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=sizes.vmem_limit
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * num_rows * num_inputs * num_columns * len(ws),
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*row_arrays, *arrays)),
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name=f"{product.name}_few_rows",
+    )(visits.count[None], *visits[1:], *row_arrays, *arrays)
+
+
+def _padded(num_rows: int, rows: int) -> int:
+    """Rows with room for the window of a tile that begins with the last."""
+    return -(-num_rows // SUBLANES) * SUBLANES + -(-rows // SUBLANES) * SUBLANES
+
+
+def _parts(fmt: Format, depth: int) -> int:
+    """Groups of inputs that go through the matrix unit together."""
+    return math.gcd(depth // fmt.group, fmt.num_inputs // fmt.group) if fmt.is_packed else 1
+
+
+def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values, *refs):
+    count, expert, tile, start, end, x_ref, *refs = refs
+    del expert, start
+    row_refs, refs = refs[:num_row_values], refs[num_row_values:]
+    *refs, out_ref, spread_ref, sums_ref = refs
+    weight_refs = []
+    for fmt in formats:
+        weight_refs.append(refs[: 1 + fmt.is_packed])
+        refs = refs[1 + fmt.is_packed :]
+    v = pl.program_id(1)
+    first_row, rows = tile[v], sizes.rows
+
+    def zero(i, carry):
+        at = pl.ds(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES)
+        sums_ref[at, :] = jnp.zeros((SUBLANES, sizes.columns), jnp.float32)
+        return carry
+
+    jax.lax.fori_loop(0, jnp.where(v == 0, sums_ref.shape[0] // SUBLANES, 0), zero, ())
+
+    # Rows are loaded and stored in windows of whole registers (8 rows).
+    window_rows = -(-rows // SUBLANES) * SUBLANES + SUBLANES
+    inside = jax.lax.rem(first_row, SUBLANES)
+    window = pl.ds(pl.multiple_of(first_row - inside, SUBLANES), window_rows)
+    to_front = jax.lax.rem(window_rows - inside, window_rows)
+
+    def own_rows(ref):
+        return pltpu.roll(ref[window, :], to_front, 0)[:rows]
+
+    x = own_rows(x_ref)
+    parts = spread_ref.shape[0] // rows
+    group = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // formats[0].group % parts
+    for part in range(parts):
+        own = x if parts == 1 else jnp.where(group == part, x, 0.0)
+        spread_ref[part * rows : (part + 1) * rows, :] = own.astype(spread_ref.dtype)
+    row_values = [own_rows(ref)[:, :1] for ref in row_refs]
+    row = jax.lax.broadcasted_iota(jnp.int32, (window_rows, 1), 0) - inside
+    mine = (row >= 0) & (row < jnp.minimum(end[v] - first_row, rows))
+
+    def step(j, carry):
+        columns = pl.ds(pl.multiple_of(j * sizes.step, sizes.step), sizes.step)
+        products = [
+            _product(fmt, spread_ref, w_refs, columns, depth, rows)
+            for fmt, w_refs in zip(formats, weight_refs)
+        ]
+        (value,) = product.epilogue(products, row_values)
+        padding = jnp.zeros((window_rows - rows, sizes.step), jnp.float32)
+        value = jnp.concatenate([value, padding])
+        value = pltpu.roll(value, inside, 0)
+        sums_ref[window, columns] = jnp.where(mine, value, sums_ref[window, columns])
+        return carry
+
+    jax.lax.fori_loop(0, sizes.columns // sizes.step, step, ())
+
+    def finish(_, carry):
+        out_ref[...] = sums_ref[: out_ref.shape[0], :].astype(out_ref.dtype)
+        return carry
+
+    jax.lax.fori_loop(0, jnp.where(v == count[0] - 1, 1, 0), finish, ())
+
+
+def _product(fmt: Format, spread_ref, w_refs, columns, depth, rows) -> jax.Array:
+    """float32 [rows, columns] of a tile of rows."""
+    dtype = spread_ref.dtype
+    if not fmt.is_packed:
+        return dot(spread_ref[...], w_refs[0][:, columns].astype(dtype))
+    scale = scale_rows(dataclasses.replace(fmt, scales_in_bf16=False), w_refs[1][:, columns])
+    values = codes(fmt, w_refs[0], 0, fmt.num_inputs, columns)
+    if dtype == jnp.float32:
+        values = [value.astype(jnp.float32) for value in values]
+    parts = _parts(fmt, depth)
+    total = None
+    for group in range(0, len(values), parts):
+        inputs = slice(group * fmt.group, (group + parts) * fmt.group)
+        partial = dot(spread_ref[:, inputs], jnp.concatenate(values[group : group + parts]))
+        for part in range(parts):
+            own = partial[part * rows : (part + 1) * rows]
+            term = own * scale[group + part : group + part + 1]
+            total = term if total is None else total + term
+    return total

@@ -1,0 +1,151 @@
+"""The TPU kernels as differentiable operations: which kernel runs, and what its gradient needs.
+
+Results are those of `xla.py`: float32 accumulation, gate and up rounded to the dtype of x on the way
+forward and not on the way back, no gradient for packed weights.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import target_chip
+from pallas_kernels.grouped_matmul import block_sizes, few_rows, gradients, tpu, visits, weights
+from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.quantize import QuantizedArray
+
+
+def unsupported(x: jax.Array, ws: list[tpu.Weight]) -> str | None:
+    """Why the kernels cannot take these arguments, None if they can."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"x must be float32 or bfloat16, not {x.dtype}"
+    if x.shape[0] == 0:
+        return "x has no rows"
+    reasons = [weights.unsupported(w) for w in ws]
+    if any(reasons):
+        return next(r for r in reasons if r)
+    if len({(w.shape, *(a.dtype for a in jax.tree.leaves(w))) for w in ws}) > 1:
+        return "gate and up must have one shape and format"
+    chip, rows = target_chip(), block_sizes.MAX_ROW_TILE
+    formats = [weights.format_of(w, x.dtype, chip) for w in ws]
+    again = tpu.Product("", None, (x.dtype,) * len(ws), has_row_sums=True)  # of the gradient
+    for product in (again, transposed(x.dtype)):
+        if tpu.sizes_for(product, chip, rows, formats, 1) is None:
+            return f"a row of {ws[0].shape} weights is too long for the VMEM of {chip}"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x, w, group_sizes, interpret):
+    """See `ops.grouped_matmul`."""
+    return _forward(_matmul(x.dtype), x, [w], group_sizes, [], interpret)
+
+
+def _matmul_fwd(x, w, group_sizes, interpret):
+    return grouped_matmul(x, w, group_sizes, interpret), (x, w, group_sizes)
+
+
+def _matmul_bwd(interpret, residuals, d_out):
+    x, w, group_sizes = residuals
+    d_x = _product(transposed(x.dtype), [d_out], [w], group_sizes, interpret=interpret)[0]
+    return d_x, _weight_gradient(x, w, d_out, group_sizes, interpret), None
+
+
+grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, interpret):
+    """See `ops.grouped_swiglu`."""
+
+    def epilogue(products, extras):
+        gate, up = (p.astype(x.dtype) for p in products)
+        return (extras[0] * swiglu(gate, up, limit),)
+
+    product = tpu.Product("grouped_swiglu", epilogue, (x.dtype,))
+    weight = row_weights.astype(jnp.float32)[:, None]
+    return _forward(product, x, [w_gate, w_up], group_sizes, [weight], interpret)
+
+
+def _swiglu_fwd(x, w_gate, w_up, group_sizes, row_weights, limit, interpret):
+    out = grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, interpret)
+    return out, (x, w_gate, w_up, group_sizes, row_weights)
+
+
+def _swiglu_bwd(limit, interpret, residuals, d_out):
+    x, w_gate, w_up, group_sizes, row_weights = residuals
+    ws = [w_gate, w_up]
+
+    def epilogue(products, extras):
+        weight, d_rows = extras
+        d_rows = d_rows.astype(jnp.float32)
+        hidden, d_gate, d_up = _swiglu_with_gradients(*products, limit)
+        d_hidden = weight * d_rows
+        return d_hidden * d_gate, d_hidden * d_up, hidden * d_rows
+
+    dtypes = (x.dtype, x.dtype)
+    product = tpu.Product("grouped_swiglu_gradient", epilogue, dtypes, has_row_sums=True)
+    d_gate, d_up, d_weights = _product(
+        *(product, [x], ws, group_sizes),
+        row_values=[row_weights.astype(jnp.float32)[:, None]],
+        column_values=[d_out],
+        interpret=interpret,
+    )
+    d_x = _product(transposed(x.dtype), [d_gate, d_up], ws, group_sizes, interpret=interpret)[0]
+    d_ws = [_weight_gradient(x, w, d, group_sizes, interpret) for w, d in zip(ws, (d_gate, d_up))]
+    return d_x, *d_ws, None, d_weights.astype(row_weights.dtype)
+
+
+grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def _swiglu_with_gradients(gate, up, limit):
+    """swiglu, and what to multiply a cotangent with for gate's and up's."""
+    low = jnp.minimum(gate, limit)
+    clipped = jnp.clip(up, -limit, limit)
+    sigmoid = jax.nn.sigmoid(low)
+    silu = low * sigmoid
+    d_gate = jnp.where(gate < limit, sigmoid * (1 + low * (1 - sigmoid)) * clipped, 0.0)
+    d_up = jnp.where(jnp.abs(up) < limit, silu, 0.0)
+    return silu * clipped, d_gate, d_up
+
+
+def _matmul(dtype) -> tpu.Product:
+    return tpu.Product("grouped_matmul", lambda products, _: products, (dtype,))
+
+
+def transposed(dtype: jax.typing.DTypeLike) -> tpu.Product:
+    """Products with the transposed weights, summed over them: the gradient of the rows."""
+    name = "grouped_matmul_transposed"
+    return tpu.Product(name, lambda products, _: products, (dtype,), transposed=True)
+
+
+def _forward(product, x, ws, group_sizes, row_values, interpret):
+    chip = target_chip()
+    rows = block_sizes.few_rows(x.shape[0], ws[0].shape[0], x.shape[1])
+    formats = [weights.format_of(w, x.dtype, chip) for w in ws]
+    if rows is None or few_rows.sizes_for(chip, rows, formats, x.shape[0]) is None:
+        return _product(product, [x], ws, group_sizes, row_values=row_values, interpret=interpret)[
+            0
+        ]
+    found = visits.from_first_rows(group_sizes, x.shape[0], rows)
+    return few_rows.grouped_product(
+        product, x, ws, found, rows, chip, row_values=row_values, interpret=interpret
+    )
+
+
+def _product(product, xs, ws, group_sizes, **kwargs):
+    num_rows = xs[0].shape[0]
+    rows = block_sizes.row_tile(num_rows, ws[0].shape[0])
+    found = visits.tiled(group_sizes, num_rows, rows)
+    return tpu.grouped_product(product, xs, ws, found, rows, target_chip(), **kwargs)
+
+
+def _weight_gradient(x, w, d_out, group_sizes, interpret):
+    if isinstance(w, QuantizedArray):
+        return None
+    rows = block_sizes.row_tile(x.shape[0], w.shape[0])
+    found = visits.tiled(group_sizes, x.shape[0], rows, visit_empty=True)
+    return gradients.weight_gradient(
+        x, d_out, found, w.shape[0], rows, target_chip(), w.dtype, interpret=interpret
+    )

@@ -1,0 +1,234 @@
+"""Manifold-constrained hyper-connections: four residual streams around each sub-layer.
+
+    pre, post, comb = coefficients(streams)          comb doubly stochastic after Sinkhorn
+    u               = sum_i pre[i] * streams[i]       input of the sub-layer
+    streams'[k]     = post[k] * f(u) + sum_j comb[j, k] * streams[j]
+
+`comb` is contracted over its FIRST index. Streams are kept flat, [B, T, M * D] with stream i in
+channels i * D .. (i + 1) * D, so that the last two axes tile well on an accelerator. Coefficients
+and sums are float32; each result is rounded once, to the dtype of the streams. All four operations
+are differentiable in every array.
+
+Source: report section 2.3 (eqs. 1-8); orientation, epsilons and the order of the Sinkhorn steps as
+in the released `inference/model.py` (the softmax counts as the first row step, and the last step
+is a column step).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.hyper_connections import block_sizes, reference, tpu, tpu_sinkhorn, xla
+from pallas_kernels.hyper_connections.phases import Static
+
+
+def hc_pre(
+    streams: jax.Array,  # [B, T, M * D]
+    fn: jax.Array,  # [M * D, (2 + M) * M] float32: columns pre, post, comb (row-major)
+    base: jax.Array,  # [(2 + M) * M] float32
+    scale: jax.Array,  # [3] float32: pre, post, comb
+    *,
+    num_streams: int,
+    sinkhorn_iters: int,
+    eps: float,
+    norm_eps: float,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Coefficients of one site, and the input they collapse the streams to.
+
+    Returns:
+      u [B, T, D] in the dtype of the streams, post [B, T, M] and comb [B, T, M, M] in float32.
+
+    Raises:
+      ValueError: shapes do not agree, or `implementation` is unknown or cannot run.
+    """
+    m = num_streams
+    _check_site(streams, fn, base, scale, m)
+    chosen = dispatch.choose(implementation, unsupported=_unsupported(streams, m))
+    options = dict(num_streams=m, sinkhorn_iters=sinkhorn_iters, eps=eps)
+    if chosen == "reference":
+        return reference.hc_pre(streams, fn, base, scale, norm_eps=norm_eps, **options)
+    if chosen == "xla":
+        u, raw = xla.collapse(streams, fn, scale[0], base[:m], eps, norm_eps)
+        return u, *xla.coefficients(raw, base, scale, **options)
+    static = Static(m, sinkhorn_iters, eps, norm_eps, chosen == "interpret")
+    affine = _affine(base, scale, m)
+    u, raw = tpu.collapse(_rows(streams), fn, affine, static)
+    return u.reshape(*streams.shape[:2], -1), *_coefficients(raw, affine, streams, static)
+
+
+def hc_post(
+    f: jax.Array,  # [B, T, D] output of the sub-layer
+    streams: jax.Array,  # [B, T, M * D]
+    post: jax.Array,  # [B, T, M] float32
+    comb: jax.Array,  # [B, T, M, M] float32
+    *,
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:  # [B, T, M * D]
+    """Mixes the streams and adds the output of the sub-layer to each.
+
+    Raises:
+      ValueError: shapes do not agree, or `implementation` is unknown or cannot run.
+    """
+    _check_mix(f, streams, post, comb)
+    m = post.shape[-1]
+    chosen = dispatch.choose(implementation, unsupported=_unsupported(streams, m))
+    if chosen == "reference":
+        return reference.hc_post(f, streams, post, comb)
+    if chosen == "xla":
+        return xla.mix(f, streams, post, comb)
+    static = Static(m, 0, 0.0, 0.0, chosen == "interpret")
+    mixed = tpu.mix(_rows(f), _rows(streams), _by_token(post, comb), static)
+    return mixed.reshape(streams.shape)
+
+
+def hc_post_pre(
+    f: jax.Array,  # [B, T, D] output of a sub-layer
+    streams: jax.Array,  # [B, T, M * D]
+    post: jax.Array,  # [B, T, M] float32, of its site
+    comb: jax.Array,  # [B, T, M, M] float32, of its site
+    fn: jax.Array,  # [M * D, (2 + M) * M] float32, of the next site
+    base: jax.Array,  # [(2 + M) * M] float32, of the next site
+    scale: jax.Array,  # [3] float32, of the next site
+    *,
+    num_streams: int,
+    sinkhorn_iters: int,
+    eps: float,
+    norm_eps: float,
+    implementation: dispatch.Implementation = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`hc_post` of one site, then `hc_pre` of the next, without reading the streams again.
+
+    Returns:
+      the new streams, and what `hc_pre` makes of them: u, post and comb.
+
+    Raises:
+      ValueError: shapes do not agree, or `implementation` is unknown or cannot run.
+    """
+    m = num_streams
+    _check_mix(f, streams, post, comb)
+    _check_site(streams, fn, base, scale, m)
+    chosen = dispatch.choose(implementation, unsupported=_unsupported(streams, m))
+    options = dict(num_streams=m, sinkhorn_iters=sinkhorn_iters, eps=eps, norm_eps=norm_eps)
+    if chosen in ("reference", "xla"):
+        streams = hc_post(f, streams, post, comb, implementation=chosen)
+        return streams, *hc_pre(streams, fn, base, scale, implementation=chosen, **options)
+    static = Static(m, sinkhorn_iters, eps, norm_eps, chosen == "interpret")
+    affine = _affine(base, scale, m)
+    mixed, u, raw = tpu.mix_collapse(
+        _rows(f), _rows(streams), _by_token(post, comb), fn, affine, static
+    )
+    return (
+        mixed.reshape(streams.shape),
+        u.reshape(f.shape),
+        *_coefficients(raw, affine, streams, static),
+    )
+
+
+def hc_head(
+    streams: jax.Array,  # [B, T, M * D]
+    fn: jax.Array,  # [M * D, M] float32
+    base: jax.Array,  # [M] float32
+    scale: jax.Array,  # [1] float32
+    *,
+    eps: float,
+    norm_eps: float,
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:  # [B, T, D]
+    """The final collapse: a sigmoid-weighted sum of the streams, without Sinkhorn.
+
+    Raises:
+      ValueError: shapes do not agree, or `implementation` is unknown or cannot run.
+    """
+    m = base.shape[0]
+    _check_streams(streams, m)
+    if fn.shape != (streams.shape[-1], m) or scale.shape != (1,):
+        raise ValueError(
+            f"fn {fn.shape}, base {base.shape} and scale {scale.shape} must be [M * D, M], [M] and "
+            f"[1] for streams {streams.shape}."
+        )
+    chosen = dispatch.choose(implementation, unsupported=_unsupported(streams, m))
+    if chosen == "reference":
+        return reference.hc_head(streams, fn, base, scale, eps=eps, norm_eps=norm_eps)
+    if chosen == "xla":
+        return xla.collapse(streams, fn, scale[0], base, eps, norm_eps)[0]
+    static = Static(m, 0, eps, norm_eps, chosen == "interpret")
+    affine = jnp.stack([jnp.broadcast_to(scale, (m,)), base], axis=-1)
+    fn, affine = jnp.pad(fn, ((0, 0), (0, 8 - m))), jnp.pad(affine, ((0, 8 - m), (0, 0)))
+    return tpu.collapse(_rows(streams), fn, affine, static)[0].reshape(*streams.shape[:2], -1)
+
+
+# Between [B, T, ...] and the kernels' [N, ...] ----------------------------------------------------
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _affine(base: jax.Array, scale: jax.Array, m: int) -> jax.Array:
+    """[(2 + M) * M, 2]: scale and base of each row."""
+    repeats = jnp.array([m, m, m * m])
+    return jnp.stack([jnp.repeat(scale, repeats, total_repeat_length=len(base)), base], axis=-1)
+
+
+def _coefficients(raw, affine, streams, static):
+    m = static.num_streams
+    by_token = tpu_sinkhorn.coefficients(raw, affine, static).T
+    post = by_token[:, m : 2 * m].reshape(*streams.shape[:2], m)
+    return post, by_token[:, 2 * m :].reshape(*streams.shape[:2], m, m)
+
+
+def _by_token(post: jax.Array, comb: jax.Array) -> jax.Array:
+    """[(2 + M) * M, N]; the rows of pre are not used."""
+    post, comb = _rows(post), comb.reshape(-1, comb.shape[-1] ** 2)
+    return jnp.concatenate([jnp.zeros_like(post), post, comb], axis=-1).T
+
+
+def _unsupported(streams: jax.Array, m: int) -> str | None:
+    """Why the kernels cannot take these streams."""
+    if m != 4:
+        return f"the kernels are for 4 streams, not {m}"
+    if streams.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernels are for bfloat16 and float32 streams, not {streams.dtype}"
+    if streams.shape[-1] % (m * block_sizes.LANES):
+        return f"streams {streams.shape} are not a multiple of {block_sizes.LANES} channels wide"
+    if streams.size == 0:
+        return "there are no tokens"
+    chip = dispatch.target_chip()
+    if not block_sizes.fits(chip, streams.shape[-1] // m, m, streams.dtype.itemsize):
+        return f"a block of {streams.dtype} streams {streams.shape} does not fit in VMEM of {chip}"
+    return None
+
+
+# Validation ---------------------------------------------------------------------------------------
+
+
+def _check_streams(streams, m):
+    if streams.ndim != 3 or m < 1 or streams.shape[-1] % m:
+        raise ValueError(f"streams {streams.shape} must be [B, T, M * D] with M={m}.")
+
+
+def _check_site(streams, fn, base, scale, m):
+    _check_streams(streams, m)
+    width = (2 + m) * m
+    if (fn.shape, base.shape, scale.shape) != ((streams.shape[-1], width), (width,), (3,)):
+        raise ValueError(
+            f"fn {fn.shape}, base {base.shape} and scale {scale.shape} must be "
+            f"[M * D, {width}], [{width}] and [3] for streams {streams.shape} with M={m}."
+        )
+
+
+def _check_mix(f, streams, post, comb):
+    m = post.shape[-1]
+    _check_streams(streams, m)
+    batch = streams.shape[:2]
+    if f.shape != (*batch, streams.shape[-1] // m) or f.dtype != streams.dtype:
+        raise ValueError(
+            f"f {f.shape} {f.dtype} must be [B, T, D] in the dtype of streams {streams.shape} "
+            f"{streams.dtype}, M={m}."
+        )
+    if post.shape != (*batch, m) or comb.shape != (*batch, m, m):
+        raise ValueError(
+            f"post {post.shape} and comb {comb.shape} must be [B, T, M] and [B, T, M, M] for "
+            f"streams {streams.shape}."
+        )

@@ -1,0 +1,237 @@
+"""What the kernels are made of: phases that work on a block of tokens in VMEM, and how to start one.
+
+Every elementwise phase goes over its block in pieces of 16 tokens (one bfloat16 register) by some
+thousand channels, wide enough for the compiler to fill the vector unit.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.hyper_connections import block_sizes
+
+GROUP = 16
+LANES = block_sizes.LANES
+# Channels of one step of a phase's loop.
+MIX_CHANNELS = 2048
+COLLAPSE_CHANNELS = 4096
+PROJECT_CHANNELS = 1024  # of all streams
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Static(NamedTuple):
+    """What kernels need besides arrays."""
+
+    num_streams: int
+    sinkhorn_iters: int
+    eps: float
+    norm_eps: float
+    interpret: bool
+
+
+class Operand(NamedTuple):
+    """An argument or a result of a kernel, and which axis its tokens are on."""
+
+    array: jax.Array | jax.ShapeDtypeStruct
+    tokens: int | None  # 0: [N, channels]; 1: [rows, N]; None: every program sees all of it
+
+    def num_bytes(self) -> int:
+        """Of the whole array."""
+        return self.array.size * self.array.dtype.itemsize
+
+    def spec(self, tokens: int) -> pl.BlockSpec:
+        """The block of one program."""
+        shape = self.array.shape
+        if self.tokens == 0:
+            return pl.BlockSpec((tokens, shape[1]), lambda i: (i, 0))
+        if self.tokens == 1:
+            return pl.BlockSpec((shape[0], tokens), lambda i: (0, i))
+        return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
+
+
+def launch(
+    kernel: Callable,
+    name: str,
+    operands: Sequence[Operand],
+    results: Sequence[Operand],
+    scratch: Callable[[int], list],
+    *,
+    flops_per_byte: float,
+    static: Static,
+    sequential: bool = False,
+) -> list[jax.Array]:
+    """Runs `kernel(*refs, static=, worked=)` on blocks of tokens.
+
+    Args:
+      scratch: tokens of a block -> scratch shapes.
+      sequential: blocks are worked on in order, on one core.
+    """
+    n = next(o.array.shape[0] for o in operands if o.tokens == 0)
+    blocked = [o for o in (*operands, *results) if o.tokens is not None]
+    whole = [o for o in (*operands, *results) if o.tokens is None]
+    per_token = sum(o.num_bytes() for o in blocked) // n
+    constant = sum(o.num_bytes() for o in whole)
+    chip = dispatch.target_chip()
+    tokens = block_sizes.block_tokens(chip, n, per_token, constant)
+    worked = min(tokens, GROUP * pl.cdiv(n, GROUP))  # the rest of a block has no tokens
+    return pl.pallas_call(
+        functools.partial(kernel, static=static, worked=worked),
+        grid=(pl.cdiv(n, tokens),),
+        in_specs=[o.spec(tokens) for o in operands],
+        out_specs=[o.spec(tokens) for o in results],
+        out_shape=[o.array for o in results],
+        scratch_shapes=scratch(tokens),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary" if sequential else "parallel",),
+            vmem_limit_bytes=block_sizes.vmem_limit(chip),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=int(flops_per_byte * n * per_token),
+            bytes_accessed=n * per_token + constant,
+            transcendentals=0,
+        ),
+        interpret=static.interpret,
+        name=name,
+    )(*(o.array for o in operands))
+
+
+def pieces(worked: int, dim: int, limit: int, body: Callable) -> None:
+    """`body(rows, start, size)` for every piece of [worked, dim], at most `limit` channels wide."""
+    size = block_sizes.width(dim, limit)
+    count = dim // size
+
+    def step(i, _):
+        rows = pl.ds(pl.multiple_of(i // count * GROUP, GROUP), GROUP)
+        body(rows, pl.multiple_of(i % count * size, size), size)
+        return 0
+
+    jax.lax.fori_loop(0, worked // GROUP * count, step, 0)
+
+
+def read(ref, rows, start, size: int) -> jax.Array:
+    """A piece, as float32."""
+    return ref[rows, pl.ds(start, size)].astype(jnp.float32)
+
+
+def tile(spread: jax.Array, size: int) -> jax.Array:
+    """[16, 128] with equal lanes -> [16, size]."""
+    return jnp.tile(spread, (1, size // LANES))
+
+
+def fold(x: jax.Array) -> jax.Array:
+    """[16, size] -> [16, 128]: the sum of its registers."""
+    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+
+
+def spread(
+    rows: jax.Array,  # [R, tokens] float32, R a multiple of 8
+    out_ref,  # [R, tokens, 128]
+    used: Sequence[int],
+) -> None:
+    """Each used row, from tokens on lanes to tokens on sublanes, equal over 128 lanes.
+
+    A product with ones in the row's place: the matrix unit is idle here, and the permutations this
+    would take otherwise cost half as much again. Exact, as the three parts of a number sum to it.
+    """
+    left = jnp.concatenate(cut(rows, 3)).T.astype(jnp.bfloat16)
+    row = jax.lax.broadcasted_iota(jnp.int32, (left.shape[1], LANES), 0) % len(rows)
+    for i in used:
+        out_ref[i] = dot(left, jnp.where(row == i, 1.0, 0.0).astype(jnp.bfloat16), 1, 0)
+
+
+def cut(x: jax.Array, count: int) -> list[jax.Array]:
+    """float32 arrays that are bfloat16 numbers and sum to `x`, to 8 * count bits.
+
+    Cut, not rounded: compilers drop a conversion to bfloat16 and back.
+    """
+    parts = []
+    for _ in range(count - 1):
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -65536
+        parts.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
+        x = x - parts[-1]
+    return [*parts, x]
+
+
+def sum_lanes(
+    x: jax.Array,  # [tokens, 128] float32
+) -> jax.Array:  # [8, tokens]
+    """Sums of the rows, with tokens on lanes, eight times."""
+    return dot(jnp.ones((8, LANES), jnp.float32), x, 1, 1)
+
+
+def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """Matrix product in float32; exact in the products of float32 factors too."""
+    return jax.lax.dot_general(
+        *(a, b, (((axis_a,), (axis_b,)), ((), ()))),
+        preferred_element_type=jnp.float32,
+        precision=HIGHEST if a.dtype == jnp.float32 else None,
+    )
+
+
+# The phases ---------------------------------------------------------------------------------------
+
+
+def mix(spread_ref, f_ref, x_ref, y_ref, *, m: int, worked: int) -> None:
+    """streams'[k] = post[k] * f + sum_j comb[j, k] * streams[j]."""
+    d = f_ref.shape[1]
+
+    def body(rows, start, size):
+        f = read(f_ref, rows, start, size)
+        x = [read(x_ref, rows, j * d + start, size) for j in range(m)]
+        for k in range(m):
+            y = tile(spread_ref[m + k, rows], size) * f
+            for j in range(m):
+                y += tile(spread_ref[2 * m + m * j + k, rows], size) * x[j]
+            y_ref[rows, pl.ds(k * d + start, size)] = y.astype(y_ref.dtype)
+
+    pieces(worked, d, MIX_CHANNELS, body)
+
+
+def project(fn_ref, x_ref, raw_ref, square_ref, product_ref, *, norm_eps: float, worked: int):
+    """raw = x @ fn / rms(x), and below it 1 / rms(x); tokens on lanes."""
+    rows_out = raw_ref.shape[0] - 8
+    dim = x_ref.shape[1]
+    square_ref[...] = jnp.zeros_like(square_ref)
+    product_ref[...] = jnp.zeros_like(product_ref)
+    size = block_sizes.width(dim, PROJECT_CHANNELS)
+
+    def step(i, _):
+        channels = pl.ds(pl.multiple_of(i * size, size), size)
+        x = x_ref[:, channels]
+        product = dot(fn_ref[:, channels], x, 1, 1)
+        for start in range(0, worked, GROUP):
+            part = x[start : start + GROUP].astype(jnp.float32)
+            square_ref[start : start + GROUP] += fold(part * part)
+        product_ref[...] += product
+        return 0
+
+    jax.lax.fori_loop(0, dim // size, step, 0)
+    products = [product_ref[i : i + rows_out] for i in range(0, product_ref.shape[0], rows_out)]
+    inverse_rms = jax.lax.rsqrt(sum_lanes(square_ref[...]) / dim + norm_eps)
+    raw_ref[:rows_out] = sum(products) * inverse_rms[:1]
+    raw_ref[rows_out:] = inverse_rms
+
+
+def pre_weights(raw_ref, affine_ref, eps: float) -> jax.Array:
+    """[8, tokens], of which the first M rows are used."""
+    return jax.nn.sigmoid(raw_ref[:8] * affine_ref[:8, 0:1] + affine_ref[:8, 1:2]) + eps
+
+
+def collapse(spread_ref, x_ref, u_ref, *, m: int, worked: int) -> None:
+    """u = sum_k pre[k] * streams[k]."""
+    d = u_ref.shape[1]
+
+    def body(rows, start, size):
+        u = sum(
+            tile(spread_ref[k, rows], size) * read(x_ref, rows, k * d + start, size)
+            for k in range(m)
+        )
+        u_ref[rows, pl.ds(start, size)] = u.astype(u_ref.dtype)
+
+    pieces(worked, d, COLLAPSE_CHANNELS, body)

@@ -1,0 +1,227 @@
+"""Gradients of the TPU kernels: each stream and each cotangent is read once.
+
+`collapse`: with d_pre[k] = <d_u, streams[k]> and the gradient of `raw` complete,
+
+    d_streams[k] = pre[k] * d_u + fn @ (d_raw / rms) + g * streams[k],   d_fn = streams^T (d_raw / rms)
+
+where g = -sum(d_raw * raw) / (M * D * rms^2) is the derivative of the norm. `d_pre` needs a pass
+over all channels before the first `d_streams`: both passes work on the block in VMEM. Under
+hc_post_pre the cotangent of the new streams is added on the way.
+
+`mix`: d_f = sum_k post[k] * d_k, d_streams[j] = sum_k comb[j, k] * d_k, and twenty sums over the
+channels, d_post[k] = <d_k, f> and d_comb[j, k] = <d_k, streams[j]>.
+
+Grid: blocks of tokens, in order for `collapse`, whose d_fn is summed in VMEM.
+
+`fn` and d_raw / rms are cut into two bfloat16 each, and the three larger of the four products kept:
+2^-16 beside the 2^-9 of the results' rounding. float32 streams take float32 products.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.hyper_connections import block_sizes, phases
+from pallas_kernels.hyper_connections.phases import GROUP, LANES, Operand, Static
+from pallas_kernels.hyper_connections.tpu_sinkhorn import d_affine
+
+# Channels of one step.
+FIRST_CHANNELS = 1024
+SECOND_CHANNELS = 512  # of one stream
+MIX_CHANNELS = 512
+
+
+def collapse(
+    streams: jax.Array,  # [N, M * D]
+    fn: jax.Array,  # [M * D, E]
+    affine: jax.Array,  # [E, 2]
+    raw: jax.Array,  # [E + 8, N]
+    d_streams: jax.Array | None,  # [N, M * D] to be added
+    d_u: jax.Array,  # [N, D]
+    d_raw: jax.Array,  # [E + 8, N]
+    static: Static,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of the streams, of `fn` and of `affine`."""
+    n, width = streams.shape
+    e, m = fn.shape[1], static.num_streams
+    if streams.dtype == jnp.bfloat16:
+        high, low = phases.cut(fn.T, 2)
+        parts = jnp.concatenate([high, low, high]).astype(jnp.bfloat16)
+    else:
+        parts = fn.T
+    added = [] if d_streams is None else [Operand(d_streams, 0)]
+    d_streams, d_fn, d_logits = phases.launch(
+        functools.partial(_collapse_kernel, num_tokens=n, adds=bool(added)),
+        "hc_grad_pre",
+        [
+            *(Operand(streams, 0), Operand(d_u, 0), *added, Operand(raw, 1), Operand(d_raw, 1)),
+            *(Operand(parts, None), Operand(affine, None)),
+        ],
+        [
+            Operand(jax.ShapeDtypeStruct((n, width), streams.dtype), 0),
+            Operand(jax.ShapeDtypeStruct((e, width), jnp.float32), None),
+            Operand(jax.ShapeDtypeStruct((8, n), jnp.float32), 1),
+        ],
+        lambda tokens: [
+            pltpu.VMEM((8, tokens, LANES), jnp.float32),
+            pltpu.VMEM((m, tokens, LANES), jnp.float32),
+        ],
+        flops_per_byte=2 * e,
+        static=static,
+        sequential=True,
+    )
+    return d_streams, d_fn.T, jnp.pad(d_affine(d_logits, raw), ((0, e - 8), (0, 0)))
+
+
+def mix(
+    f: jax.Array,  # [N, D]
+    streams: jax.Array,  # [N, M * D]
+    coefficients: jax.Array,  # [E, N]
+    d_mixed: jax.Array,  # [N, M * D]
+    static: Static,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of the three arguments of `tpu.mix`."""
+    e = coefficients.shape[0]
+    return tuple(
+        phases.launch(
+            *(_mix_kernel, "hc_grad_post"),
+            [Operand(a, 0) for a in (f, streams, d_mixed)] + [Operand(coefficients, 1)],
+            [
+                *(Operand(jax.ShapeDtypeStruct(a.shape, a.dtype), 0) for a in (f, streams)),
+                Operand(jax.ShapeDtypeStruct(coefficients.shape, jnp.float32), 1),
+            ],
+            lambda tokens: [pltpu.VMEM((e, tokens, LANES), jnp.float32)] * 2,
+            flops_per_byte=2 * static.num_streams,
+            static=static,
+        )
+    )
+
+
+def _sum_lanes(ref) -> list[jax.Array]:
+    """[R, tokens, 128] -> R arrays [8, tokens] of equal rows."""
+    rows, tokens, _ = ref.shape
+    sums = phases.sum_lanes(ref[...].reshape(rows * tokens, LANES))
+    return [sums[:, i * tokens : (i + 1) * tokens] for i in range(rows)]
+
+
+def _collapse_kernel(*refs, static, worked, num_tokens, adds):
+    x_ref, d_u_ref = refs[:2]
+    added_ref = refs[2] if adds else None
+    raw_ref, d_raw_ref, fn_ref, affine_ref, d_x_ref, d_fn_ref, d_logits_ref = refs[2 + adds : -2]
+    spread_ref, sums_ref = refs[-2:]
+    m, e = static.num_streams, affine_ref.shape[0]
+    tokens, width = x_ref.shape
+    d = width // m
+    real = num_tokens - pl.program_id(0) * tokens  # tokens there are from this block on
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        d_fn_ref[...] = jnp.zeros_like(d_fn_ref)
+
+    # First pass: the gradient of pre, and with it what is per token.
+    sums_ref[...] = jnp.zeros_like(sums_ref)
+
+    def first(rows, start, size):
+        d_u = phases.read(d_u_ref, rows, start, size)
+        for k in range(m):
+            x = phases.read(x_ref, rows, k * d + start, size)
+            sums_ref[k, rows] += phases.fold(d_u * x)
+
+    phases.pieces(worked, d, FIRST_CHANNELS, first)
+    row = jax.lax.broadcasted_iota(jnp.int32, (8, tokens), 0)
+    d_pre = sum(jnp.where(row == k, s, 0) for k, s in enumerate(_sum_lanes(sums_ref)))
+    pre = phases.pre_weights(raw_ref, affine_ref, static.eps)
+    s = pre - static.eps
+    d_logits = d_pre * s * (1 - s)
+    d_logits_ref[...] = d_logits
+    d_raw = d_raw_ref[:8] + d_logits * affine_ref[:8, 0:1]
+    if e > 8:
+        d_raw = jnp.concatenate([d_raw, d_raw_ref[8:e]])
+    inverse_rms = raw_ref[e : e + 1]
+    d_product = d_raw * inverse_rms
+    along = jnp.sum(d_raw * raw_ref[:e], axis=0, keepdims=True)
+    of_norm = -along * inverse_rms * inverse_rms / width
+    phases.spread(jnp.where(row < m, pre, of_norm), spread_ref, range(m + 1))
+    if num_tokens % tokens:  # what lies behind the last token is not to be summed
+        token = jax.lax.broadcasted_iota(jnp.int32, d_product.shape, 1)
+        d_product = jnp.where(token < real, d_product, 0)
+    left, right = _factors(d_product, x_ref.dtype)
+
+    # Second pass.
+    size = block_sizes.width(d, SECOND_CHANNELS)
+
+    def second(i, _):
+        start = pl.multiple_of(i * size, size)
+        channels = pl.ds(start, size)
+        of_u = pl.multiple_of(start % d, size)
+        stream = start // d
+        x = x_ref[:, channels]
+        if num_tokens % tokens:
+            token = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+            x = jnp.where(token < real, x.astype(jnp.float32), 0).astype(x.dtype)
+        products = phases.dot(right, x, 1, 0)
+        d_fn_ref[:, channels] += sum(products[i : i + e] for i in range(0, len(products), e))
+        through_fn = phases.dot(left, fn_ref[:, channels], 1, 0)
+        for g in range(0, worked, GROUP):
+            rows = pl.ds(g, GROUP)
+            d_x = through_fn[g : g + GROUP]
+            d_x += phases.tile(spread_ref[stream, rows], size) * phases.read(
+                d_u_ref, rows, of_u, size
+            )
+            d_x += phases.tile(spread_ref[m, rows], size) * phases.read(x_ref, rows, start, size)
+            if adds:
+                d_x += phases.read(added_ref, rows, start, size)
+            d_x_ref[rows, channels] = d_x.astype(d_x_ref.dtype)
+        return 0
+
+    jax.lax.fori_loop(0, width // size, second, 0)
+
+
+def _factors(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """[E, tokens] as left factor [tokens, rows of `parts`] and, for d_fn, [E or 2 * E, tokens]."""
+    if dtype != jnp.bfloat16:
+        return x.T, x
+    high, low = phases.cut(x, 2)
+    left = jnp.concatenate([high, high, low]).T.astype(jnp.bfloat16)
+    return left, jnp.concatenate([high, low]).astype(jnp.bfloat16)
+
+
+def _mix_kernel(
+    f_ref,  # [tokens, D]
+    x_ref,  # [tokens, M * D]
+    d_y_ref,  # [tokens, M * D]
+    coefficients_ref,  # [E, tokens]
+    d_f_ref,  # [tokens, D]
+    d_x_ref,  # [tokens, M * D]
+    d_coefficients_ref,  # [E, tokens]
+    spread_ref,  # [E, tokens, 128]
+    sums_ref,  # [E, tokens, 128]
+    *,
+    static: Static,
+    worked: int,
+):
+    m, d = static.num_streams, f_ref.shape[1]
+    phases.spread(coefficients_ref[...], spread_ref, range(m, (2 + m) * m))
+    sums_ref[...] = jnp.zeros_like(sums_ref)
+
+    def body(rows, start, size):
+        f = phases.read(f_ref, rows, start, size)
+        d_y = [phases.read(d_y_ref, rows, k * d + start, size) for k in range(m)]
+        d_f = sum(phases.tile(spread_ref[m + k, rows], size) * d_y[k] for k in range(m))
+        d_f_ref[rows, pl.ds(start, size)] = d_f.astype(d_f_ref.dtype)
+        for k in range(m):
+            sums_ref[m + k, rows] += phases.fold(d_y[k] * f)
+        for j in range(m):
+            x = phases.read(x_ref, rows, j * d + start, size)
+            comb = [2 * m + m * j + k for k in range(m)]
+            d_x = sum(phases.tile(spread_ref[comb[k], rows], size) * d_y[k] for k in range(m))
+            d_x_ref[rows, pl.ds(j * d + start, size)] = d_x.astype(d_x_ref.dtype)
+            for k in range(m):
+                sums_ref[comb[k], rows] += phases.fold(d_y[k] * x)
+
+    phases.pieces(worked, d, MIX_CHANNELS, body)
+    for row, sums in enumerate(_sum_lanes(sums_ref)):
+        d_coefficients_ref[row : row + 1] = sums[:1]

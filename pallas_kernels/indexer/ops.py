@@ -1,0 +1,98 @@
+"""Lightning indexer: which compressed entries each query attends to.
+
+    score[t, s]  = sum_a weight[t, a] * relu(<q[t, a], key[s]>)        for visible entries s
+    selection[t] = the `topk` visible entries of largest score, ties to the lowest index
+
+Zeros of either sign are equal; NaN is not supported. Entry s of `ratio` tokens is visible to a
+query at position p if s < (p + 1) // ratio.
+
+Source: report section 2.3.1 (eqs. 15-17); released `inference/model.py` (Indexer).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.indexer import reference, tpu_decode, tpu_prefill, xla
+from pallas_kernels.packed_rows import PackedKeys
+from pallas_kernels.selection import Selection
+
+
+def index_topk(
+    q: jax.Array,  # [B, T, A, I]
+    weights: jax.Array,  # [B, T, A] float32, may be negative
+    keys: jax.Array | PackedKeys,  # [B, S, I]
+    positions: jax.Array,  # [B, T] int32
+    *,
+    topk: int,
+    ratio: int,
+    implementation: dispatch.Implementation = None,
+) -> Selection:
+    """The entries each query attends to. No gradient.
+
+    A kernel selects as bits for many queries, and as indices for one per sequence (decoding); the
+    others as indices.
+
+    Args:
+      topk: most entries of a query; all visible ones are selected where they are no more.
+      ratio: tokens per entry.
+      implementation: see `dispatch.choose`.
+
+    Raises:
+      ValueError: shapes do not agree, or `implementation` is unknown or cannot run.
+    """
+    if q.ndim != 4 or weights.shape != q.shape[:3] or positions.shape != q.shape[:2]:
+        raise ValueError(
+            f"q {q.shape} must be [B, T, A, I], weights {weights.shape} [B, T, A] and positions "
+            f"{positions.shape} [B, T]."
+        )
+    if keys.ndim != 3 or keys.shape[0] != q.shape[0] or keys.shape[2] != q.shape[3]:
+        raise ValueError(f"keys {keys.shape} must be [B, S, I] with B and I of q {q.shape}.")
+    if topk < 1 or ratio < 1:
+        raise ValueError(f"{topk=} and {ratio=} must be positive.")
+    if isinstance(keys, PackedKeys):
+        keys = keys.unpack(q.dtype)
+    implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
+    q, weights, keys = map(jax.lax.stop_gradient, (q, weights, keys))
+    num_entries, num_queries = keys.shape[1], q.shape[1]
+    topk = min(topk, num_entries)
+    num_visible = jnp.minimum((positions + 1) // ratio, num_entries)
+    if not num_entries or (num_entries == topk and num_queries == 1):
+        return Selection.of_indices(xla.all_visible(num_visible, num_entries), num_entries)
+    match implementation:
+        case "reference":
+            indices = reference.index_topk(q, weights, keys, num_visible, topk)
+        case "xla":
+            indices = xla.index_topk(q, weights, keys, num_visible, topk)
+        case _ if num_queries == 1:
+            indices = tpu_decode.index_list(
+                *(q[:, 0], weights[:, 0], keys, num_visible[:, 0]),
+                topk=topk,
+                interpret=implementation == "interpret",
+            )[:, None]
+        case _:
+            bits = tpu_prefill.index_bits(
+                *(q, weights, keys, num_visible),
+                topk=topk,
+                interpret=implementation == "interpret",
+            )
+            return Selection(None, bits, num_entries, topk)
+    return Selection.of_indices(indices, num_entries)
+
+
+def selected_scores(
+    q: jax.Array,  # [B, T, A, I]
+    weights: jax.Array,  # [B, T, A] float32
+    keys: jax.Array,  # [B, S, I]
+    indices: jax.Array,  # [B, T, K] int32 (-1: none)
+) -> jax.Array:  # [B, T, K] float32, -inf where the index is -1
+    """Scores of the selected entries, differentiable: what the indexer is trained through."""
+    return xla.selected_scores(q, weights, keys, indices)
+
+
+def _unsupported(q, keys) -> str | None:
+    if q.dtype != keys.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernel takes q {q.dtype} and keys {keys.dtype} both in bfloat16 or float32"
+    if q.shape[1] == 1:
+        return tpu_decode.unsupported(keys.shape[1])
+    return tpu_prefill.unsupported(q.shape[2], keys.shape[1])

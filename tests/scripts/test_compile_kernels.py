@@ -1,0 +1,82 @@
+"""Kernels at real sizes through the real TPU compiler; needs libtpu, not a TPU.
+
+The schedules of the five hottest kernels must not get worse than they were: MEASURED is what
+`python -m scripts.compile_kernels` printed, schedule over the larger of the algorithm's matrix-unit
+and memory floors.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytest.importorskip("libtpu")
+
+MEASURED_WITH = "0.0.42"
+MEASURED = {
+    "attention: Flash CSA 8k": {"v5e": 1.30, "v5p": 1.28, "v6e": 1.73, "v7x": 1.71},
+    "decode_attention: Flash HCA 1M x8": {"v5e": 0.87, "v5p": 1.24, "v6e": 1.00, "v7x": 1.27},
+    "grouped_swiglu: Flash FP4, 256 rows": {"v5e": 1.04, "v5p": 1.04, "v6e": 1.62, "v7x": 1.21},
+    "hc_post_pre: Flash prefill 8k": {"v5e": 0.69, "v5p": 0.99, "v6e": 1.00, "v7x": 1.75},
+    "indexer: Flash prefill 8k": {"v5e": 1.41, "v5p": 1.41, "v6e": 3.65, "v7x": 3.72},
+}
+SLACK = 1.1  # another version of libtpu schedules differently
+OTHER_VERSION_SLACK = 1.5
+MAX_TEMP_BYTES = 16 << 20  # smaller than any packed weight, and than scores or indices [T, T / 4]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> list[dict]:
+    path = tmp_path_factory.mktemp("reports") / "reports.json"
+    only = [part for name in MEASURED for part in ("--only", name)]
+    subprocess.run(
+        [sys.executable, "-m", "scripts.compile_kernels", *only, "--json", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    reports = json.loads(path.read_text(encoding="utf-8"))
+    return [r for r in reports if r["case"] in MEASURED]
+
+
+def test_every_case_compiles_for_every_chip(reports):
+    compiled = {(r["case"], r["chip"]) for r in reports}
+
+    assert compiled == {(case, chip) for case, chips in MEASURED.items() for chip in chips}
+    assert all(r["bundles"] for r in reports)
+
+
+def test_no_large_buffer_beside_arguments_and_results(reports):
+    assert {r["case"]: r["temp_bytes"] for r in reports if r["temp_bytes"] > MAX_TEMP_BYTES} == {}
+
+
+def test_schedules_are_no_worse_than_they_were(reports):
+    same = importlib.metadata.version("libtpu").startswith(MEASURED_WITH)
+    slack = SLACK if same else OTHER_VERSION_SLACK
+    worse = {
+        (r["case"], r["chip"]): r["ratio"]
+        for r in reports
+        if r["ratio"] > slack * MEASURED[r["case"]][r["chip"]]
+    }
+    assert worse == {}
+
+
+def test_a_case_that_does_not_exist_is_refused_with_the_names():
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.compile_kernels", "--only", "no such case"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode != 0
+    assert "indexer: Flash prefill 8k" in done.stderr
