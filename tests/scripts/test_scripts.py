@@ -129,6 +129,8 @@ def test_finetune_goes_on_where_it_was_killed(tmp_path):
     out, _ = run("finetune", *args, "--output", broken)
 
     assert "going on from step" in out
+    run("plot_metrics", broken / "metrics.jsonl", tmp_path / "curve.svg")
+    assert "</svg>" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
     files = [d / "model" / "model.safetensors" for d in (whole, broken)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert checkpoint.load(broken / "model").cfg.name == "tiny"
