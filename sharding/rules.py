@@ -66,14 +66,9 @@ class AxisRules:
 TRAIN = AxisRules()
 # A prompt: experts are spread over the devices of a sequence too, other parameters are replicated.
 PREFILL = AxisRules(embed=None, expert=("expert", "context"))
-# One token of each sequence at a time: a device holds whole caches of some sequences.
-DECODE = AxisRules(
-    batch=("fsdp", "expert", "context"),
-    seq=None,
-    embed=None,
-    expert=("expert", "context"),
-    dispatch="gather",
-)
+# One token of each sequence at a time: a device holds whole caches of some sequences. Parameters and
+# caches lie as for PREFILL.
+DECODE = dataclasses.replace(PREFILL, seq=None, dispatch="gather")
 PRESETS = {"train": TRAIN, "prefill": PREFILL, "decode": DECODE}
 
 

@@ -152,6 +152,16 @@ def scatter_sum_over(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Arra
     return _scatter_sum(x, axes, axis % x.ndim) if axes else x
 
 
+def row(x: jax.Array, at: jax.Array, *names: str) -> jax.Array:
+    """Row `at` [B] of sequences [B, L, ...] that are cut over devices: [B, ...]. No gradient."""
+    length = x.shape[1]
+    local = at - index(*names) * length
+    found = jnp.clip(local, 0, length - 1).reshape(-1, *[1] * (x.ndim - 1))
+    found = jnp.take_along_axis(x, found, axis=1)[:, 0]
+    mine = ((local >= 0) & (local < length)).reshape(-1, *[1] * (x.ndim - 2))
+    return total(jnp.where(mine, found, 0), *names)
+
+
 def rows_before(x: jax.Array, count: int, *names: str) -> jax.Array:
     """The last `count` rows of what precedes this device's part of a sequence; zeros before it.
 

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import numpy as np
 from flax import nnx
 from jax import P
 
@@ -126,7 +125,7 @@ def check_mesh(
         raise ValueError("; ".join(problems) + ".")
 
 
-def local_batch(rules: AxisRules) -> int:
+def num_batch_parts(rules: AxisRules) -> int:
     """The number of parts that sequences are cut into by the ambient mesh."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    return int(np.prod([sizes.get(axis, 1) for axis in rules.mesh_axes("batch")]))
+    return math.prod(sizes.get(axis, 1) for axis in rules.mesh_axes("batch"))
