@@ -27,11 +27,12 @@ from sharding.rules import AxisRules
 _rules: contextvars.ContextVar[AxisRules | None] = contextvars.ContextVar("rules", default=None)
 
 
-def per_device(fn: Callable, rules: AxisRules, in_specs, out_specs) -> Callable:
-    """`fn` on every device of the ambient mesh, under `rules`; `fn` itself without a mesh.
+def per_device(fn: Callable, followed: AxisRules, in_specs, out_specs) -> Callable:
+    """`fn` on every device of the ambient mesh, under rules; `fn` itself without a mesh.
 
     Args:
       fn: positional arguments only.
+      followed: the rules.
       in_specs, out_specs: pytrees of `jax.P` (or prefixes of them) of arguments and results.
     """
     if jax.sharding.get_abstract_mesh().empty:
@@ -39,7 +40,7 @@ def per_device(fn: Callable, rules: AxisRules, in_specs, out_specs) -> Callable:
 
     @functools.wraps(fn)
     def on_device(*args):
-        with under(rules):
+        with under(followed):
             return fn(*args)
 
     mapped = jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -60,29 +61,34 @@ def place(tree, specs):
 
 
 @contextlib.contextmanager
-def under(rules: AxisRules):
+def under(followed: AxisRules):
     """Rules that the functions of this module follow meanwhile."""
-    token = _rules.set(rules)
+    token = _rules.set(followed)
     try:
         yield
     finally:
         _rules.reset(token)
 
 
+def rules() -> AxisRules | None:
+    """The rules that are followed now. What is traced once for several programs depends on them."""
+    return _rules.get()
+
+
 def mesh_axes(*names: str) -> tuple[str, ...]:
     """The mesh axes of several devices behind logical axes, in order and each once."""
-    rules = _rules.get()
-    if rules is None:
+    followed = rules()
+    if followed is None:
         return ()
     shape = jax.sharding.get_abstract_mesh().shape
-    found = dict.fromkeys(axis for name in names for axis in rules.mesh_axes(name))
+    found = dict.fromkeys(axis for name in names for axis in followed.mesh_axes(name))
     return tuple(axis for axis in found if shape.get(axis, 1) > 1)
 
 
 def dispatch_method() -> str:
     """How rows get to the experts of other devices: `AxisRules.dispatch`."""
-    rules = _rules.get()
-    return "gather" if rules is None else rules.dispatch
+    followed = rules()
+    return "gather" if followed is None else followed.dispatch
 
 
 def size(*names: str) -> int:

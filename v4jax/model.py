@@ -83,6 +83,13 @@ class Block(nnx.Module):
         return self.ffn_hc.post(out, streams, *mix), stats
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _extend(rules, block, streams, tokens, chunk, cache):
+    """`Block.extend`, traced once for all layers of a kind. `rules` only tells traces apart."""
+    del rules
+    return gathered(block).extend(streams, tokens, chunk, cache)
+
+
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
     """`pattern` repeated `repeats` times; the unit of `jax.lax.scan`."""
@@ -275,7 +282,9 @@ class Transformer(nnx.Module):
         caches = []
         blocks = (block for stage in self.stages for block in stage.layers())
         for block, layer_cache in zip(blocks, cache.layers, strict=True):
-            streams, layer_cache = gathered(block).extend(streams, tokens, chunk, layer_cache)
+            streams, layer_cache = _extend(
+                spmd.rules(), block, streams, tokens, chunk, layer_cache
+            )
             caches.append(layer_cache)
         lengths = cache.lengths + counts
         return streams, dataclasses.replace(cache, layers=tuple(caches), lengths=lengths)

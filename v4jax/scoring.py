@@ -46,7 +46,7 @@ class Scorer:
         at_once, stepwise = rules
         placed, tokens = specs(self._params, at_once), at_once.tokens
         rows = stepwise.spec("batch")
-        per_device = functools.partial(spmd.per_device, rules=at_once)
+        per_device = functools.partial(spmd.per_device, followed=at_once)
         self._whole = jax.jit(per_device(whole, in_specs=(placed, tokens), out_specs=tokens))
         self._losses = jax.jit(
             per_device(losses, in_specs=(placed, tokens, tokens), out_specs=tokens)
