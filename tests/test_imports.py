@@ -23,7 +23,7 @@ ALLOWED = {
 # Inside v4jax: what a module may import, besides what comes before it.
 LAYERS = [
     {"config", "encoding", "numerics", "sampling"},
-    {"costs", "layers", "tokenizer"},
+    {"costs", "layers", "placement", "tokenizer"},
     {"cache", "hyper_connections"},
     {"compressor"},
     {"indexer", "moe"},

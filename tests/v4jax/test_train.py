@@ -16,7 +16,7 @@ from v4jax.indexer import indexer_loss
 from v4jax.moe import Router
 from v4jax.train.data import TokenStream
 from v4jax.train.loop import Saver, Trainer
-from v4jax.train.loss import LossWeights, cross_entropy, training_loss
+from v4jax.train.loss import LossWeights, cross_entropy, shifted, training_loss
 from v4jax.train.optimizer import OptimizerConfig, adamw, update_routing_bias
 
 LENGTH = 140
@@ -43,7 +43,7 @@ def gradients(model, tokens):
 
     def terms(params):
         model = nnx.merge(graphdef, params, fixed)
-        _, metrics = training_loss(model, tokens, LossWeights(balance=0.0), remat=False)
+        _, metrics = training_loss(model, *shifted(tokens), LossWeights(balance=0.0), remat=False)
         return jnp.stack([metrics.indexer, metrics.ce + metrics.mtp_ce])
 
     jacobian = jax.jit(jax.jacrev(terms))(params)
@@ -82,7 +82,7 @@ def test_cross_entropy_is_that_of_the_logits(model, tokens):
 
 def test_terms_of_the_loss(model, tokens):
     weights = LossWeights(mtp=0.3, balance=0.01, indexer=0.5)
-    loss, metrics = jax.jit(lambda t: training_loss(model, t, weights, remat=False))(tokens)
+    loss, metrics = jax.jit(lambda t: training_loss(model, *shifted(t), weights, remat=False))(tokens)
 
     streams, _ = model.trunk(jnp.asarray(tokens[:, :LENGTH]))
     ce = cross_entropy(model, model.hidden(streams), tokens[:, 1:-1]).mean()
