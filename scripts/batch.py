@@ -95,7 +95,8 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
             print(f"{len(plan.malformed)} malformed lines: {lines}{more}", file=sys.stderr)
         if job.remaining:
             tokenizer = Tokenizer(args.checkpoint)
-            numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
+            # All arrays are on one device, so kernels can run, however many other devices there are.
+            numerics = Numerics(args.numerics, jnp.dtype(args.dtype), ("tpu", "xla"))
             generator = Generator(checkpoint.load(args.checkpoint, numerics))
             started = time.monotonic()
             with tqdm(initial=done, total=job.total, unit="request", desc=name[:-2]) as bar:

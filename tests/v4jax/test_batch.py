@@ -196,7 +196,8 @@ def test_merging_sorts_and_drops_what_is_double(tmp_path):
     write(output, {"line": 5}, {"line": 1})
     write(part_path(output, 0, 2), {"line": 5}, {"line": 4})
     write(part_path(output, 1, 3), {"line": 2})
-    part_path(output, 1, 3).open("a").write('{"line": 3')
+    with open(part_path(output, 1, 3), "a") as file:
+        file.write('{"line": 3')
     write(part_path(errors_path(output), 1, 2), {"line": 6, "error": "x"})
 
     assert merge_files(output) == (4, 1, 1)
@@ -250,7 +251,7 @@ def test_results_belong_to_one_job(tmp_path):
     sidecar.claim({"requests": 1, "stop": ()})
     sidecar.claim({"requests": 1, "stop": ()})
 
-    with pytest.raises(JobError, match="another job .requests was 1, is 2"):
+    with pytest.raises(JobError, match=r"another job \(requests was 1, is 2\)"):
         sidecar.claim({"requests": 2, "stop": ()})
     sidecar.close()
 
@@ -413,7 +414,7 @@ def test_another_input_is_refused(requests, generator, tokenizer, tmp_path):
         job_of(requests, output, batch_size=3)
     with open(requests, "a") as file:
         file.write('{"prompt": "one more"}\n')
-    with pytest.raises(JobError, match=r"another job .input was .*requests was 7, is 8"):
+    with pytest.raises(JobError, match=r"another job \(input was .*requests was 7, is 8"):
         job_of(requests, output)
 
 
