@@ -130,6 +130,7 @@ class Job:
         Yields:
           after every step of a batch its tokens, and after every batch its requests.
         """
+        limit = generator.cfg.max_length
         for start, end in self._batches:
             lines = self._open(start, end)
             if not lines:
@@ -138,11 +139,7 @@ class Job:
             prompts = [tokenizer.encode(request.prompt) for request in requests]
             errors, rows = [], []
             for request, prompt in zip(requests, prompts):
-                needed, limit = (
-                    len(prompt) + request.settings.max_new_tokens,
-                    generator.cfg.max_length,
-                )
-                if needed <= limit:
+                if len(prompt) + request.settings.max_new_tokens <= limit:
                     rows.append(_Row(request, prompt, tokenizer))
                 elif request.line in lines:
                     message = (

@@ -17,7 +17,7 @@ class Plan:
     on how many hosts there are. So a request is always computed in the same company, and its result
     has the same bits (in bfloat16 a product's last bit may depend on the shape of the batch).
 
-    Of a request only numbers are kept, 28 bytes; its text is read again when its turn comes.
+    Of a request only a few numbers are kept; its text is read again when its turn comes.
 
     Args:
       path: JSON lines; blank ones are skipped.
