@@ -42,7 +42,8 @@ class Numerics:
         dtype = jnp.dtype(self.dtype)
         if dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"numerics dtype={dtype}: expected float32 or bfloat16.")
-        choose(self.implementation)  # an unknown name, or one that cannot run here
+        if self.implementation is not None:  # None must not ask for devices: it is a default
+            choose(self.implementation)  # an unknown name, or one that cannot run here
         object.__setattr__(self, "dtype", dtype)
 
     @property
