@@ -14,11 +14,11 @@ import pathlib
 import sys
 import time
 
-import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
 from scripts.generate import add_sampling_arguments
+from scripts.pod import add_process_arguments, check_process_arguments, start_processes
 from v4jax import Numerics, checkpoint
 from v4jax.batch import Job, JobError, Settings, merge_files
 from v4jax.batch.files import errors_path, fingerprint
@@ -36,36 +36,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--mode", choices=list(MODES), default="non-think")
     add_sampling_arguments(parser)
-    hosts = parser.add_argument_group("several processes")
-    hosts.add_argument("--distributed", action="store_true", help="jax finds the others")
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    hosts.add_argument("--num-processes", type=int)
-    hosts.add_argument("--process-id", type=int)
+    hosts = add_process_arguments(parser)
     hosts.add_argument("--merge", action="store_true", help="only join what they have written")
     args = parser.parse_args()
     if not args.merge and not (args.checkpoint and args.input):
         parser.error("--checkpoint and --input are required, except with --merge.")
-    if (args.num_processes is None) != (args.process_id is None):
-        parser.error("--num-processes and --process-id go together: give both, or neither.")
-    if args.coordinator and args.num_processes is None:
-        parser.error("--coordinator needs --num-processes and --process-id.")
-    if args.batch_size < 1 or not 0 <= (args.process_id or 0) < (args.num_processes or 1):
-        parser.error("expected --batch-size from 1 on, and --process-id below --num-processes.")
+    check_process_arguments(parser, args)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: expected at least 1.")
     names = ("mode", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
     try:
         args.settings = Settings(**{name: getattr(args, name) for name in names})
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def share(args: argparse.Namespace) -> tuple[int, int]:
-    """(number of this process, number of processes)."""
-    if args.distributed or args.coordinator:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-        # Asks every process for its devices, also one that will find nothing to do.
-        return jax.process_index(), jax.process_count()
-    return args.process_id or 0, args.num_processes or 1
 
 
 def run(args: argparse.Namespace, process: int, count: int) -> int:
@@ -122,7 +106,7 @@ def main() -> None:
             results, errors, left = merge_files(args.output)
             print(f"{results} results in {args.output}, {errors} errors", file=sys.stderr)
         else:
-            left = run(args, *share(args))
+            left = run(args, *start_processes(args))
     except (JobError, checkpoint.CheckpointError, OSError) as error:
         raise SystemExit(f"batch: {error}") from error
     except KeyboardInterrupt:

@@ -88,11 +88,12 @@ def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
         model = merged(leaves)
         streams, cache = model.extend(jnp.maximum(tokens, 0)[:, None], counts, state.cache)
         logits = model.logits(model.hidden(streams))[:, 0]
-        return tokens, DecodeState(cache, logits, state.keys, done, state.steps + 1)
+        everywhere = spmd.gather(tokens, "batch", axis=0)  # every process reads all of them
+        return everywhere, DecodeState(cache, logits, state.keys, done, state.steps + 1)
 
     def step(leaves, state, sampler, stop_ids):
         one = functools.partial(on_device, sampler, stop_ids)
-        specs = (leaf_specs, state_specs), (rows, state_specs)
+        specs = (leaf_specs, state_specs), (jax.P(), state_specs)
         return spmd.per_device(one, rules, *specs)(leaves, state)
 
     return jax.jit(step, static_argnums=(2, 3), donate_argnums=(1,))

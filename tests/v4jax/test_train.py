@@ -82,7 +82,9 @@ def test_cross_entropy_is_that_of_the_logits(model, tokens):
 
 def test_terms_of_the_loss(model, tokens):
     weights = LossWeights(mtp=0.3, balance=0.01, indexer=0.5)
-    loss, metrics = jax.jit(lambda t: training_loss(model, *shifted(t), weights, remat=False))(tokens)
+    loss, metrics = jax.jit(lambda t: training_loss(model, *shifted(t), weights, remat=False))(
+        tokens
+    )
 
     streams, _ = model.trunk(jnp.asarray(tokens[:, :LENGTH]))
     ce = cross_entropy(model, model.hidden(streams), tokens[:, 1:-1]).mean()
@@ -212,7 +214,7 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
         if step == 3:
             saver.save(step, state)
             saver.wait()
-        state, metrics = trainer.step(state, tokens)
+        state, metrics = trainer.step(state, shifted(tokens))
         losses.append(float(metrics.ce))
     assert losses[-1] < 0.8 * losses[0]
 
@@ -221,7 +223,7 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
     saver.close()
     assert step == 3
     for step in range(3, 6):
-        resumed, metrics = other.step(resumed, tokens)
+        resumed, metrics = other.step(resumed, shifted(tokens))
         assert float(metrics.ce) == losses[step]
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
