@@ -37,14 +37,14 @@ FP4_WEIGHT_BLOCK = (32, 1)
 FP4_PLANES_BLOCK = 256  # inputs whose codes share bytes
 FP8_ACTIVATION_BLOCK = 128
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP8_AMAX_FLOOR = 1e-4
-_FP4_AMAX_FLOOR = 6.0 * 2.0**-126
+FP8_AMAX_FLOOR = 1e-4
+FP4_AMAX_FLOOR = 6.0 * 2.0**-126
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["block"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedArray:
     """A weight [..., in, out] in FP8 or packed FP4 with block scales. Accepted wherever one is."""
 
@@ -77,6 +77,13 @@ class QuantizedArray:
     def nbytes(self) -> int:
         """Bytes held, scales included."""
         return sum(a.size * a.dtype.itemsize for a in (self.values, self.scale))
+
+    def __repr__(self) -> str:
+        if not hasattr(self.values, "dtype"):  # a tree of something else, say of shardings
+            return f"QuantizedArray({self.values!r}, {self.scale!r}, block={self.block})"
+        fmt, shape = "fp4" if self.is_fp4 else "fp8", ",".join(map(str, self.shape))
+        bits = 8 * self.nbytes / self.size if self.size else 0
+        return f"QuantizedArray({fmt}[{shape}], {bits:.4g} bits per weight)"
 
     def __getitem__(self, index) -> "QuantizedArray":
         """Indexes leading axes (layers, experts); the last two stay."""
@@ -212,7 +219,7 @@ def round_fp8(x: jax.Array, block: int = FP8_ACTIVATION_BLOCK) -> jax.Array:
       [..., D] in the dtype of `x`.
     """
     blocks = _in_blocks(x, block)
-    scale = _scale(blocks, -1, E4M3_MAX, _FP8_AMAX_FLOOR)
+    scale = _scale(blocks, -1, E4M3_MAX, FP8_AMAX_FLOOR)
     rounded = round_e4m3(blocks / scale) * scale
     return cast(rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], x.dtype)
 
@@ -231,7 +238,7 @@ def round_fp4(x: jax.Array, block: int = 32) -> jax.Array:
       [..., D] in the dtype of `x`.
     """
     blocks = _in_blocks(x, block)
-    scale = _scale(blocks, -1, E2M1_MAX, _FP4_AMAX_FLOOR)
+    scale = _scale(blocks, -1, E2M1_MAX, FP4_AMAX_FLOOR)
     rounded = round_e2m1(blocks / scale) * scale
     return cast(rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], x.dtype)
 
@@ -268,7 +275,7 @@ def quantize_weight(
             tiles = jnp.pad(weight, pad)
             ni, no = tiles.shape[-2] // bi, tiles.shape[-1] // bo
             tiles = tiles.reshape(*batch, ni, bi, no, bo)
-            scale = _scale(tiles, (-3, -1), E4M3_MAX, _FP8_AMAX_FLOOR)
+            scale = _scale(tiles, (-3, -1), E4M3_MAX, FP8_AMAX_FLOOR)
             values = round_e4m3(tiles / scale).reshape(*batch, ni * bi, no * bo)
             return QuantizedArray(
                 values[..., :rows, :cols].astype(jnp.float8_e4m3fn),
@@ -280,7 +287,7 @@ def quantize_weight(
             if rows % bi:
                 raise ValueError(f"weight has {rows} inputs: fp4 needs a multiple of {bi}.")
             groups = weight.reshape(*batch, rows // bi, bi, cols)
-            scale = _scale(groups, -2, E2M1_MAX, _FP4_AMAX_FLOOR)
+            scale = _scale(groups, -2, E2M1_MAX, FP4_AMAX_FLOOR)
             half = fp4_block(rows) // 2
             code = encode_e2m1(round_e2m1(groups / scale))
             code = code.reshape(*batch, rows // (2 * half), 2, half, cols)
@@ -292,6 +299,59 @@ def quantize_weight(
             )
         case _:
             raise ValueError(f'fmt={fmt!r}: expected "fp8" or "fp4".')
+
+
+def expand_to_fp8(w: QuantizedArray) -> QuantizedArray:
+    """An FP4 weight as FP8 with the same values, in twice the memory.
+
+    A tile of 128 x 128 gets the largest of its 4 x 128 scales divided by 2**6 (6 * 2**6 <= 448), and
+    each value is multiplied by what remains of its own scale, a power of two. Exact where the scales
+    of a tile are within 2**14 of each other, as the smallest subnormal of e4m3 is 2**-9.
+
+    Source: `--expert-dtype fp8` of the released `inference/convert.py`.
+
+    Raises:
+      ValueError: `w` is not FP4 with E8M0 scales, or has tiles whose values e4m3 cannot hold.
+    """
+    if not (w.is_fp4 and w.scale.dtype == jnp.float8_e8m0fnu):
+        raise ValueError(f"{w} is not FP4 with E8M0 scales.")
+    run, sharding = _expand_to_fp8, w.values.sharding
+    if isinstance(sharding, jax.NamedSharding):
+        whole = jax.P()
+        out = QuantizedArray(sharding.spec, whole, FP8_WEIGHT_BLOCK), whole
+        run = jax.sharding.auto_axes(run, out_sharding=out)
+    expanded, is_rounded = jax.jit(run)(w)
+    bad = np.argwhere(is_rounded)
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {is_rounded.size} tiles of 128 x 128 have FP4 values that e4m3 cannot "
+            f"hold (scales more than 2**14 apart), the first at {bad[0].tolist()}: keep FP4."
+        )
+    return expanded
+
+
+def _expand_to_fp8(w: QuantizedArray) -> tuple[QuantizedArray, jax.Array]:
+    """The expanded weight and which tiles [..., in / 128, out / 128] were rounded."""
+    group = FP4_WEIGHT_BLOCK[0]
+    (tile_in, tile_out), groups = FP8_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK[0] // group
+    *batch, _, cols = w.shape
+
+    def in_tiles(x: jax.Array, height: int) -> jax.Array:
+        """[..., R, C] -> [..., R / height, height, C / 128, 128], padded with zeros."""
+        pad = [(0, 0)] * len(batch) + [(0, -x.shape[-2] % height), (0, -x.shape[-1] % tile_out)]
+        x = jnp.pad(x, pad)
+        return x.reshape(*batch, x.shape[-2] // height, height, -1, tile_out)
+
+    exponent = jax.lax.bitcast_convert_type(w.scale, jnp.uint8).astype(jnp.int32)
+    scale = jnp.maximum(in_tiles(exponent, groups).max(axis=(-3, -1)) - 6, 0)
+    of_tile = jnp.repeat(jnp.repeat(scale, groups, axis=-2), tile_out, axis=-1)
+    shift = exponent - of_tile[..., : exponent.shape[-2], :cols]  # at most 6
+    factor = jax.lax.bitcast_convert_type(jnp.maximum(shift + 127, 1) << 23, jnp.float32)
+    exact = unpack_fp4(w.values) * jnp.repeat(factor, group, axis=-2)
+    values = exact.astype(jnp.float8_e4m3fn)
+    is_rounded = in_tiles(values.astype(jnp.float32) != exact, tile_in).any(axis=(-3, -1))
+    scale = jax.lax.bitcast_convert_type(scale.astype(jnp.uint8), jnp.float8_e8m0fnu)
+    return QuantizedArray(values, scale, FP8_WEIGHT_BLOCK), is_rounded
 
 
 def hadamard(x: jax.Array) -> jax.Array:
