@@ -25,6 +25,7 @@ Source: the released `inference/kernel.py` (act_quant, fp4_act_quant); report se
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -253,6 +254,32 @@ def _round_fp4_jvp(block, primals, tangents):
     return round_fp4(primals[0], block), tangents[0]
 
 
+def fit_spec(sharding: jax.NamedSharding, shape: tuple[int, ...]) -> jax.P:
+    """The spec of `sharding` for an array of `shape`, without the axes that do not divide it.
+
+    Block scales are placed like their weights where that is possible, and replicated elsewhere.
+    """
+    spec = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
+    for i, axes in enumerate(spec):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        if shape[i] % math.prod(sharding.mesh.shape[name] for name in axes):
+            spec[i] = None
+    return jax.P(*spec)
+
+
+def _placed_like(array: jax.Array, function, *args):
+    """`function(*args)`, with results spread like `array`, which has as many axes as they.
+
+    Cutting split axes into blocks needs automatic mode in a mesh with explicit axes.
+    """
+    sharding = jax.typeof(array).sharding
+    if sharding.mesh.empty:
+        return function(*args)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    specs = jax.tree.map(lambda a: fit_spec(sharding, a.shape), jax.eval_shape(function, *shapes))
+    return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
+
+
 def quantize_weight(
     weight: jax.Array,  # [..., in, out] float
     fmt: str,
@@ -266,6 +293,10 @@ def quantize_weight(
     Raises:
       ValueError: unknown format, or a shape that cannot be packed.
     """
+    return _placed_like(weight, functools.partial(_quantize_weight, fmt=fmt), weight)
+
+
+def _quantize_weight(weight: jax.Array, fmt: str) -> QuantizedArray:
     *batch, rows, cols = weight.shape
     weight = weight.astype(jnp.float32)
     match fmt:
@@ -315,12 +346,7 @@ def expand_to_fp8(w: QuantizedArray) -> QuantizedArray:
     """
     if not (w.is_fp4 and w.scale.dtype == jnp.float8_e8m0fnu):
         raise ValueError(f"{w} is not FP4 with E8M0 scales.")
-    run, sharding = _expand_to_fp8, w.values.sharding
-    if isinstance(sharding, jax.NamedSharding):
-        whole = jax.P()
-        out = QuantizedArray(sharding.spec, whole, FP8_WEIGHT_BLOCK), whole
-        run = jax.sharding.auto_axes(run, out_sharding=out)
-    expanded, is_rounded = jax.jit(run)(w)
+    expanded, is_rounded = _placed_like(w.values, jax.jit(_expand_to_fp8), w)
     bad = np.argwhere(is_rounded)
     if len(bad):
         raise ValueError(

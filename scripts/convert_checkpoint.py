@@ -38,22 +38,19 @@ def parse_args() -> argparse.Namespace:
 
 
 def table(report: dict) -> str:
-    """The report's lines, in columns."""
-    rows = [("tensors of kind", "count", "from", "to", "max error", "relative", "saturated")]
+    """The report's lines, in columns; what only moved is counted at the end."""
+    rows = [("tensors", "count", "from", "to", "max error", "relative", "saturated")]
+    kept = 0
     for kind in report["kinds"]:
-        rows.append(
-            (
-                kind["kind"],
-                f"{kind['tensors']:,}",
-                kind["source"],
-                kind["target"] if kind["target"] != kind["source"] else "=",
-                f"{kind['max_error']:.3g}",
-                f"{kind['relative_error']:.2%}",
-                f"{kind['saturated']:,}",
-            )
-        )
+        if kind["source"] == kind["target"]:
+            kept += kind["tensors"]
+            continue
+        errors = f"{kind['max_error']:.3g}", f"{kind['relative_error']:.2%}"
+        counts = f"{kind['tensors']:,}", kind["source"], kind["target"]
+        rows.append((kind["kind"], *counts, *errors, f"{kind['saturated']:,}"))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)) for row in rows)
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*(lines if len(rows) > 1 else ()), f"{kept:,} tensors kept their format"])
 
 
 def main() -> None:
@@ -70,7 +67,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(table(report))
     for note in report["notes"]:
-        print(f"left out: {note}")
+        print(f"note: {note}")
     for kind in report["kinds"]:
         for name, what in kind["lossy"].items():
             print(f"rounded: {name}, {what}")

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from pallas_kernels.quantize import (
     FP8_WEIGHT_BLOCK,
     QuantizedArray,
     expand_to_fp8,
+    fit_spec,
     fp4_block,
     pack_planes,
 )
@@ -435,12 +435,7 @@ def _fitting(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sha
     if not isinstance(sharding, jax.NamedSharding):
         return sharding
     mesh = jax.sharding.get_mesh()  # the sharding of an abstract model has an abstract one
-    spec = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
-    for i, axes in enumerate(spec):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        if shape[i] % math.prod(mesh.shape[name] for name in names):
-            spec[i] = None
-    return jax.NamedSharding(mesh, jax.P(*spec))
+    return jax.NamedSharding(mesh, fit_spec(sharding, shape))
 
 
 # Codes that no weight has: NaN in e4m3 (either sign) and in E8M0.
