@@ -94,17 +94,21 @@ class QuantizedArray:
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """The weights [..., in, out]; exact in bfloat16 and wider for power-of-two scales."""
-        values = unpack_fp4(self.values) if self.is_fp4 else self.values.astype(jnp.float32)
-        *_, rows, cols = values.shape
-        scale = self.scale.astype(jnp.float32)
-        for axis, size in ((-2, self.block[0]), (-1, self.block[1])):
-            scale = jnp.repeat(scale, size, axis=axis) if size > 1 else scale
-        return (values * scale[..., :rows, :cols]).astype(dtype)
+        return _placed_like(self.values, functools.partial(_dequantize, dtype=dtype), self)
 
 
 def fp4_block(num_inputs: int) -> int:
     """Inputs of a block of packed FP4: byte row r has inputs r and r + block / 2 of its block."""
     return FP4_PLANES_BLOCK if num_inputs % FP4_PLANES_BLOCK == 0 else num_inputs
+
+
+def _dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
+    values = unpack_fp4(w.values) if w.is_fp4 else w.values.astype(jnp.float32)
+    *_, rows, cols = values.shape
+    scale = w.scale.astype(jnp.float32)
+    for axis, size in ((-2, w.block[0]), (-1, w.block[1])):
+        scale = jnp.repeat(scale, size, axis=axis) if size > 1 else scale
+    return (values * scale[..., :rows, :cols]).astype(dtype)
 
 
 def unpack_fp4(packed: jax.Array) -> jax.Array:
