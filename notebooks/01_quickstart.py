@@ -138,7 +138,7 @@ def last_query(layer: int) -> list[tuple[int, int, float]]:
     block, x = attention_input(layer)
     attention, spec = block.attention, model.cfg.layers[layer]
     latent, q, kv = attention.project(x, positions)
-    entries = attention.compressor(x)
+    entries = model.numerics.round_kv(attention.compressor(x), model.cfg.nope_head_dim)
     chosen = range(entries.shape[1])
     if spec.is_csa:
         keys = model.numerics.round_indexer(attention.indexer.compressor(x))

@@ -13,7 +13,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-_SMOOTH = 5  # lines of the log that one point of a curve averages
+_SMOOTH = 5  # lines of the log that one point of a curve averages, if there are as many
 
 
 def main() -> None:
@@ -25,10 +25,11 @@ def main() -> None:
     lines = [json.loads(x) for x in args.metrics.read_text(encoding="utf-8").splitlines()]
     figure, axis = plt.subplots(figsize=(7, 4))
     steps = np.array([x["step"] for x in lines])
-    kernel = np.ones(_SMOOTH) / _SMOOTH
+    smooth = min(_SMOOTH, len(steps))
+    kernel = np.ones(smooth) / smooth
     for key, label in (("ce", "next token"), ("mtp_ce", "token after next (MTP)")):
         values = np.array([x[key] for x in lines])
-        axis.plot(steps[_SMOOTH - 1 :], np.convolve(values, kernel, mode="valid"), label=label)
+        axis.plot(steps[smooth - 1 :], np.convolve(values, kernel, mode="valid"), label=label)
     held_out = [(x["step"], x["heldout_ce"]) for x in lines if "heldout_ce" in x]
     if held_out:
         axis.plot(*zip(*held_out), "k.--", label="next token, held-out text")

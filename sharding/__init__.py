@@ -1,6 +1,17 @@
-"""Device meshes and the rules that place arrays on them."""
+"""Device meshes, the rules that place arrays on them, and programs over them."""
 
 from sharding.mesh import AXES, make_mesh
-from sharding.rules import AxisRules, ambient
+from sharding.rules import DECODE, PREFILL, PRESETS, TRAIN, AxisRules, ambient, fitting
 
-__all__ = ["AXES", "AxisRules", "ambient", "make_mesh"]
+__all__ = [
+    "AXES",
+    "DECODE",
+    "PREFILL",
+    "PRESETS",
+    "TRAIN",
+    "AxisRules",
+    "ambient",
+    "fitting",
+    "make_mesh",
+
+]

@@ -1,8 +1,11 @@
 """DeepSeek-V4 in pure JAX.
 
-    model = v4jax.checkpoint.load(v4jax.nano_path(), v4jax.released())
-    tokenizer = v4jax.tokenizer.Tokenizer(v4jax.nano_path())
-    generator = v4jax.generate.Generator(model)
+    from v4jax import checkpoint
+    from v4jax.generate import Generator
+    from v4jax.tokenizer import Tokenizer
+
+    generator = Generator(checkpoint.load(v4jax.nano_path(), v4jax.released()))
+    tokenizer = Tokenizer(v4jax.nano_path())
 
 Modules: `config`, `numerics`, `model`, `cache`, `checkpoint`, `encoding`, `tokenizer`, `generate`,
 `sampling`, `scoring`, `quantization`, `summary`, `train`.

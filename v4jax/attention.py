@@ -23,7 +23,7 @@ from pallas_kernels.attention import (
     window_attention,
 )
 from pallas_kernels.quantize import cast
-from sharding import AxisRules
+from sharding import AxisRules, spmd
 from v4jax.cache import Chunk, LayerCache, append_entries, window_rows, write_window
 from v4jax.compressor import Compressor
 from v4jax.config import LayerSpec, V4Config
@@ -70,26 +70,31 @@ class Attention(nnx.Module):
         self.cfg, self.spec, self.numerics = cfg, spec, numerics
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Whole sequences x [B, T, D] from position 0.
+        """Whole sequences x [B, T, D] from position 0, or this device's part of them.
 
         Returns:
           out [B, T, D], and the indexer's loss (a scalar, 0 for layers without one).
         """
         batch, length, _ = x.shape
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        positions = spmd.index("seq") * length + jnp.arange(length, dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions, (batch, length))
         latent, q, kv = self.project(x, positions)
-        window = jnp.pad(kv, [(0, 0), (self.cfg.window, 0), (0, 0)])
-        entries = self._entries(self.compressor(x)) if self.compressor else None
+        window = jnp.concatenate([spmd.rows_before(kv, self.cfg.window, "seq"), kv], axis=1)
+        entries = None
+        if self.compressor:
+            entries = self.compressor.gather(self._entries(self.compressor(x)), length)
         if self.indexer is None:
             return self._output(self._attend_dense(q, window, entries, positions), positions), 0.0
         x, latent = jax.lax.stop_gradient((x, latent))
         queries, weights = self.indexer.queries(x, latent, positions)
         keys = self.numerics.round_indexer(self.indexer.compressor(x))
+        keys = self.indexer.compressor.gather(keys, length)
         selection = self.indexer.select(queries, weights, keys, positions)
         out, log_denominator = self._attend_selected(q, window, entries, selection, positions)
         with jax.named_scope("indexer/loss"):
             indices = selection.to_indices()
             mass = selected_mass(q, entries, indices, log_denominator, scale=self._scale)
+            mass = spmd.total(mass, "heads")
             loss = indexer_loss(queries, weights, keys, indices, mass)
         return self._output(out, positions), loss
 
@@ -115,7 +120,7 @@ class Attention(nnx.Module):
         if x.shape[1] == 1:
             out = self._attend_decode(q, new, selection, chunk.positions)
         else:
-            window = window_rows(cache.window, kv, chunk.start)
+            window = window_rows(cache.window, kv, chunk)
             if selection is None:
                 out = self._attend_dense(q, window, new.entries, chunk.positions)
             else:
@@ -134,7 +139,8 @@ class Attention(nnx.Module):
         """latent [B, T, q_lora_rank], q [B, T, N, H] and kv [B, T, H]."""
         with jax.named_scope("attention/project"):
             latent = self.q_norm(self.wq_a(x))
-            q = self.wq_b(latent).reshape(*x.shape[:2], self.cfg.num_heads, self.cfg.head_dim)
+            q = self.wq_b(spmd.enter(latent, "heads"))
+            q = q.reshape(*x.shape[:2], -1, self.cfg.head_dim)  # this device's heads
             q = self.numerics.normalize_query(q, self.cfg.norm_eps)
             q = rotate(q, positions, self._frequencies)
             kv = rotate(self.kv_norm(self.wkv(x)), positions, self._frequencies)
@@ -149,8 +155,7 @@ class Attention(nnx.Module):
         with jax.named_scope("hca" if self.compressor else "swa"):
             out, _ = window_attention(
                 q,
-                window,
-                entries,
+                *spmd.enter((window, entries), "heads"),
                 self.sink[...],
                 positions,
                 ratio=max(self.spec.compress_ratio, 1),
@@ -163,8 +168,7 @@ class Attention(nnx.Module):
         with jax.named_scope("csa"):
             return selected_attention(
                 q,
-                window,
-                entries,
+                *spmd.enter((window, entries), "heads"),
                 selection,
                 self.sink[...],
                 positions,
@@ -193,7 +197,7 @@ class Attention(nnx.Module):
     def _output(self, out: jax.Array, positions: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B, T, D]"""
         with jax.named_scope("attention/output"):
-            groups, dtype = self.cfg.o_groups, self.numerics.dtype
+            groups, dtype = self.cfg.o_groups // spmd.size("heads"), self.numerics.dtype
             out = rotate(out, positions, self._frequencies, inverse=True)
             out = out.reshape(*out.shape[:2], groups, -1)  # [B, T, G, heads_dim / G]
             wo_a = dense(self.wo_a[...], dtype).reshape(out.shape[-1], groups, -1)

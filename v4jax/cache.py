@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.gated_pool import Pool
+from sharding import spmd
 from v4jax.config import LayerSpec, V4Config
 from v4jax.numerics import Numerics
 
@@ -92,17 +93,32 @@ class Cache:
 @_pytree()
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """New tokens of each sequence: `counts` of the T columns are real, the rest padding."""
+    """New tokens of each sequence: `counts` of the T columns are real, the rest padding.
 
-    start: jax.Array  # [B] int32 tokens already in the cache
+    If a chunk's columns are cut over devices ("seq"), this is one device's part of it.
+    """
+
+    start: jax.Array  # [B] int32 tokens before it
     counts: jax.Array  # [B] int32
     positions: jax.Array  # [B, T] int32
 
     @staticmethod
     def make(start: jax.Array, counts: jax.Array, num_columns: int) -> "Chunk":
-        """Positions continue from `start`."""
+        """`counts` tokens that continue from `start`, this device's `num_columns` columns of them."""
+        before = spmd.index("seq") * num_columns
+        start, counts = start + before, jnp.clip(counts - before, 0, num_columns)
         positions = start[:, None] + jnp.arange(num_columns, dtype=jnp.int32)
         return Chunk(start, counts, positions)
+
+    @property
+    def whole_start(self) -> jax.Array:
+        """[B] tokens before the whole chunk."""
+        return self.start - spmd.index("seq") * self.positions.shape[1]
+
+    @property
+    def whole_counts(self) -> jax.Array:
+        """[B] tokens of the whole chunk."""
+        return spmd.total(self.counts, "seq")
 
     @property
     def valid(self) -> jax.Array:
@@ -152,26 +168,33 @@ def append_entries(
     start: jax.Array,  # [B] int32 row of the first new entry
     counts: jax.Array,  # [B] int32
 ) -> jax.Array:
-    """Writes the complete new entries behind the old ones; never past the end."""
+    """Writes the complete new entries behind the old ones, all devices'; never past the end."""
     index = jnp.arange(new.shape[1])
     rows = jnp.where(index < counts[:, None], start[:, None] + index, entries.shape[1])
+    new, rows = (spmd.gather(x, "seq", axis=1) for x in (new, rows))
     put = jax.vmap(lambda e, i, n: e.at[i].set(n, mode="drop"))
     return put(entries, rows, new.astype(entries.dtype))
 
 
-def window_rows(ring: jax.Array, kv: jax.Array, start: jax.Array) -> jax.Array:
+def window_rows(ring: jax.Array, kv: jax.Array, chunk: Chunk) -> jax.Array:
     """The C rows before a chunk, oldest first, then the chunk's own: [B, C + T, H]."""
     size = ring.shape[1]
-    order = (start[:, None] + jnp.arange(size)) % size
-    return jnp.concatenate([jnp.take_along_axis(ring, order[..., None], axis=1), kv], axis=1)
+    before = spmd.rows_before(kv, size, "seq")  # of other devices' parts of the chunk
+    order = (chunk.start[:, None] + jnp.arange(size)) % size
+    old = jnp.take_along_axis(ring, order[..., None], axis=1)
+    in_ring = jnp.arange(size) < size - spmd.index("seq") * kv.shape[1]
+    return jnp.concatenate([jnp.where(in_ring[:, None], old, before.astype(old.dtype)), kv], axis=1)
 
 
 def write_window(ring: jax.Array, kv: jax.Array, chunk: Chunk) -> jax.Array:
-    """The ring after the chunk's valid tokens, kv [B, T, H], have been written."""
+    """The ring after the chunk's valid tokens, kv [B, T, H] of this device, have been written."""
     size, num_columns = ring.shape[1], kv.shape[1]
-    last = chunk.start + chunk.counts - 1
+    start = chunk.whole_start
+    last = start + chunk.whole_counts - 1
     # Newest token of each row of the ring; before `start` means that the row keeps its content.
     token = last[:, None] - (last[:, None] - jnp.arange(size)) % size
-    column = jnp.clip(token - chunk.start[:, None], 0, num_columns - 1)
-    new = jnp.take_along_axis(kv, column[..., None], axis=1)
-    return jnp.where((token >= chunk.start[:, None])[..., None], new.astype(ring.dtype), ring)
+    column = token - chunk.start[:, None]
+    new = jnp.take_along_axis(kv, jnp.clip(column, 0, num_columns - 1)[..., None], axis=1)
+    mine = (column >= 0) & (column < num_columns)
+    new = spmd.total(jnp.where(mine[..., None], new, 0), "seq")
+    return jnp.where((token >= start[:, None])[..., None], new.astype(ring.dtype), ring)

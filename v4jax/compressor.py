@@ -12,11 +12,12 @@ Source: report section 2.3, eqs. 9-14; released `inference/model.py` (Compressor
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels.gated_pool import Pool, pool_windows
 from pallas_kernels.quantize import cast
-from sharding import AxisRules
+from sharding import AxisRules, spmd
 from v4jax.cache import Chunk, OpenPool, init_pool
 from v4jax.config import LayerSpec, V4Config
 from v4jax.layers import KeyStream, RMSNorm, param, rope_frequencies, rotate
@@ -48,8 +49,16 @@ class Compressor(nnx.Module):
         self.cfg, self.numerics = cfg, numerics
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Entries of whole sequences x [B, T, D] that start at position 0."""
+        """Entries of whole sequences x [B, T, D] that start at position 0.
+
+        Of this device's part of them, if they are cut over devices: the entries whose last token it
+        has come first (`gather` joins them).
+        """
         batch, length, _ = x.shape
+        if spmd.size("seq") > 1:
+            zero = jnp.zeros(batch, jnp.int32)
+            chunk = Chunk.make(zero, zero + length * spmd.size("seq"), length)
+            return self.extend(x, chunk, init_pool(batch, self.width, overlap=self.overlap))[0]
         count = length // self.ratio
         value, gate = self._project(x)
         rows = (batch, count, self.ratio, value.shape[-1])
@@ -72,32 +81,86 @@ class Compressor(nnx.Module):
         """
         value, gate = self._project(x)
         pools = self._pool_chunk(value, gate, chunk)  # [B, n, F]
+        counts = (chunk.start % self.ratio + chunk.counts) // self.ratio
+        end = None
+        if spmd.size("seq") > 1:
+            state, end = self._across_devices(pools, counts, state)
         first = state.current.join(jax.tree.map(lambda p: p[:, 0], pools))
         pools = jax.tree.map(lambda p, f: p.at[:, 0].set(f), pools, first)
-        counts = (chunk.start % self.ratio + chunk.counts) // self.ratio
+        joined = self._overlap(pools, state.previous) if self.overlap else pools
+        end = self._end(state, pools, counts) if end is None else end
+        return self._finish(joined, chunk.start), counts, end
 
-        def at(pools: Pool, index: jax.Array) -> Pool:
-            return jax.tree.map(
-                lambda p: jnp.take_along_axis(p, index[:, None, None], axis=1)[:, 0], pools
-            )
+    def gather(self, entries: jax.Array, length: int) -> jax.Array:
+        """Entries [B, S, width] of whole sequences, from what each device made of its `length` tokens."""
+        devices = spmd.size("seq")
+        if devices == 1:
+            return entries
+        batch, most, width = entries.shape
+        parts = spmd.gather(entries, "seq", axis=1)  # [B, devices * most, width]
+        if length % self.ratio == 0:
+            parts = parts.reshape(batch, devices, most, width)[:, :, : length // self.ratio]
+            return parts.reshape(batch, -1, width)
+        window = np.arange(devices * length // self.ratio)
+        owner = ((window + 1) * self.ratio - 1) // length  # of its last token
+        return parts[:, owner * most + window - owner * length // self.ratio]
 
-        # The window being filled after the chunk; there is none of it yet if the chunk ended
-        # exactly where its last window did.
+    def _end(self, state: OpenPool, pools: Pool, counts: jax.Array) -> OpenPool:
+        """The state after a chunk with these pools, the first joined, `counts` of them complete."""
+        # There is none yet of the window being filled if the chunk ended exactly where its last
+        # window did.
         padded = jax.tree.map(
             lambda p, e: jnp.concatenate([p, e], axis=1),
             pools,
-            Pool.empty((x.shape[0], 1, value.shape[-1])),
+            Pool.empty((counts.shape[0], 1, pools.peak.shape[-1])),
         )
-        current = at(padded, counts)
+        current = _at(padded, counts)
         if not self.overlap:
-            return self._finish(pools, chunk.start), counts, OpenPool(current, None)
+            return OpenPool(current, None)
         history = jax.tree.map(
             lambda s, p: jnp.concatenate([s[:, None], p[..., : self.width]], axis=1),
             state.previous,
             pools,
         )
-        entries = self._finish(self._overlap(pools, state.previous), chunk.start)
-        return entries, counts, OpenPool(current, at(history, counts))
+        return OpenPool(current, _at(history, counts))
+
+    def _across_devices(
+        self, pools: Pool, counts: jax.Array, state: OpenPool
+    ) -> tuple[OpenPool, OpenPool]:
+        """States before this device's part of a chunk and after the last one's.
+
+        A device tells the others what its part does to a state: partial sums of the first window,
+        of the last complete one and of the one it leaves open, a few rows whatever its length.
+        """
+        tail = jax.tree.map(
+            lambda p, e: jnp.concatenate([p, e], axis=1),
+            pools,
+            Pool.empty((counts.shape[0], 1, pools.peak.shape[-1])),
+        )
+        parts = (
+            jax.tree.map(lambda p: p[:, 0], pools),
+            _at(pools, jnp.maximum(counts - 1, 0)),
+            _at(tail, counts),
+            counts,
+        )
+        parts = jax.tree.map(lambda p: spmd.gather(p[None], "seq", axis=0), parts)
+
+        def follow(state: OpenPool, part) -> tuple[OpenPool, OpenPool]:
+            first, last, open_, count = part
+            joined = state.current.join(first)
+
+            def pick(none, one, more):
+                many = jax.tree.map(lambda a, b: jnp.where(count[:, None] == 1, a, b), one, more)
+                return jax.tree.map(lambda a, b: jnp.where(count[:, None] == 0, a, b), none, many)
+
+            current = pick(joined, open_, open_)
+            if not self.overlap:
+                return OpenPool(current, None), state
+            half = jax.tree.map(lambda p: p[:, : self.width], (joined, last))
+            return OpenPool(current, pick(state.previous, *half)), state
+
+        end, before = jax.lax.scan(follow, state, parts)
+        return jax.tree.map(lambda s: s[spmd.index("seq")], before), end
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return matmul(x, self.wkv[...]), matmul(x, self.wgate[...])
@@ -138,3 +201,10 @@ class Compressor(nnx.Module):
         entries = self.norm(cast(pools.mean(), self.numerics.dtype))
         index = start[:, None] // self.ratio + jnp.arange(entries.shape[1])
         return rotate(entries, index * self.ratio, rope_frequencies(self.cfg, compressed=True))
+
+
+def _at(pools: Pool, index: jax.Array) -> Pool:
+    """[B, n, F] -> [B, F]"""
+    return jax.tree.map(
+        lambda p: jnp.take_along_axis(p, index[:, None, None], axis=1)[:, 0], pools
+    )

@@ -7,15 +7,18 @@ have different lengths.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sharding import DECODE, PREFILL, AxisRules, spmd
 from v4jax.cache import Cache
 from v4jax.model import Transformer
+from v4jax.placement import check_mesh, num_batch_parts, specs
 from v4jax.sampling import Greedy, Sampler
 
 CHUNKS = (16, 128, 1024)
@@ -46,48 +49,102 @@ class DecodeState:
     steps: jax.Array  # [] int32 tokens generated so far
 
 
+def prefill_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
+    """Compiled on first use: (leaves, tokens [B, T], counts [B], cache, logits [B, V]) -> cache, logits.
+
+    `leaves` are those of the model's parameters; cache and logits are donated. Rows without a token
+    in the chunk keep their logits.
+    """
+    merged, leaf_specs = _parameters(model, rules)
+    rows = rules.spec("batch")
+
+    def on_device(leaves, tokens, counts, cache, logits):
+        model = merged(leaves)
+        streams, cache = model.extend(tokens, counts, cache)
+        last = spmd.row(streams, jnp.maximum(counts - 1, 0), "seq")
+        new = model.logits(model.hidden(last[:, None]))[:, 0]
+        return cache, jnp.where((counts > 0)[:, None], new, logits)
+
+    step = spmd.per_device(
+        on_device, rules, (leaf_specs, rules.tokens, rows, rows, rows), (rows, rows)
+    )
+    return jax.jit(step, donate_argnums=(3, 4))
+
+
+def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
+    """Compiled on first use: (leaves, state, sampler, stop_ids) -> tokens [B] and the new state.
+
+    The state is donated; sampler and stop ids are static.
+    """
+    merged, leaf_specs = _parameters(model, rules)
+    rows = rules.spec("batch")
+    state_specs = DecodeState(rows, rows, rows, rows, jax.P())
+
+    def on_device(sampler, stop_ids, leaves, state):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.steps)
+        tokens = jnp.where(state.done, -1, jax.vmap(sampler)(state.logits, keys))
+        done = state.done | jnp.isin(tokens, jnp.array(stop_ids, jnp.int32))
+        counts = jnp.where(done, 0, 1).astype(jnp.int32)
+        model = merged(leaves)
+        streams, cache = model.extend(jnp.maximum(tokens, 0)[:, None], counts, state.cache)
+        logits = model.logits(model.hidden(streams))[:, 0]
+        return tokens, DecodeState(cache, logits, state.keys, done, state.steps + 1)
+
+    def step(leaves, state, sampler, stop_ids):
+        one = functools.partial(on_device, sampler, stop_ids)
+        specs = (leaf_specs, state_specs), (rows, state_specs)
+        return spmd.per_device(one, rules, *specs)(leaves, state)
+
+    return jax.jit(step, static_argnums=(2, 3), donate_argnums=(1,))
+
+
+def _parameters(model: Transformer, rules: AxisRules):
+    """A function from the leaves of the model's parameters to the model, and their specs.
+
+    Steps take leaves: flattening a module costs milliseconds of host time in every call.
+    """
+    graphdef, params = nnx.split(model)
+    treedef = jax.tree.structure(params)
+
+    def merged(leaves) -> Transformer:
+        return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+    return merged, jax.tree.leaves(specs(params, rules), is_leaf=lambda s: isinstance(s, jax.P))
+
+
 class Generator:
     """A model's arrays and its compiled steps.
 
     Args:
       model: best built with `scan_layers=False` (as `checkpoint.load` does): slices of stacked
         weights are copied in every step.
-      chunks: numbers of tokens that prefill is compiled for, increasing.
+      chunks: numbers of tokens that prefill is compiled for, increasing. Under a mesh with a context
+        axis, its multiples.
+      rules: how prefill and decoding are spread over the ambient mesh, if there is one; the model's
+        parameters should have been placed by the same rules.
+
+    Under a mesh (`with jax.set_mesh(mesh):`, here and around every call) a batch is padded to a
+    multiple of the devices that sequences are cut over.
     """
 
-    def __init__(self, model: Transformer, *, chunks: Sequence[int] = CHUNKS):
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        chunks: Sequence[int] = CHUNKS,
+        rules: tuple[AxisRules, AxisRules] = (PREFILL, DECODE),
+    ):
         self.cfg = model.cfg
         self.chunks = tuple(sorted(chunks))
+        self._rules = rules
+        for one in rules:
+            check_mesh(model.cfg, one)
+        check_mesh(model.cfg, rules[0], length=math.gcd(*self.chunks))
+        self._batch_parts = num_batch_parts(rules[1])
         self._init_cache = model.init_cache
-        graphdef, params = nnx.split(model)
-        self._leaves, treedef = jax.tree.flatten(params)
-
-        def merged(leaves) -> Transformer:
-            return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-
-        @functools.partial(jax.jit, donate_argnames=("cache", "logits"))
-        def prefill(leaves, tokens, counts, cache, logits):
-            model = merged(leaves)
-            streams, cache = model.extend(tokens, counts, cache)
-            last = jnp.maximum(counts - 1, 0)[:, None, None]
-            hidden = model.hidden(jnp.take_along_axis(streams, last, axis=1))
-            new = model.logits(hidden)[:, 0]
-            return cache, jnp.where((counts > 0)[:, None], new, logits)
-
-        @functools.partial(
-            jax.jit, static_argnames=("sampler", "stop_ids"), donate_argnames=("state",)
-        )
-        def decode(leaves, state, sampler, stop_ids):
-            keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.steps)
-            tokens = jnp.where(state.done, -1, jax.vmap(sampler)(state.logits, keys))
-            done = state.done | jnp.isin(tokens, jnp.array(stop_ids, jnp.int32))
-            counts = jnp.where(done, 0, 1).astype(jnp.int32)
-            model = merged(leaves)
-            streams, cache = model.extend(jnp.maximum(tokens, 0)[:, None], counts, state.cache)
-            logits = model.logits(model.hidden(streams))[:, 0]
-            return tokens, DecodeState(cache, logits, state.keys, done, state.steps + 1)
-
-        self._prefill, self._decode = prefill, decode
+        _, params = nnx.split(model)
+        self._leaves = jax.tree.leaves(params)
+        self._prefill, self._decode = prefill_step(model, rules[0]), decode_step(model, rules[1])
 
     def init_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache with room for at least `capacity` tokens a sequence.
@@ -100,8 +157,14 @@ class Generator:
                 f"{capacity} tokens are more than max_length={self.cfg.max_length} of "
                 f"{self.cfg.name}: shorten the prompt or generate fewer tokens."
             )
-        rounded = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
-        return self._init_cache(batch, min(rounded, self.cfg.max_length))
+        rounded = min(max(MIN_CAPACITY, 1 << (capacity - 1).bit_length()), self.cfg.max_length)
+        return jax.jit(lambda: self._init_cache(batch, rounded), out_shardings=self._by_row())()
+
+    def _by_row(self) -> jax.NamedSharding | None:
+        """Where arrays [B, ...] lie; None without a mesh."""
+        if jax.sharding.get_abstract_mesh().empty:
+            return None
+        return jax.NamedSharding(jax.sharding.get_mesh(), self._rules[1].spec("batch"))
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Cache, jax.Array]:
         """Feeds token ids behind what the cache holds.
@@ -127,7 +190,8 @@ class Generator:
                 f"0..{self.cfg.vocab_size - 1}."
             )
         cache.require_room(lengths)
-        logits = jnp.zeros((len(prompts), self.cfg.vocab_size), jnp.float32)
+        shape = (len(prompts), self.cfg.vocab_size)
+        logits = jnp.zeros(shape, jnp.float32, device=self._by_row())
         start = 0
         for size in self._chunk_sizes(int(lengths.max())):
             chunk = np.zeros((len(prompts), size), np.int32)
@@ -175,18 +239,22 @@ class Generator:
         seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
         if len(seeds) != batch:
             raise ValueError(f"{len(seeds)} seeds for {batch} prompts.")
+        padding = -batch % self._batch_parts
+        prompts = [*prompts, *[prompts[-1]] * padding] if batch else prompts
+        seeds += seeds[-1:] * padding
         stop_ids = (self.cfg.eos_id,) if stop_ids is None else tuple(stop_ids)
         longest = max((len(p) for p in prompts), default=0)
-        cache, logits = self.prefill(prompts, self.init_cache(batch, longest + max_new_tokens))
-        keys = jnp.stack([jax.random.key(s) for s in seeds])
-        done = jnp.zeros(batch, bool)
+        cache = self.init_cache(len(prompts), longest + max_new_tokens)
+        cache, logits = self.prefill(prompts, cache)
+        keys = jax.device_put(jnp.stack([jax.random.key(s) for s in seeds]), self._by_row())
+        done = jnp.zeros(len(prompts), bool, device=self._by_row())
         state = DecodeState(cache, logits, keys, done, jnp.zeros((), jnp.int32))
         ended = np.zeros(batch, bool)
         previous, state = self._decode(self._leaves, state, sampler, stop_ids)
         for remaining in range(max_new_tokens - 1, -1, -1):
             if remaining:  # the next step is under way before this one's tokens are read
                 following, state = self._decode(self._leaves, state, sampler, stop_ids)
-            tokens = np.asarray(previous)
+            tokens = np.asarray(previous)[:batch]
             ended |= np.isin(tokens, stop_ids)
             yield tokens
             if ended.all() or not remaining:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from pallas_kernels.indexer import index_topk, selected_scores
 from pallas_kernels.selection import Selection
-from sharding import AxisRules
+from sharding import AxisRules, spmd
 from v4jax.compressor import Compressor
 from v4jax.config import LayerSpec, V4Config
 from v4jax.layers import KeyStream, Linear, param, rope_frequencies, rotate
@@ -84,7 +84,7 @@ def indexer_loss(
 ) -> jax.Array:
     """Mean over queries of KL(attention mass || softmax of scores), both over the selected set.
 
-    Queries that see fewer than two entries have nothing to learn and do not count. `mass` is
+    With tokens cut over devices, this device's share of it: shares add up to the mean. Queries that see fewer than two entries have nothing to learn and do not count. `mass` is
     detached.
     """
     chosen = indices >= 0
@@ -96,4 +96,5 @@ def indexer_loss(
     log_q = jax.nn.log_softmax(scores, axis=-1)
     log_p = jnp.log(jnp.maximum(target, 1e-20))
     kl = jnp.sum(jnp.where(chosen, target * (log_p - jnp.where(chosen, log_q, 0.0)), 0.0), axis=-1)
-    return jnp.sum(jnp.where(counted, kl, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+    count = spmd.total(jnp.sum(counted), "batch", "seq")
+    return jnp.sum(jnp.where(counted, kl, 0.0)) / jnp.maximum(count, 1)

@@ -90,11 +90,12 @@ class Linear(nnx.Module):
         rngs: KeyStream,
     ):
         self.kernel = param(rngs, (in_dim, out_dim), axes, rules, stored="fp8")
+        self.summed = axes[0] if axes[0] in ("heads", "expert_dim") else None
         self.numerics = numerics
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]"""
-        return self.numerics.linear(x, self.kernel[...])
+        return self.numerics.linear(x, self.kernel[...], summed=self.summed)
 
 
 def rope_frequencies(cfg: V4Config, compressed: bool) -> np.ndarray:

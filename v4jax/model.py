@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sharding import AxisRules, ambient
+from sharding import AxisRules, spmd
 from v4jax.attention import Attention
 from v4jax.cache import Cache, Chunk, LayerCache, init_cache
 from v4jax.config import LayerSpec, V4Config
@@ -28,6 +28,7 @@ from v4jax.hyper_connections import HyperConnection, HyperHead
 from v4jax.layers import KeyStream, Linear, RMSNorm, param
 from v4jax.moe import MoE, RouterStats
 from v4jax.numerics import Numerics, matmul, plain
+from v4jax.placement import gathered
 
 
 @functools.partial(
@@ -80,6 +81,13 @@ class Block(nnx.Module):
         streams, x, *mix = self.ffn_hc.post_pre(out, streams, *mix)
         out, stats = self.moe(self.ffn_norm(x), tokens)
         return self.ffn_hc.post(out, streams, *mix), stats
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _extend(rules, block, streams, tokens, chunk, cache):
+    """`Block.extend`, traced once for all layers of a kind. `rules` only tells traces apart."""
+    del rules
+    return gathered(block).extend(streams, tokens, chunk, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +147,7 @@ class Stage(nnx.Module):
         def body(streams, blocks):
             stats = []
             for block in blocks:
-                streams, one = block(streams, tokens)
+                streams, one = gathered(block)(streams, tokens)
                 stats.append(one)
             return streams, tuple(stats)
 
@@ -274,7 +282,9 @@ class Transformer(nnx.Module):
         caches = []
         blocks = (block for stage in self.stages for block in stage.layers())
         for block, layer_cache in zip(blocks, cache.layers, strict=True):
-            streams, layer_cache = block.extend(streams, tokens, chunk, layer_cache)
+            streams, layer_cache = _extend(
+                spmd.rules(), block, streams, tokens, chunk, layer_cache
+            )
             caches.append(layer_cache)
         lengths = cache.lengths + counts
         return streams, dataclasses.replace(cache, layers=tuple(caches), lengths=lengths)
@@ -285,7 +295,11 @@ class Transformer(nnx.Module):
 
     def embedding(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, D]"""
-        rows = self.embed[...].at[tokens].get(out_sharding=ambient(jax.P(None, None, None)))
+        table = spmd.gather(self.embed[...], "embed", axis=1)
+        index = tokens - spmd.index("vocab") * table.shape[0]  # this device's part of the table
+        rows = table[jnp.clip(index, 0, table.shape[0] - 1)]
+        mine = (index >= 0) & (index < table.shape[0])
+        rows = spmd.leave(jnp.where(mine[..., None], rows, 0), "vocab")
         return rows.astype(self.numerics.dtype)
 
     def streams(self, x: jax.Array) -> jax.Array:
@@ -298,8 +312,13 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] -> logits [B, T, V] in float32."""
+        return spmd.gather(self.local_logits(hidden), "vocab", axis=-1)
+
+    def local_logits(self, hidden: jax.Array) -> jax.Array:
+        """`logits` of this device's part of the vocabulary."""
         with jax.named_scope("head"):
-            return matmul(hidden, self.head[...].T)
+            head = spmd.gather(self.head[...], "embed", axis=1)
+            return matmul(spmd.enter(hidden, "vocab"), head.T)
 
     def mtp_hidden(
         self, streams: jax.Array, next_tokens: jax.Array, depth: int = 0
@@ -307,4 +326,4 @@ class Transformer(nnx.Module):
         """Hidden states [B, T, D] that predict the token after `next_tokens` [B, T]."""
         if not 0 <= depth < len(self.mtp):
             raise ValueError(f"depth={depth}: this model has {len(self.mtp)} MTP blocks.")
-        return self.mtp[depth](streams, self.embedding(next_tokens), next_tokens)
+        return gathered(self.mtp[depth])(streams, self.embedding(next_tokens), next_tokens)

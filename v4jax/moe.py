@@ -20,7 +20,8 @@ from flax import nnx
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu
 from pallas_kernels.quantize import cast
-from sharding import AxisRules
+from sharding import AxisRules, spmd
+from sharding.expert_parallel import apply_experts
 from v4jax.config import LayerSpec, V4Config
 from v4jax.layers import HashTable, KeyStream, Linear, RoutingBias, param
 from v4jax.numerics import Numerics, matmul
@@ -33,8 +34,8 @@ from v4jax.numerics import Numerics, matmul
 class RouterStats:
     """What training needs to know of the routing."""
 
-    balance_loss: jax.Array  # scalar; 1 when perfectly balanced, 0 for hash-routed layers
-    counts: jax.Array  # [E] int32 tokens sent to each expert
+    balance_loss: jax.Array  # scalar; 1 when perfectly balanced, 0 for hash-routed layers; a share
+    counts: jax.Array  # [E] int32 tokens sent to each expert, from all devices
 
 
 class Router(nnx.Module):
@@ -88,12 +89,13 @@ class Router(nnx.Module):
         """Sequence-wise balance loss (V3 report, eqs. 17-20): sum_e f_e P_e per sequence."""
         num_experts, k = self.moe.num_experts, self.moe.experts_per_token
         counts = jax.vmap(lambda e: jnp.bincount(e.reshape(-1), length=num_experts))(experts)
+        total = spmd.total(jnp.sum(counts, axis=0), "batch", "seq")
         if self.table is not None:
-            return RouterStats(jnp.zeros(()), jnp.sum(counts, axis=0))
-        fraction = counts * (num_experts / (k * experts.shape[1]))  # [B, E]
-        share = jnp.mean(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=1)
-        loss = jnp.mean(jnp.sum(jax.lax.stop_gradient(fraction) * share, axis=-1))
-        return RouterStats(loss, jnp.sum(counts, axis=0))
+            return RouterStats(jnp.zeros(()), total)
+        batch, length = experts.shape[0] * spmd.size("batch"), experts.shape[1] * spmd.size("seq")
+        fraction = spmd.total(counts, "seq") * (num_experts / (k * length))  # [B, E]
+        share = jnp.sum(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=1) / length
+        return RouterStats(jnp.sum(fraction * share) / batch, total)
 
 
 class MoE(nnx.Module):
@@ -133,24 +135,25 @@ class MoE(nnx.Module):
     def _experts(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
         """Rows x [P, D] through K experts each: float32 sums [P, D]."""
         k = experts.shape[-1]
-        experts = experts.reshape(-1)
-        order = jnp.argsort(experts, stable=True)  # rows by expert
-        sizes = jnp.bincount(experts, length=self.w1.shape[0])
-        rows = self.numerics.round_input(x)[order // k]
-        implementation = self.numerics.implementation
-        hidden = grouped_swiglu(
-            rows,
-            self.w1[...],
-            self.w3[...],
-            sizes,
-            weights.reshape(-1)[order],
-            limit=self.limit,
-            implementation=implementation,
+        x, weights = spmd.enter((self.numerics.round_input(x), weights), "expert_dim")
+        out = apply_experts(
+            functools.partial(_grouped_experts, self.numerics, self.limit),
+            (self.w1[...], self.w3[...], self.w2[...]),
+            *(x, experts.reshape(-1, k), weights.reshape(-1, k)),
+            self.w1[...].shape[0],
         )
-        hidden = self.numerics.round_input(hidden)
-        out = grouped_matmul(hidden, self.w2[...], sizes, implementation=implementation)
-        out = out[jnp.argsort(order)].reshape(-1, k, x.shape[-1])
-        return jnp.sum(out.astype(jnp.float32), axis=1)
+        return spmd.leave(out, "expert_dim")
+
+
+def _grouped_experts(numerics: Numerics, limit: float, params, rows, sizes, row_weights):
+    """Rows sorted by expert, with their routing weights, through the experts' matrices."""
+    w1, w3, w2 = params
+    implementation = numerics.implementation
+    hidden = grouped_swiglu(
+        *(rows, w1, w3, sizes, row_weights), limit=limit, implementation=implementation
+    )
+    hidden = numerics.round_input(hidden)
+    return grouped_matmul(hidden, w2, sizes, implementation=implementation)
 
 
 class SharedExpert(nnx.Module):
@@ -166,6 +169,7 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]"""
+        x = spmd.enter(x, "expert_dim")
         return self.w2(cast(swiglu(self.w1(x), self.w3(x), self.limit), x.dtype))
 
 

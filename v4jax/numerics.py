@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.quantize import QuantizedArray, cast, hadamard
 from pallas_kernels.quantize_rows import round_rows
+from sharding import spmd
 
 KV_BLOCK = 64
 INDEXER_BLOCK = 32
@@ -76,13 +77,19 @@ class Numerics:
         inverse = cast(jax.lax.rsqrt(cast(mean + eps, q.dtype).astype(jnp.float32)), q.dtype)
         return cast(q.astype(jnp.float32) * inverse.astype(jnp.float32), q.dtype)
 
-    def linear(self, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
+    def linear(
+        self, x: jax.Array, w: jax.Array | QuantizedArray, *, summed: str | None = None
+    ) -> jax.Array:
         """A linear that is stored in FP8: x [..., in] times w [in, out], in `dtype`.
+
+        `summed` names the logical axis that inputs are cut over, if they are: parts are summed
+        before the result is rounded.
 
         Block scales are powers of two, so the factors are exact in bfloat16 and only the order of
         the float32 sum differs from the released kernels.
         """
-        return cast(matmul(self.round_input(x), dense(w, self.dtype)), self.dtype)
+        out = matmul(self.round_input(x), dense(w, self.dtype))
+        return cast(spmd.leave(out, summed) if summed else out, self.dtype)
 
     def _round(self, x: jax.Array, fmt: str, block: int) -> jax.Array:
         return round_rows(x, fmt, block, implementation=self.implementation)

@@ -9,36 +9,51 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sharding import DECODE, PREFILL, AxisRules, spmd
 from v4jax.generate import MIN_CAPACITY
 from v4jax.model import Transformer
+from v4jax.placement import check_mesh, specs
 from v4jax.train.loss import cross_entropy
 
 
 class Scorer:
-    """A model's arrays and its compiled scoring steps."""
+    """A model's arrays and its compiled scoring steps.
 
-    def __init__(self, model: Transformer):
-        self.model = model
+    Args:
+      rules: how whole sequences, and steps through a cache, are spread over the ambient mesh, if
+        there is one.
+    """
+
+    def __init__(
+        self, model: Transformer, *, rules: tuple[AxisRules, AxisRules] = (PREFILL, DECODE)
+    ):
+        self.model, self._rules = model, rules
         graphdef, self._params = nnx.split(model)
 
-        @jax.jit
         def whole(params, tokens):
             return nnx.merge(graphdef, params)(tokens)
 
-        @functools.partial(jax.jit, donate_argnames=("cache",))
         def extend(params, tokens, cache):
             model = nnx.merge(graphdef, params)
             counts = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
             streams, cache = model.extend(tokens, counts, cache)
             return model.logits(model.hidden(streams)), cache
 
-        @jax.jit
-        def losses(params, tokens):
+        def losses(params, tokens, following):
             model = nnx.merge(graphdef, params)
-            hidden = model.hidden(model.trunk(tokens[:, :-1])[0])
-            return cross_entropy(model, hidden, tokens[:, 1:])
+            return cross_entropy(model, model.hidden(model.trunk(tokens)[0]), following)
 
-        self._whole, self._extend, self._losses = whole, extend, losses
+        at_once, stepwise = rules
+        placed, tokens = specs(self._params, at_once), at_once.tokens
+        rows = stepwise.spec("batch")
+        per_device = functools.partial(spmd.per_device, followed=at_once)
+        self._whole = jax.jit(per_device(whole, in_specs=(placed, tokens), out_specs=tokens))
+        self._losses = jax.jit(
+            per_device(losses, in_specs=(placed, tokens, tokens), out_specs=tokens)
+        )
+        placed = specs(self._params, stepwise)
+        step = spmd.per_device(extend, stepwise, (placed, rows, rows), (rows, rows))
+        self._extend = jax.jit(step, donate_argnums=(2,))
 
     def logits(self, tokens: np.ndarray, *, decode_from: int | None = None) -> np.ndarray:
         """Logits [B, T, V] (float32) of token ids [B, T].
@@ -52,8 +67,11 @@ class Scorer:
         """
         tokens = self._checked(tokens)
         if decode_from is None:
+            batch, length = tokens.shape
+            check_mesh(self.model.cfg, self._rules[0], batch=batch, length=length)
             return np.asarray(self._whole(self._params, tokens))
         batch, length = tokens.shape
+        check_mesh(self.model.cfg, self._rules[1], batch=batch)
         if not 1 <= decode_from <= length:
             raise ValueError(f"decode_from={decode_from}: expected 1..{length} (the length).")
         cache = self.model.init_cache(batch, max(length, MIN_CAPACITY))
@@ -83,6 +101,7 @@ class Scorer:
         if len(tokens) < 2:
             raise ValueError(f"{len(tokens)} tokens: perplexity needs at least 2.")
         context = min(context, len(tokens) - 1)
+        check_mesh(self.model.cfg, self._rules[0], batch=batch_size, length=context)
         stride = max(context // 2, 1)
         last = len(tokens) - 1 - context
         starts = [*range(0, last, stride), last]
@@ -91,7 +110,8 @@ class Scorer:
             batch = starts[i : i + batch_size]
             padded = batch + [batch[-1]] * (batch_size - len(batch))  # one compiled shape
             windows = np.stack([tokens[s : s + context + 1] for s in padded])
-            losses = np.asarray(self._losses(self._params, windows), np.float64)
+            losses = self._losses(self._params, windows[:, :-1], windows[:, 1:])
+            losses = np.asarray(losses, np.float64)
             for start, row in zip(batch, losses):
                 new = row[max(reached - start, 0) :]
                 total, count, reached = total + new.sum(), count + len(new), start + context

@@ -129,6 +129,35 @@ def test_finetune_goes_on_where_it_was_killed(tmp_path):
     out, _ = run("finetune", *args, "--output", broken)
 
     assert "going on from step" in out
+    run("plot_metrics", broken / "metrics.jsonl", tmp_path / "curve.svg")
+    assert "</svg>" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
     files = [d / "model" / "model.safetensors" for d in (whole, broken)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert checkpoint.load(broken / "model").cfg.name == "tiny"
+
+
+def test_the_example_of_the_readme_runs(tmp_path):
+    """In a process of its own: what other tests import must not help it."""
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    cache = str(ROOT / ".pytest_cache" / "jax")
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": cache,
+    }
+
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 8

@@ -10,8 +10,10 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from sharding import TRAIN, AxisRules, spmd
 from v4jax.model import Transformer
-from v4jax.train.loss import LossWeights, Metrics, training_loss
+from v4jax.placement import check_mesh, reduce_gradients, specs
+from v4jax.train.loss import LossWeights, Metrics, shifted, training_loss
 from v4jax.train.optimizer import OptimizerConfig, adamw, update_routing_bias
 
 
@@ -28,21 +30,29 @@ class TrainState:
 
 
 class Trainer:
-    """A model's training step. Holds no arrays; the state goes in and comes out."""
+    """A model's training step. Holds no arrays; the state goes in and comes out.
+
+    Under a mesh (`with jax.set_mesh(mesh):`, here and around every step) tokens are cut over it by
+    `rules`, which must be those the model's parameters were placed by.
+    """
 
     def __init__(
         self,
         model: Transformer,
         optimizer: OptimizerConfig,
         weights: LossWeights = LossWeights(),
+        rules: AxisRules = TRAIN,
         *,
         remat: bool = True,
     ):
+        check_mesh(model.cfg, rules)
+        self.cfg, self.rules = model.cfg, rules
         self.graphdef, self._params, self._fixed = nnx.split(model, nnx.Param, ...)
         self.optimizer = adamw(optimizer)
         self._step = jax.jit(
             functools.partial(
-                _train_step, self.graphdef, self.optimizer, weights, optimizer.bias_speed, remat
+                _train_step,
+                *(self.graphdef, self.optimizer, weights, optimizer.bias_speed, rules, remat),
             ),
             donate_argnums=(0,),
         )
@@ -54,20 +64,42 @@ class Trainer:
         return TrainState(params, fixed, self.optimizer.init(params))
 
     def step(self, state: TrainState, tokens: np.ndarray) -> tuple[TrainState, Metrics]:
-        """One step on tokens [B, T + 2]. The old state is donated."""
-        return self._step(state, tokens)
+        """One step on tokens [B, T + 2]. The old state is donated.
+
+        Raises:
+          ValueError: the mesh does not divide B or T.
+        """
+        batch, length = tokens.shape[0], tokens.shape[1] - 2
+        check_mesh(self.cfg, self.rules, batch=batch, length=length)
+        return self._step(state, *shifted(tokens))
 
     def model(self, state: TrainState) -> Transformer:
         """The model with the state's arrays."""
         return nnx.merge(self.graphdef, state.params, state.fixed)
 
 
-def _train_step(graphdef, optimizer, weights, bias_speed, remat, state, tokens):
-    def loss_fn(params):
-        model = nnx.merge(graphdef, params, state.fixed)
-        return training_loss(model, tokens, weights, remat=remat)
+def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: bool = True):
+    """A function (params, fixed, inputs, following, after) -> gradients and metrics, over a mesh."""
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    def on_device(params, fixed, *tokens):
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params, fixed)
+            return training_loss(model, *tokens, weights, remat=remat)
+
+        gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
+        return reduce_gradients(gradients), metrics
+
+    def call(params, fixed, *tokens):
+        placed = (specs(params, rules), specs(fixed, rules))
+        in_specs = (*placed, *[rules.tokens] * len(tokens))
+        return spmd.per_device(on_device, rules, in_specs, (placed[0], jax.P()))(params, fixed, *tokens)
+
+    return call
+
+
+def _train_step(graphdef, optimizer, weights, bias_speed, rules, remat, state, *tokens):
+    gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
+    grads, metrics = gradients_of(state.params, state.fixed, *tokens)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     model = nnx.merge(graphdef, params, state.fixed)

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from sharding import spmd
 from v4jax.model import Transformer
 
 
@@ -58,30 +59,46 @@ def cross_entropy(
     @jax.checkpoint
     def one(args):
         hidden, labels = args
-        logits = model.logits(hidden)
-        chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        logits = model.local_logits(hidden)  # a part of the vocabulary, if it is cut over devices
+        peak = spmd.largest(jnp.max(logits, axis=-1), "vocab")
+        index = labels - spmd.index("vocab") * logits.shape[-1]
+        clipped = jnp.clip(index, 0, logits.shape[-1] - 1)
+        chosen = jnp.take_along_axis(logits, clipped[:, None], axis=-1)[:, 0]
+        chosen = jnp.where(clipped == index, chosen, 0.0)
+        weight = jnp.sum(jnp.exp(logits - peak[:, None]), axis=-1)
+        return jnp.log(spmd.leave(weight, "vocab")) + peak - spmd.leave(chosen, "vocab")
 
     losses = jax.lax.map(one, (hidden, labels)).reshape(-1)
     return losses[: targets.shape[0]].reshape(shape)
 
 
+def shifted(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens [B, T + 2] -> inputs, the tokens after them, and those after these, [B, T] each."""
+    return tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
+
+
 def training_loss(
     model: Transformer,
-    tokens: jax.Array,  # [B, T + 2] int32
+    inputs: jax.Array,  # [B, T] int32
+    following: jax.Array,  # [B, T] the tokens after them
+    after: jax.Array,  # [B, T] and those after these
     weights: LossWeights = LossWeights(),
     *,
     remat: bool = True,
 ) -> tuple[jax.Array, Metrics]:
-    """Loss of predicting tokens 1 .. T and, by MTP, 2 .. T + 1 from tokens 0 .. T - 1."""
-    inputs, following, after = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
+    """Loss of predicting the following tokens and, by MTP, those after them.
+
+    Returns:
+      the loss to differentiate and the metrics. With tokens cut over devices the first is this
+      device's share, and shares add up to the loss; metrics are of all tokens.
+    """
     streams, stats = model.trunk(inputs, remat=remat)
-    ce = jnp.mean(cross_entropy(model, model.hidden(streams), following))
+    ce = _share(cross_entropy(model, model.hidden(streams), following))
     blocks = [block for stage in stats for block in stage]
     mtp_ce = jnp.zeros(())
     if model.mtp:
         hidden, mtp_stats = model.mtp_hidden(streams, following)
-        mtp_ce = jnp.mean(cross_entropy(model, hidden, after))
+        mtp_ce = _share(cross_entropy(model, hidden, after))
         mtp_stats = jax.tree.map(lambda x: x[None], mtp_stats)
         blocks.append(mtp_stats)
         stats = (*stats, (mtp_stats,))
@@ -91,4 +108,10 @@ def training_loss(
     balance = sum(jnp.sum(b.router.balance_loss) for b in blocks) / max(num_scored, 1)
     loss = ce + weights.mtp * mtp_ce + weights.balance * balance + weights.indexer * indexer
     counts = tuple(tuple(block.router.counts for block in stage) for stage in stats)
-    return loss, Metrics(loss, ce, mtp_ce, indexer, balance, counts)
+    terms = spmd.total(jnp.stack([loss, ce, mtp_ce, indexer, balance]), "batch", "seq")
+    return loss, Metrics(*terms, counts)
+
+
+def _share(losses: jax.Array) -> jax.Array:
+    """This device's share of the mean over all tokens."""
+    return jnp.sum(losses) / (losses.size * spmd.size("batch", "seq"))

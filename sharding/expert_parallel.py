@@ -1,0 +1,271 @@
+"""Rows to the experts of other devices, and results back, without dropping any.
+
+Every device holds E / n experts and some tokens. `apply_experts` runs each token's K experts where
+they are:
+
+* "gather": all devices see all rows, run those of their own experts, and the results are summed
+  where the rows came from. Fixed shapes, no exchange of counts; for a few rows per device.
+* "all_to_all": each row travels to its expert's device. Shapes must not depend on the routing, so
+  rows travel in rounds of `capacity` rows between any two devices; a round more is made for as long
+  as any pair has rows left (none are dropped, and memory does not grow with an uneven load).
+  With an even load one round is enough. On TPU and GPU only rows that exist travel
+  (`ragged_all_to_all`); XLA's CPU backend has no such operation, so there whole buffers do.
+
+Backward, rows travel again and experts are computed again: nothing of the size of the exchanged rows
+is kept.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sharding import spmd
+
+CAPACITY_SLACK = 1.25  # of a round, over an even load
+ROW_MULTIPLE = 8
+
+# (params, rows [P, D], group_sizes [E_local], row_weights [P]) -> [P, D]; rows past the groups: any
+Experts = Callable[[object, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def apply_experts(
+    experts_fn: Experts,
+    params,  # of this device's experts, leading axis E_local
+    x: jax.Array,  # [T, D] this device's tokens
+    experts: jax.Array,  # [T, K] int32 of all E
+    weights: jax.Array,  # [T, K] float32
+    num_local: int,
+) -> jax.Array:  # [T, D] float32
+    """The weighted sum of each token's experts. Differentiable in params, x and weights.
+
+    Tokens are cut over the logical axes "batch" and "seq", experts over "expert". Where an axis cuts
+    experts but not tokens, each device adds what its own experts give.
+    """
+    token_axes = spmd.mesh_axes("batch", "seq")
+    expert_axes = spmd.mesh_axes("expert")
+    exchanged = tuple(axis for axis in expert_axes if axis in token_axes)
+    shared = tuple(axis for axis in expert_axes if axis not in token_axes)
+    if spmd.dispatch_method() == "all_to_all" and exchanged:
+        if shared:
+            raise ValueError(
+                f'dispatch="all_to_all" with experts over {expert_axes} and tokens over '
+                f"{token_axes}: expected experts over axes of tokens only, or "
+                'dispatch="gather".'
+            )
+        return _all_to_all(experts_fn, exchanged, num_local, params, x, experts, weights)
+    return _gathered(experts_fn, exchanged, shared, params, x, experts, weights, num_local)
+
+
+def _gathered(experts_fn, exchanged, shared, params, x, experts, weights, num_local):
+    x, experts, weights = (
+        spmd.gather_over(y, exchanged, 0) for y in (spmd.enter_over(x, shared), experts, weights)
+    )
+    weights = spmd.enter_over(weights, shared)
+    axes = spmd.mesh_axes("expert")
+    first = jax.lax.axis_index(axes) * num_local if axes else 0
+    local = experts - first
+    local = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
+    out = _run(experts_fn, params, x, local, weights, num_local)
+    return spmd.scatter_sum_over(spmd.leave_over(out, shared), exchanged, 0)
+
+
+def _run(experts_fn, params, x, local, weights, num_local):
+    """Rows x [T, D] with local experts [T * K] (`num_local`: none of ours) -> sums [T, D] float32."""
+    k = local.shape[0] // x.shape[0]
+    order = jnp.argsort(local, stable=True)  # by expert, those of others last
+    sizes = jnp.bincount(local, length=num_local + 1)[:num_local]
+    out = experts_fn(params, x[order // k], sizes, weights.reshape(-1)[order])
+    out = jnp.where((jnp.arange(out.shape[0]) < jnp.sum(sizes))[:, None], out, 0)
+    out = out[jnp.argsort(order)].reshape(-1, k, out.shape[-1])
+    return jnp.sum(out.astype(jnp.float32), axis=1)
+
+
+# All-to-all ---------------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """Who sends what to whom. Rows are (token, choice) pairs, sorted by expert."""
+
+    order: jax.Array  # [R] pair of each sorted row
+    counts: jax.Array  # [n, n, E_local] rows from a device to an expert of a device
+    rounds: jax.Array  # []
+
+
+def _plan(experts: jax.Array, axes: tuple[str, ...], num_local: int, capacity: int) -> _Plan:
+    devices = spmd.axes_size(axes)
+    flat = experts.reshape(-1)
+    mine = jnp.bincount(flat, length=devices * num_local).reshape(devices, num_local)
+    counts = jax.lax.all_gather(mine, axes)
+    most = jnp.max(jnp.sum(counts, axis=-1))
+    return _Plan(jnp.argsort(flat, stable=True), counts, -(-most // capacity))
+
+
+class _Exchange:
+    """Round `number` of a plan: rows go to the experts' devices with `send`, back with `back`."""
+
+    def __init__(self, plan: _Plan, axes: tuple[str, ...], capacity: int, number: jax.Array):
+        self.axes, self.capacity = axes, capacity
+        me = jax.lax.axis_index(axes)
+        totals = jnp.sum(plan.counts, axis=-1)  # [source, destination]
+        starts = jnp.cumsum(totals, axis=1) - totals  # of a destination among a source's rows
+        done = number * capacity
+
+        def left(total):
+            return jnp.clip(total - done, 0, capacity)
+
+        self.start = starts[me] + done  # of my rows for each device
+        self.sizes = left(totals[me])
+        self.remote_start = starts[:, me] + done  # of the rows for me, at their sources
+        self.received = left(totals[:, me])
+        self.slot = jnp.full(totals.shape[0], me * capacity)
+        # Experts of the received rows [n * capacity], `num_local` where there is none.
+        ends = jnp.cumsum(plan.counts[:, me], axis=-1)  # [source, E_local]
+        row = done + jnp.arange(capacity)
+        expert = jnp.sum(ends[:, None, :] <= row[None, :, None], axis=-1)
+        self.expert = expert.reshape(-1)
+
+    def send(self, rows: jax.Array) -> jax.Array:
+        """Sorted rows [R, ...] -> those for this device, [n * capacity, ...], zeros between."""
+        num_slots = self.sizes.shape[0] * self.capacity
+        if _ragged(self.axes):
+            out = jnp.zeros((num_slots, *rows.shape[1:]), rows.dtype)
+            return jax.lax.ragged_all_to_all(
+                *(rows, out, self.start, self.sizes, self.slot, self.received),
+                axis_name=self.axes[0],
+            )
+        index = self.start[:, None] + jnp.arange(self.capacity)
+        valid = jnp.arange(self.capacity) < self.sizes[:, None]
+        buffer = jnp.where(_like(valid, rows), rows[jnp.minimum(index, rows.shape[0] - 1)], 0)
+        return _swap(buffer, self.axes).reshape(num_slots, *rows.shape[1:])
+
+    def back(self, out: jax.Array, received: jax.Array) -> jax.Array:
+        """Puts results [n * capacity, ...] into `out` [R, ...], at the rows they belong to."""
+        if _ragged(self.axes):
+            sources = jnp.arange(self.sizes.shape[0]) * self.capacity
+            return jax.lax.ragged_all_to_all(
+                *(received, out, sources, self.received, self.remote_start, self.sizes),
+                axis_name=self.axes[0],
+            )
+        buffer = received.reshape(-1, self.capacity, *received.shape[1:])
+        buffer = _swap(buffer, self.axes)
+        index = self.start[:, None] + jnp.arange(self.capacity)
+        valid = jnp.arange(self.capacity) < self.sizes[:, None]
+        index = jnp.where(valid, index, out.shape[0])
+        return out.at[index.reshape(-1)].set(
+            buffer.reshape(-1, *received.shape[1:]).astype(out.dtype), mode="drop"
+        )
+
+
+def _swap(buffer: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """[n, ...] by destination -> [n, ...] by source."""
+    return jax.lax.all_to_all(buffer, axes, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _ragged(axes: tuple[str, ...]) -> bool:
+    """Whether the platform compiled for has a ragged exchange, over one mesh axis."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return platform != "cpu" and len(axes) == 1
+
+
+def _like(mask, rows):
+    return mask.reshape(*mask.shape, *[1] * (rows.ndim - 1))
+
+
+def _capacity(num_rows: int, devices: int) -> int:
+    even = CAPACITY_SLACK * num_rows / devices
+    return min(-(-int(even) // ROW_MULTIPLE) * ROW_MULTIPLE + ROW_MULTIPLE, num_rows)
+
+
+def _local(experts_fn, num_local, expert, params, rows, weights):
+    """Received rows through this device's experts, in the order they came."""
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.bincount(expert, length=num_local + 1)[:num_local]
+    out = experts_fn(params, rows[order], sizes, weights[order])
+    return out[jnp.argsort(order)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _all_to_all(experts_fn, axes, num_local, params, x, experts, weights):
+    k = experts.shape[1]
+    capacity = _capacity(experts.size, spmd.axes_size(axes))
+    plan = _plan(experts, axes, num_local, capacity)
+    rows, row_weights = x[plan.order // k], weights.reshape(-1)[plan.order]
+
+    def one(number, out):
+        exchange = _Exchange(plan, axes, capacity, number)
+        received, its_weights = exchange.send(rows), exchange.send(row_weights)
+        result = _local(experts_fn, num_local, exchange.expert, params, received, its_weights)
+        return exchange.back(out, result)
+
+    out = jax.lax.fori_loop(0, plan.rounds, one, jnp.zeros_like(rows))
+    out = out[jnp.argsort(plan.order)].reshape(-1, k, x.shape[-1])
+    return jnp.sum(out.astype(jnp.float32), axis=1)
+
+
+def _all_to_all_fwd(experts_fn, axes, num_local, params, x, experts, weights):
+    out = _all_to_all(experts_fn, axes, num_local, params, x, experts, weights)
+    return out, (params, x, experts, weights)
+
+
+def _all_to_all_bwd(experts_fn, axes, num_local, residuals, d_out):
+    params, x, experts, weights = residuals
+    k = experts.shape[1]
+    capacity = _capacity(experts.size, spmd.axes_size(axes))
+    plan = _plan(experts, axes, num_local, capacity)
+    token = plan.order // k
+    rows, row_weights = x[token], weights.reshape(-1)[plan.order]
+    d_rows = d_out.astype(x.dtype)[token]
+    floats, rebuild = _split_floats(params)
+
+    def one(number, carry):
+        d_params, d_x, d_weights = carry
+        exchange = _Exchange(plan, axes, capacity, number)
+
+        def local(floats, received, its_weights):
+            parts = rebuild(floats)
+            return _local(experts_fn, num_local, exchange.expert, parts, received, its_weights)
+
+        _, vjp = jax.vjp(local, floats, exchange.send(rows), exchange.send(row_weights))
+        new, d_received, d_its_weights = vjp(exchange.send(d_rows))
+        valid = exchange.expert < num_local
+        d_received = jnp.where(valid[:, None], d_received, 0)
+        d_params = [a + b.astype(a.dtype) for a, b in zip(d_params, new)]
+        d_x = exchange.back(d_x, d_received)
+        return d_params, d_x, exchange.back(d_weights, jnp.where(valid, d_its_weights, 0))
+
+    zeros = [jnp.zeros(a.shape, jnp.float32) for a in floats]
+    init = (zeros, jnp.zeros_like(rows), jnp.zeros_like(row_weights))
+    d_params, d_x, d_weights = jax.lax.fori_loop(0, plan.rounds, one, init)
+    back = jnp.argsort(plan.order)
+    d_x = jnp.sum(d_x[back].reshape(-1, k, x.shape[-1]).astype(jnp.float32), axis=1)
+    d_params = [d.astype(a.dtype) for d, a in zip(d_params, floats)]
+    return (
+        rebuild(d_params, zero=True),
+        d_x.astype(x.dtype),
+        None,
+        d_weights[back].reshape(weights.shape),
+    )
+
+
+_all_to_all.defvjp(_all_to_all_fwd, _all_to_all_bwd)
+
+
+def _split_floats(params):
+    """Trainable leaves, and a function that puts others in their place again.
+
+    Quantised weights are frozen: their gradient is None.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    trained = [leaf.dtype in (jnp.float32, jnp.bfloat16) for leaf in leaves]
+    is_frozen = not all(trained)
+
+    def rebuild(floats, zero: bool = False):
+        if zero and is_frozen:
+            return None
+        return tree.unflatten(floats if not is_frozen else leaves)
+
+    return ([] if is_frozen else leaves), rebuild

@@ -1,0 +1,131 @@
+"""Where a model's parameters lie on a mesh, and what that means for a step: gather, reduce, check."""
+
+import math
+
+import jax
+from flax import nnx
+from jax import P
+
+from pallas_kernels.quantize import QuantizedArray
+from sharding import AxisRules, fitting, spmd
+from v4jax.config import V4Config
+
+FP8_BLOCK, FP4_BLOCK = 128, 256  # what a device's part of a quantised axis must be a multiple of
+
+
+def _is_variable(x) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _map(function, tree):
+    return jax.tree.map(function, tree, is_leaf=_is_variable)
+
+
+def specs(state, rules: AxisRules):
+    """A tree like `state` (of variables) with the `jax.P` of each array, for the ambient mesh.
+
+    Stacked layers have a leading axis that is not cut. Block scales that a mesh does not divide are
+    replicated.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+
+    def of(variable: nnx.Variable):
+        spec = rules.spec(*variable.axes)
+
+        def one(array) -> P:
+            lead = [None] * (array.ndim - len(spec))
+            whole = P(*lead, *spec)
+            return fitting(whole, array.shape, sizes) if sizes else whole
+
+        return variable.replace(jax.tree.map(one, variable.get_value()))
+
+    return _map(of, state)
+
+
+def gathered(module):
+    """A copy of a module on this device with the parts joined that are only kept apart ("embed")."""
+    if not spmd.mesh_axes("embed"):
+        return module
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        if "embed" not in variable.axes:
+            return variable
+        axis = variable.axes.index("embed") - len(variable.axes)
+        value = variable.get_value()
+        if not isinstance(value, QuantizedArray):
+            return variable.replace(spmd.gather(value, "embed", axis=axis))
+        values = spmd.gather(value.values, "embed", axis=axis)
+        scale, width = value.scale, values.shape[axis] * (2 if value.is_fp4 and axis == -2 else 1)
+        if scale.shape[axis] < -(-width // value.block[axis]):
+            scale = spmd.gather(scale, "embed", axis=axis)
+        return variable.replace(QuantizedArray(values, scale, value.block))
+
+    return _map(whole, module)
+
+
+def reduce_gradients(gradients):
+    """Sums gradients over the devices that saw other tokens, unless a gather's gradient did."""
+    token_axes = spmd.mesh_axes("batch", "seq")
+
+    def reduce(variable: nnx.Variable) -> nnx.Variable:
+        cut = spmd.mesh_axes(*(name for name in variable.axes if name is not None))
+        axes = tuple(axis for axis in token_axes if axis not in cut)
+        value = variable.get_value()
+        return variable.replace(jax.lax.psum(value, axes)) if axes else variable
+
+    return _map(reduce, gradients)
+
+
+def check_mesh(
+    cfg: V4Config,
+    rules: AxisRules,
+    *,
+    batch: int | None = None,
+    length: int | None = None,
+    quantized: bool = False,
+    sizes: dict[str, int] | None = None,
+) -> None:
+    """Refuses a mesh that does not divide what it cuts.
+
+    Args:
+      batch, length: sequences and tokens of a sequence, if they are known.
+      quantized: weights are held in FP8 or FP4, whose blocks must stay whole.
+      sizes: mesh axes and their sizes; default the ambient mesh.
+
+    Raises:
+      ValueError: names the axis, what it cuts, and the sizes that would do. Lists all problems.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape) if sizes is None else sizes
+    moe, block = cfg.moe, FP4_BLOCK if cfg.expert_format == "fp4" else FP8_BLOCK
+    cuts = [
+        ("vocab", "vocab_size", cfg.vocab_size, 1),
+        ("embed", "embed_dim", cfg.embed_dim, block if quantized else 1),
+        ("heads", "num_heads", cfg.num_heads, 1),
+        ("heads", "o_groups", cfg.o_groups, 1),
+        ("expert", "moe.num_experts", moe.num_experts, 1),
+        ("expert_dim", "moe.expert_dim", moe.expert_dim, block if quantized else 1),
+    ]
+    cuts += [("batch", "batch", batch, 1)] if batch is not None else []
+    cuts += [("seq", "length", length, 1)] if length is not None else []
+    problems = []
+    for logical, name, whole, unit in cuts:
+        axes = [axis for axis in rules.mesh_axes(logical) if sizes.get(axis, 1) > 1]
+        parts = math.prod(sizes[axis] for axis in axes)
+        if parts == 1 or (whole % parts == 0 and whole // parts % unit == 0):
+            continue
+        good = [n for n in range(1, whole + 1) if whole % n == 0 and whole // n % unit == 0]
+        shown = f"{', '.join(map(str, good[:12]))}{' ...' if len(good) > 12 else ''}"
+        multiple = f" in multiples of {unit}" if unit > 1 else ""
+        label = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
+        problems.append(
+            f"mesh axis {label} cuts {name}={whole} into {parts} parts{multiple}: "
+            f"sizes that would do are {shown}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+
+
+def num_batch_parts(rules: AxisRules) -> int:
+    """The number of parts that sequences are cut into by the ambient mesh."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(axis, 1) for axis in rules.mesh_axes("batch"))
