@@ -258,7 +258,7 @@ def _round_fp4_jvp(block, primals, tangents):
     return round_fp4(primals[0], block), tangents[0]
 
 
-def fit_spec(sharding: jax.NamedSharding, shape: tuple[int, ...]) -> jax.P:
+def _fitting(sharding: jax.NamedSharding, shape: tuple[int, ...]) -> jax.P:
     """The spec of `sharding` for an array of `shape`, without the axes that do not divide it.
 
     Block scales are placed like their weights where that is possible, and replicated elsewhere.
@@ -277,10 +277,10 @@ def _placed_like(array: jax.Array, function, *args):
     Cutting split axes into blocks needs automatic mode in a mesh with explicit axes.
     """
     sharding = jax.typeof(array).sharding
-    if sharding.mesh.empty:
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
         return function(*args)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-    specs = jax.tree.map(lambda a: fit_spec(sharding, a.shape), jax.eval_shape(function, *shapes))
+    specs = jax.tree.map(lambda a: _fitting(sharding, a.shape), jax.eval_shape(function, *shapes))
     return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
 
 

@@ -22,11 +22,10 @@ from pallas_kernels.quantize import (
     FP8_WEIGHT_BLOCK,
     QuantizedArray,
     expand_to_fp8,
-    fit_spec,
     fp4_block,
     pack_planes,
 )
-from sharding import AxisRules
+from sharding import AxisRules, fitting
 from v4jax.checkpoint import names
 from v4jax.checkpoint.safetensors import CheckpointError, SafetensorsFile
 from v4jax.config import V4Config, from_hf
@@ -435,7 +434,7 @@ def _fitting(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sha
     if not isinstance(sharding, jax.NamedSharding):
         return sharding
     mesh = jax.sharding.get_mesh()  # the sharding of an abstract model has an abstract one
-    return jax.NamedSharding(mesh, fit_spec(sharding, shape))
+    return jax.NamedSharding(mesh, fitting(sharding.spec, shape, dict(mesh.shape)))
 
 
 # Codes that no weight has: NaN in e4m3 (either sign) and in E8M0.
