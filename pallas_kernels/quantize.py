@@ -343,7 +343,8 @@ def expand_to_fp8(w: QuantizedArray) -> QuantizedArray:
     each value is multiplied by what remains of its own scale, a power of two. Exact where the scales
     of a tile are within 2**14 of each other, as the smallest subnormal of e4m3 is 2**-9.
 
-    Source: `--expert-dtype fp8` of the released `inference/convert.py`.
+    Looks at the values, so not for use inside jit. Source: `--expert-dtype fp8` of the released
+    `inference/convert.py`.
 
     Raises:
       ValueError: `w` is not FP4 with E8M0 scales, or has tiles whose values e4m3 cannot hold.

@@ -69,7 +69,7 @@ class Row:
     lossy: dict[str, str] = dataclasses.field(default_factory=dict)  # tensor -> what did not fit
 
 
-def merged(rows: Iterable[Row]) -> list[Row]:
+def _merged(rows: Iterable[Row]) -> list[Row]:
     """One line for each kind and pair of formats."""
     table: dict[tuple[str, str, str], Row] = {}
     for row in rows:
@@ -96,17 +96,21 @@ class _Planned:
 
     @property
     def source(self) -> Storage:
+        """How it is stored."""
         return Storage(self.tensor.tag, self.scale.tag if self.scale else None)
 
     @property
     def is_kept(self) -> bool:
+        """Its bytes stay."""
         return self.source == self.target
 
     @property
     def shape(self) -> tuple[int, ...]:
         """One element per weight."""
-        *batch, cols = self.tensor.shape or (1,)
-        return (*batch, cols * 2) if self.tensor.tag == "I8" else self.tensor.shape
+        if self.tensor.tag == "I8":
+            rows, cols = self.tensor.shape
+            return rows, 2 * cols
+        return self.tensor.shape
 
 
 class Conversion:
@@ -241,7 +245,7 @@ class Conversion:
                 finished[name] = {
                     "bytes": os.path.getsize(path),
                     "sha256": _sha256(path),
-                    "kinds": [dataclasses.asdict(row) for row in merged(rows)],
+                    "kinds": [dataclasses.asdict(row) for row in _merged(rows)],
                 }
                 self._write_report(finished)
         self._write_rest()
@@ -258,7 +262,7 @@ class Conversion:
 
     def _write_report(self, files: dict[str, dict]) -> dict:
         files = {name: files[name] for name in self._files if name in files}
-        rows = merged(Row(**row) for file in files.values() for row in file["kinds"])
+        rows = _merged(Row(**row) for file in files.values() for row in file["kinds"])
         kinds = [dataclasses.asdict(row) for row in rows]
         report = {**self._what, "notes": self.checkpoint.notes, "kinds": kinds, "files": files}
         write_text(os.path.join(self.target, REPORT_NAME), json.dumps(report, indent=1))
