@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from v4jax.model import Transformer
+from v4jax.quantization import round_to_released
 from v4jax.train.loss import LossWeights, Metrics, training_loss
 from v4jax.train.optimizer import OptimizerConfig, adamw, update_routing_bias
 
@@ -28,7 +29,14 @@ class TrainState:
 
 
 class Trainer:
-    """A model's training step. Holds no arrays; the state goes in and comes out."""
+    """A model's training step. Holds no arrays; the state goes in and comes out.
+
+    Args:
+      qat: take loss and gradients at the parameters as the released format would hold them, and
+        apply the gradients to the float ones (docs/low_precision.md). Give the model `released`
+        numerics then, so that activations are rounded too.
+      remat: recompute the layers in the backward pass.
+    """
 
     def __init__(
         self,
@@ -36,13 +44,26 @@ class Trainer:
         optimizer: OptimizerConfig,
         weights: LossWeights = LossWeights(),
         *,
+        qat: bool = False,
         remat: bool = True,
     ):
+        if qat and not model.numerics.is_released:
+            raise ValueError(
+                f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
+                "rounding of activations belongs to the model that is trained for."
+            )
         self.graphdef, self._params, self._fixed = nnx.split(model, nnx.Param, ...)
         self.optimizer = adamw(optimizer)
+        self.computed = round_to_released if qat else lambda params: params
         self._step = jax.jit(
             functools.partial(
-                _train_step, self.graphdef, self.optimizer, weights, optimizer.bias_speed, remat
+                _train_step,
+                self.graphdef,
+                self.optimizer,
+                weights,
+                optimizer.bias_speed,
+                self.computed,
+                remat,
             ),
             donate_argnums=(0,),
         )
@@ -62,12 +83,12 @@ class Trainer:
         return nnx.merge(self.graphdef, state.params, state.fixed)
 
 
-def _train_step(graphdef, optimizer, weights, bias_speed, remat, state, tokens):
+def _train_step(graphdef, optimizer, weights, bias_speed, computed, remat, state, tokens):
     def loss_fn(params):
         model = nnx.merge(graphdef, params, state.fixed)
         return training_loss(model, tokens, weights, remat=remat)
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(computed(state.params))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     model = nnx.merge(graphdef, params, state.fixed)
