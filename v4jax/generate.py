@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from v4jax.cache import Cache
+from v4jax.cache import Cache, CacheFormat
 from v4jax.model import Transformer
 from v4jax.sampling import Greedy, Sampler
 
@@ -52,13 +52,16 @@ class Generator:
     Args:
       model: best built with `scan_layers=False` (as `checkpoint.load` does): slices of stacked
         weights are copied in every step.
+      cache: how rows are held, see `v4jax.cache.CacheFormat`.
       chunks: numbers of tokens that prefill is compiled for, increasing.
     """
 
-    def __init__(self, model: Transformer, *, chunks: Sequence[int] = CHUNKS):
+    def __init__(
+        self, model: Transformer, *, cache: CacheFormat = None, chunks: Sequence[int] = CHUNKS
+    ):
         self.cfg = model.cfg
         self.chunks = tuple(sorted(chunks))
-        self._init_cache = model.init_cache
+        self._init_cache = functools.partial(model.init_cache, format=cache)
         graphdef, params = nnx.split(model)
         self._leaves, treedef = jax.tree.flatten(params)
 

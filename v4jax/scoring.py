@@ -9,16 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from v4jax.cache import CacheFormat
 from v4jax.generate import MIN_CAPACITY
 from v4jax.model import Transformer
 from v4jax.train.loss import cross_entropy
 
 
 class Scorer:
-    """A model's arrays and its compiled scoring steps."""
+    """A model's arrays and its compiled scoring steps.
 
-    def __init__(self, model: Transformer):
+    Args:
+      cache: how rows are held, see `v4jax.cache.CacheFormat`.
+    """
+
+    def __init__(self, model: Transformer, *, cache: CacheFormat = None):
         self.model = model
+        self._init_cache = functools.partial(model.init_cache, format=cache)
         graphdef, self._params = nnx.split(model)
 
         @jax.jit
@@ -56,7 +62,7 @@ class Scorer:
         batch, length = tokens.shape
         if not 1 <= decode_from <= length:
             raise ValueError(f"decode_from={decode_from}: expected 1..{length} (the length).")
-        cache = self.model.init_cache(batch, max(length, MIN_CAPACITY))
+        cache = self._init_cache(batch, max(length, MIN_CAPACITY))
         parts = []
         for start, stop in [(0, decode_from)] + [(t, t + 1) for t in range(decode_from, length)]:
             logits, cache = self._extend(self._params, tokens[:, start:stop], cache)
