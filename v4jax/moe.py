@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu
+from pallas_kernels.grouped_matmul import swiglu
 from pallas_kernels.quantize import cast
 from sharding import AxisRules
 from v4jax.config import LayerSpec, V4Config
@@ -137,18 +137,16 @@ class MoE(nnx.Module):
         order = jnp.argsort(experts, stable=True)  # rows by expert
         sizes = jnp.bincount(experts, length=self.w1.shape[0])
         rows = self.numerics.round_input(x)[order // k]
-        implementation = self.numerics.implementation
-        hidden = grouped_swiglu(
+        hidden = self.numerics.grouped_swiglu(
             rows,
             self.w1[...],
             self.w3[...],
             sizes,
             weights.reshape(-1)[order],
             limit=self.limit,
-            implementation=implementation,
         )
         hidden = self.numerics.round_input(hidden)
-        out = grouped_matmul(hidden, self.w2[...], sizes, implementation=implementation)
+        out = self.numerics.grouped_matmul(hidden, self.w2[...], sizes)
         out = out[jnp.argsort(order)].reshape(-1, k, x.shape[-1])
         return jnp.sum(out.astype(jnp.float32), axis=1)
 
