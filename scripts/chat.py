@@ -55,7 +55,7 @@ def main() -> None:
 
     tokenizer = Tokenizer(args.checkpoint)
     numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
-    generator = Generator(checkpoint.load(args.checkpoint, numerics))
+    generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode
     print(f"{generator.cfg.name}, {mode}; /mode NAME, /reset, /quit", file=sys.stderr)

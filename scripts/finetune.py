@@ -3,7 +3,8 @@
     python -m scripts.finetune --model nano --tokens runs/nano/data/tokens.npy --output runs/nano
 
 AdamW over the next token, the token after it (MTP), the indexer's loss and router balance; float32
-throughout. Run the same command again to go on after an interruption: a step's batch depends on
+throughout. With `--qat` every step computes with the weights and activations rounded as the released
+format and code would round them (docs/low_precision.md). Run the same command again to go on after an interruption: a step's batch depends on
 the seed and the step only. `--output` gets state/ (Orbax), metrics.jsonl, and at the end model/ in
 the released layout, FP4 experts and FP8 linears included (or float32 with `--save float`).
 
@@ -34,6 +35,7 @@ from scripts.pod import (
 from v4jax import checkpoint
 from v4jax.config import VARIANTS
 from v4jax.model import Transformer
+from v4jax.numerics import plain, released
 from v4jax.quantization import to_float, to_released
 from v4jax.train.data import TokenStream
 from v4jax.train.loop import Saver, Trainer, TrainState
@@ -60,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=250)
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
+    parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
     parser.add_argument("--save", choices=["released", "float"], default="released")
     add_mesh_argument(parser)
     add_process_arguments(parser)
@@ -70,10 +73,11 @@ def parse_args() -> argparse.Namespace:
 
 def start_model(args: argparse.Namespace) -> Transformer:
     """The float32 model to start from."""
+    numerics = released("float32") if args.qat else plain()
     if args.checkpoint:
-        return to_float(checkpoint.load(args.checkpoint, scan_layers=True))
+        return to_float(checkpoint.load(args.checkpoint, numerics, scan_layers=True))
     cfg = VARIANTS[args.model]()
-    return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(args.seed)))()
+    return jax.jit(lambda: Transformer(cfg, numerics, rngs=nnx.Rngs(args.seed)))()
 
 
 class Evaluator:
@@ -109,6 +113,7 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
         start_model(args),
         OptimizerConfig(peak_lr=args.lr, warmup_steps=args.warmup, total_steps=args.steps),
         LossWeights(),
+        qat=args.qat,
     )
     stream = TokenStream(args.tokens, args.seq_len, seed=args.seed)
     state, first = trainer.init(), 0

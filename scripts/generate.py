@@ -30,6 +30,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--numerics", choices=["plain", "released"], default="released")
+    parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
 
 
 def sampler_of(args: argparse.Namespace) -> Sampler:
@@ -65,7 +66,7 @@ def main() -> None:
 
     numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
     tokenizer = Tokenizer(args.checkpoint)
-    generator = Generator(checkpoint.load(args.checkpoint, numerics))
+    generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     prompt = tokenizer.encode(render(args.prompt, args.mode))
     times = [time.monotonic()]
 

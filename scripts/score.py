@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, help=".npz to write (with --tokens)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--numerics", choices=["plain", "released"], default="released")
+    parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
     parser.add_argument("--decode-from", type=int, metavar="N")
     parser.add_argument("--context", type=int, default=512, help="window of the perplexity")
     args = parser.parse_args()
@@ -43,7 +44,7 @@ def main() -> None:
     """Scores."""
     args = parse_args()
     numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
-    scorer = Scorer(checkpoint.load(args.checkpoint, numerics))
+    scorer = Scorer(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     if args.tokens:
         logits = scorer.logits(np.load(args.tokens), decode_from=args.decode_from)
         np.savez(args.out, logits=logits)

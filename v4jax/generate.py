@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from sharding import DECODE, PREFILL, AxisRules, spmd
-from v4jax.cache import Cache
+from v4jax.cache import Cache, CacheFormat
 from v4jax.model import Transformer
 from v4jax.placement import check_mesh, num_batch_parts, specs
 from v4jax.sampling import Greedy, Sampler
@@ -119,6 +119,7 @@ class Generator:
     Args:
       model: best built with `scan_layers=False` (as `checkpoint.load` does): slices of stacked
         weights are copied in every step.
+      cache: how rows are held, see `v4jax.cache.CacheFormat`.
       chunks: numbers of tokens that prefill is compiled for, increasing. Under a mesh with a context
         axis, its multiples.
       rules: how prefill and decoding are spread over the ambient mesh, if there is one; the model's
@@ -132,6 +133,7 @@ class Generator:
         self,
         model: Transformer,
         *,
+        cache: CacheFormat = None,
         chunks: Sequence[int] = CHUNKS,
         rules: tuple[AxisRules, AxisRules] = (PREFILL, DECODE),
     ):
@@ -142,7 +144,7 @@ class Generator:
             check_mesh(model.cfg, one)
         check_mesh(model.cfg, rules[0], length=math.gcd(*self.chunks))
         self._batch_parts = num_batch_parts(rules[1])
-        self._init_cache = model.init_cache
+        self._init_cache = functools.partial(model.init_cache, format=cache)
         _, params = nnx.split(model)
         self._leaves = jax.tree.leaves(params)
         self._prefill, self._decode = prefill_step(model, rules[0]), decode_step(model, rules[1])

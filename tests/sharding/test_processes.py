@@ -1,5 +1,6 @@
 """Two and four processes compute what one does: training, saving and restoring, generating."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -36,27 +37,28 @@ def _run(count: int, checkpoint_folder, folder) -> list[dict]:
     cache = str(ROOT / ".pytest_cache" / "jax")
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
     command = [sys.executable, "-m", "tests.sharding.one_of_several", str(port), str(count)]
-    logs = [open(folder / f"{i}.log", "w+") for i in range(count)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(i), str(checkpoint_folder), str(folder)],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        for i, log in enumerate(logs)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=600)
-    finally:
-        for process in processes:
-            process.kill()
-    for process, log in zip(processes, logs):
-        log.seek(0)
-        assert process.returncode == 0, log.read()[-4000:]
-        log.close()
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(open(folder / f"{i}.log", "w+")) for i in range(count)]
+        processes = [
+            subprocess.Popen(
+                [*command, str(i), str(checkpoint_folder), str(folder)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            for i, log in enumerate(logs)
+        ]
+        try:
+            for process in processes:
+                process.wait(timeout=600)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for process, log in zip(processes, logs):
+            log.seek(0)
+            assert process.returncode == 0, log.read()[-4000:]
     return [json.loads((folder / f"{i}.json").read_text()) for i in range(count)]
 
 
