@@ -13,6 +13,7 @@ import sys
 
 import jax.numpy as jnp
 
+from scripts.errors import one_message
 from scripts.generate import add_sampling_arguments, sampler_of
 from v4jax import Numerics, checkpoint
 from v4jax.encoding import MODES, THINK_END, encode_messages, parse_partial_completion
@@ -80,4 +81,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

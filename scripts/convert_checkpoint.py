@@ -19,6 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator may be busy, and is not ne
 
 from tqdm import tqdm
 
+from scripts.errors import one_message
 from v4jax.checkpoint.convert import FORMATS, NAMINGS, Conversion
 
 
@@ -75,4 +76,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from scripts.errors import one_message
 from scripts.pod import (
     add_mesh_argument,
     add_process_arguments,
@@ -157,4 +158,5 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

@@ -267,7 +267,8 @@ class Generator:
     def generate(self, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
         """As `stream`, collected: one `Completion` per prompt."""
         steps = np.stack(list(self.stream(prompts, **options)), axis=1)  # [B, steps]
-        stop_ids = options.get("stop_ids") or (self.cfg.eos_id,)
+        stop_ids = options.get("stop_ids")
+        stop_ids = (self.cfg.eos_id,) if stop_ids is None else stop_ids
         completions = []
         for row in steps:
             tokens = tuple(int(t) for t in row[row >= 0])
