@@ -144,14 +144,19 @@ class Stage(nnx.Module):
     ) -> tuple[jax.Array, tuple[BlockStats, ...]]:
         """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...]."""
 
+        def layer(block, streams):
+            return gathered(block)(streams, tokens)
+
+        # Layer by layer: the backward pass then holds the gathered weights of one at a time.
+        layer = jax.checkpoint(layer) if remat else layer
+
         def body(streams, blocks):
             stats = []
             for block in blocks:
-                streams, one = gathered(block)(streams, tokens)
+                streams, one = layer(block, streams)
                 stats.append(one)
             return streams, tuple(stats)
 
-        body = jax.checkpoint(body, prevent_cse=self.repeats == 1) if remat else body
         if self.repeats > 1:
             return jax.lax.scan(body, streams, tuple(self.blocks))
         streams, stats = body(streams, tuple(self.blocks))
