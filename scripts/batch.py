@@ -14,11 +14,19 @@ import pathlib
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
 from scripts.generate import add_sampling_arguments
-from scripts.pod import add_process_arguments, check_process_arguments, start_processes
+from scripts.pod import (
+    add_mesh_argument,
+    add_process_arguments,
+    check_process_arguments,
+    on_mesh,
+    start_processes,
+)
+from sharding import DECODE
 from v4jax import Numerics, checkpoint
 from v4jax.batch import Job, JobError, Settings, merge_files
 from v4jax.batch.files import errors_path, fingerprint
@@ -36,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--mode", choices=list(MODES), default="non-think")
     add_sampling_arguments(parser)
+    add_mesh_argument(parser)
     hosts = add_process_arguments(parser)
     hosts.add_argument("--merge", action="store_true", help="only join what they have written")
     args = parser.parse_args()
@@ -60,6 +69,8 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         "checkpoint": fingerprint(files),
         "dtype": args.dtype,
         "numerics": args.numerics,
+        "cache": args.cache,
+        "mesh": args.mesh,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     job = Job(
@@ -79,11 +90,14 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
             print(f"{len(plan.malformed)} malformed lines: {lines}{more}", file=sys.stderr)
         if job.remaining:
             tokenizer = Tokenizer(args.checkpoint)
-            # All arrays are on one device, so kernels can run, however many other devices there are.
+            # Kernels can run: a program is of one device or of a whole mesh.
             numerics = Numerics(args.numerics, jnp.dtype(args.dtype), ("tpu", "xla"))
-            generator = Generator(checkpoint.load(args.checkpoint, numerics))
-            started = time.monotonic()
-            with tqdm(initial=done, total=job.total, unit="request", desc=name[:-2]) as bar:
+            mesh = on_mesh(args.mesh, jax.local_devices())
+            bar = tqdm(initial=done, total=job.total, unit="request", desc=name[:-2])
+            with mesh, bar:
+                model = checkpoint.load(args.checkpoint, numerics, DECODE)
+                generator = Generator(model, cache=args.cache)
+                started = time.monotonic()
                 for progress in job.run(generator, tokenizer):
                     tokens += progress.tokens
                     rate = tokens / (time.monotonic() - started)

@@ -12,6 +12,7 @@ Elsewhere every process is told where process 0 is:
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 
 import jax
 
@@ -78,6 +79,12 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int]:
     return args.process_id or 0, args.num_processes or 1
 
 
-def on_mesh(sizes: dict[str, int]) -> contextlib.AbstractContextManager:
-    """`with on_mesh(args.mesh):` programs run over that mesh; without sizes, on one device."""
-    return jax.set_mesh(make_mesh(**sizes)) if sizes else contextlib.nullcontext()
+def on_mesh(
+    sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
+) -> contextlib.AbstractContextManager:
+    """`with on_mesh(args.mesh):` programs run over that mesh; without sizes, on one device.
+
+    Args:
+      devices: in place of all processes' devices.
+    """
+    return jax.set_mesh(make_mesh(**sizes, devices=devices)) if sizes else contextlib.nullcontext()
