@@ -13,5 +13,4 @@ __all__ = [
     "ambient",
     "fitting",
     "make_mesh",
-
 ]

@@ -96,10 +96,13 @@ def check_mesh(
       ValueError: names the axis, what it cuts, and the sizes that would do. Lists all problems.
     """
     sizes = dict(jax.sharding.get_abstract_mesh().shape) if sizes is None else sizes
-    moe, block = cfg.moe, FP4_BLOCK if cfg.expert_format == "fp4" else FP8_BLOCK
+    moe, heads_dim = cfg.moe, cfg.num_heads * cfg.head_dim
+    block = FP4_BLOCK if cfg.expert_format == "fp4" else FP8_BLOCK
     cuts = [
         ("vocab", "vocab_size", cfg.vocab_size, 1),
         ("embed", "embed_dim", cfg.embed_dim, block if quantized else 1),
+        ("embed", "q_lora_rank", cfg.q_lora_rank, FP8_BLOCK if quantized else 1),
+        ("embed", "heads_dim / o_groups", heads_dim // cfg.o_groups, FP8_BLOCK if quantized else 1),
         ("heads", "num_heads", cfg.num_heads, 1),
         ("heads", "o_groups", cfg.o_groups, 1),
         ("expert", "moe.num_experts", moe.num_experts, 1),

@@ -49,7 +49,7 @@ class Trainer:
         self.cfg, self.rules = model.cfg, rules
         self.graphdef, self._params, self._fixed = nnx.split(model, nnx.Param, ...)
         self.optimizer = adamw(optimizer)
-        self._step = jax.jit(
+        self.compiled_step = jax.jit(
             functools.partial(
                 _train_step,
                 *(self.graphdef, self.optimizer, weights, optimizer.bias_speed, rules, remat),
@@ -71,7 +71,7 @@ class Trainer:
         """
         batch, length = tokens.shape[0], tokens.shape[1] - 2
         check_mesh(self.cfg, self.rules, batch=batch, length=length)
-        return self._step(state, *shifted(tokens))
+        return self.compiled_step(state, *shifted(tokens))
 
     def model(self, state: TrainState) -> Transformer:
         """The model with the state's arrays."""
