@@ -31,7 +31,8 @@ LAYERS = [
     {"model"},
     {"quantization"},
     {"summary", "checkpoint", "generate", "train"},
-    {"scoring"},
+    {"scoring", "plan"},
+    {"roofline"},
 ]
 STANDARD = set(__import__("sys").stdlib_module_names)
 

@@ -90,7 +90,7 @@ def layer_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:
 def decode_flops(cfg: V4Config, context: int) -> Flops:
     """One token at the end of a context of that many tokens, all layers and the head."""
     layers = (layer_flops(cfg, spec, context) for spec in cfg.layers)
-    return sum(layers, _head_flops(cfg))
+    return sum(layers, head_flops(cfg))
 
 
 def prefill_flops(cfg: V4Config, length: int) -> Flops:
@@ -98,7 +98,7 @@ def prefill_flops(cfg: V4Config, length: int) -> Flops:
 
     Attention counts the entries that each query sees; a kernel that masks does more.
     """
-    flops = _head_flops(cfg)
+    flops = head_flops(cfg)
     for spec in cfg.layers:
         flops += _fixed_flops(cfg, spec) * length
         flops += _prefill_context_flops(cfg, spec, length)
@@ -110,10 +110,10 @@ def training_flops(cfg: V4Config, length: int, *, remat: bool = True) -> Flops:
 
     A backward pass is two forward passes' work; `remat` adds one that computes activations again.
     """
-    flops = prefill_flops(cfg, length) + _head_flops(cfg) * (length - 1)
+    flops = prefill_flops(cfg, length) + head_flops(cfg) * (length - 1)
     for spec in cfg.mtp_layers:
         flops += _fixed_flops(cfg, spec) * length + _prefill_context_flops(cfg, spec, length)
-        flops += _head_flops(cfg) * length
+        flops += head_flops(cfg) * length
         flops += Flops(linear=2.0 * (1 + cfg.num_streams) * cfg.embed_dim**2) * length
     return flops * (4 if remat else 3)
 
@@ -312,7 +312,8 @@ def _sum_of_minima(length: int, bound: int, ratio: int) -> int:
     return ratio * full * (full - 1) // 2 + full * rest + bound * (length - free)
 
 
-def _head_flops(cfg: V4Config) -> Flops:
+def head_flops(cfg: V4Config) -> Flops:
+    """Logits of one token."""
     streams = cfg.num_streams * cfg.embed_dim
     collapse = streams * cfg.num_streams + streams
     return Flops(wide=2.0 * (cfg.vocab_size * cfg.embed_dim + collapse))

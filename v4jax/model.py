@@ -282,9 +282,7 @@ class Transformer(nnx.Module):
         caches = []
         blocks = (block for stage in self.stages for block in stage.layers())
         for block, layer_cache in zip(blocks, cache.layers, strict=True):
-            streams, layer_cache = _extend(
-                spmd.rules(), block, streams, tokens, chunk, layer_cache
-            )
+            streams, layer_cache = _extend(spmd.rules(), block, streams, tokens, chunk, layer_cache)
             caches.append(layer_cache)
         lengths = cache.lengths + counts
         return streams, dataclasses.replace(cache, layers=tuple(caches), lengths=lengths)

@@ -35,7 +35,9 @@ def test_there_is_a_spec_only_under_a_mesh():
 def test_a_mesh_needs_its_devices():
     mesh = make_mesh(fsdp=2, tensor=4)
     assert dict(mesh.shape) == dict(zip(AXES, (2, 1, 4, 1)))
-    with pytest.raises(ValueError, match=r"fsdp=3, expert=3, tensor=1, context=1 needs 9 devices.* are 8"):
+    with pytest.raises(
+        ValueError, match=r"fsdp=3, expert=3, tensor=1, context=1 needs 9 devices.* are 8"
+    ):
         make_mesh(fsdp=3, expert=3)
 
 

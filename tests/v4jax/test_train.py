@@ -82,7 +82,9 @@ def test_cross_entropy_is_that_of_the_logits(model, tokens):
 
 def test_terms_of_the_loss(model, tokens):
     weights = LossWeights(mtp=0.3, balance=0.01, indexer=0.5)
-    loss, metrics = jax.jit(lambda t: training_loss(model, *shifted(t), weights, remat=False))(tokens)
+    loss, metrics = jax.jit(lambda t: training_loss(model, *shifted(t), weights, remat=False))(
+        tokens
+    )
 
     streams, _ = model.trunk(jnp.asarray(tokens[:, :LENGTH]))
     ce = cross_entropy(model, model.hidden(streams), tokens[:, 1:-1]).mean()

@@ -92,7 +92,9 @@ def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: 
     def call(params, fixed, *tokens):
         placed = (specs(params, rules), specs(fixed, rules))
         in_specs = (*placed, *[rules.tokens] * len(tokens))
-        return spmd.per_device(on_device, rules, in_specs, (placed[0], jax.P()))(params, fixed, *tokens)
+        return spmd.per_device(on_device, rules, in_specs, (placed[0], jax.P()))(
+            params, fixed, *tokens
+        )
 
     return call
 
