@@ -22,7 +22,7 @@ class AxisRules:
     batch: Axis = ("fsdp", "expert")  # sequences
     seq: Axis = "context"  # positions of a sequence
     vocab: Axis = "tensor"
-    embed: Axis = "fsdp"  # model width of weights
+    embed: Axis = ("fsdp", "context")  # model width of weights, or another input width
     heads: Axis = "tensor"  # query heads, and the groups of the output projection
     expert: Axis = "expert"
     expert_dim: Axis = "tensor"  # hidden width of an expert
@@ -45,7 +45,7 @@ class AxisRules:
         return (axes,) if isinstance(axes, str) else axes or ()
 
     def spec(self, *names: str | None) -> P:
-        """`rules.spec("expert", "embed", None)` -> `P("expert", "fsdp", None)`.
+        """`rules.spec("expert", "embed", None)` -> `P("expert", ("fsdp", "context"), None)`.
 
         Raises:
           ValueError: an unknown name, or one mesh axis for two axes of the array.

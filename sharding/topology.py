@@ -7,7 +7,8 @@ Needs the `libtpu` package (`pip install 'v4jax[tpu]'`), no TPU. Executables can
 memory analysis, HLO and schedule can be read.
 
 Figures: Cloud TPU documentation; `jax.experimental.pallas.tpu.get_tpu_info_for_chip`. Clocks of
-v6e and v7x are what the peak rates imply.
+v6e and v7x are what the peak rates imply. The documentation gives both directions of the
+inter-chip links together; `ici` is one of them.
 """
 
 import dataclasses
@@ -32,22 +33,57 @@ class Chip:
     clock: float  # Hz
     hbm: float  # bytes the compiler can use
     vmem: int  # bytes of one core
+    ici: float  # bytes/s that a device can send over all its links together
+    slices: tuple[str, ...]  # topologies one can rent, smallest first
     cores: int = 1  # TensorCores of a device; a kernel's parallel grid axes are split over them
     devices_per_chip: int = 1
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+
+
+def _slices(prefix: str, shapes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{prefix}:{shape}" for shape in shapes)
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "v5e:2x2", 197e12, 197e12, 819e9, 1.5e9, 15.75 * GiB, 128 << 20),
-        Chip("v5p", "v5p:2x2x1", 459e12, 459e12, 2765e9, 1.75e9, 95.74 * GiB, 64 << 20, cores=2),
-        Chip("v6e", "v6e:2x2", 918e12, 918e12, 1640e9, 1.75e9, 31.25 * GiB, 128 << 20),
+        Chip(
+            *("v5e", "v5e:2x2", 197e12, 197e12, 819e9, 1.5e9, 15.75 * GiB, 128 << 20, 200e9),
+            _slices("v5e", _FLAT),
+        ),
+        Chip(
+            *("v5p", "v5p:2x2x1", 459e12, 459e12, 2765e9, 1.75e9, 95.74 * GiB, 64 << 20, 600e9),
+            _slices("v5p", _CUBES),
+            cores=2,
+        ),
+        Chip(
+            *("v6e", "v6e:2x2", 918e12, 918e12, 1640e9, 1.75e9, 31.25 * GiB, 128 << 20, 400e9),
+            _slices("v6e", _FLAT),
+        ),
         Chip(
             *("v7x", "tpu7x:2x2x1", 1153.5e12, 2307e12, 3690e9, 2.2e9, 94.75 * GiB, 64 << 20),
+            *(300e9, _slices("tpu7x", _CUBES)),
             devices_per_chip=2,
         ),
     )
 }
+
+
+def chip_of(topology: str) -> Chip:
+    """The generation of a topology: "v5p:4x4x4" -> `CHIPS["v5p"]`.
+
+    Raises:
+      ValueError: no generation that is known here.
+    """
+    prefix = topology.split(":")[0]
+    for chip in CHIPS.values():
+        if prefix == chip.host.split(":")[0]:
+            return chip
+    known = ", ".join(f"{chip.slices[0]} .. {chip.slices[-1]}" for chip in CHIPS.values())
+    raise ValueError(f"no TPU topology {topology!r}: expected one of {known}.")
 
 
 def topology_devices(topology: str) -> list:

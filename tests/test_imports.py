@@ -31,7 +31,8 @@ LAYERS = [
     {"model"},
     {"quantization"},
     {"summary", "checkpoint", "generate", "train"},
-    {"batch", "scoring"},
+    {"batch", "plan", "scoring"},
+    {"roofline"},
 ]
 STANDARD = set(__import__("sys").stdlib_module_names)
 

@@ -57,12 +57,12 @@ class Attention(nnx.Module):
         heads_dim, latent_dim = cfg.num_heads * cfg.head_dim, cfg.o_groups * cfg.o_lora_rank
         self.wq_a = linear(cfg.embed_dim, cfg.q_lora_rank, "embed", None)
         self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps, rules, rngs=rngs)
-        self.wq_b = linear(cfg.q_lora_rank, heads_dim, None, "heads")
+        self.wq_b = linear(cfg.q_lora_rank, heads_dim, "embed", "heads")
         self.wkv = linear(cfg.embed_dim, cfg.head_dim, "embed", None)
         self.kv_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, rules, rngs=rngs)
         # G matrices [heads_dim / G, o_lora_rank] side by side: group g owns columns g * rank ...
         self.wo_a = param(
-            rngs, (heads_dim // cfg.o_groups, latent_dim), (None, "heads"), rules, stored="fp8"
+            rngs, (heads_dim // cfg.o_groups, latent_dim), ("embed", "heads"), rules, stored="fp8"
         )
         self.wo_b = linear(latent_dim, cfg.embed_dim, "heads", "embed")
         self.sink = param(

@@ -15,11 +15,32 @@ Source of V3.2's sizes: its report (arXiv 2512.02556) and released config.
 
 import dataclasses
 
-from v4jax.config import LayerSpec, V4Config
+from v4jax.config import CSA_RATIO, HCA_RATIO, LayerSpec, V4Config
 
 # Bytes of a packed cache row: FP8 channels, bfloat16 rotated channels, a scale per 64 FP8 channels.
 _KV_SCALE_BLOCK = 64
 _FP4_SCALE_BLOCK = 32
+_KINDS = {0: "window", CSA_RATIO: "CSA", HCA_RATIO: "HCA"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What weights and caches are held in, in bytes: of a weight (its scales included) and of rows.
+
+    `experts=None` takes the config's own storage format, `channel=None` the packed layouts.
+    """
+
+    linears: float = 1 + 1 / 128**2  # attention projections and shared expert
+    wide: float = 2.0  # compressors, router, head
+    streams: float = 4.0  # hyper-connections
+    experts: float | None = None
+    channel: float | None = None  # of a cache row or indexer key; None: packed
+
+
+RELEASED = Recipe()  # FP8, and FP4 experts; packed caches
+RELEASED_WIDE_CACHE = Recipe(channel=2.0)  # the same, caches in bfloat16
+BFLOAT16 = Recipe(linears=2.0, streams=2.0, experts=2.0, channel=2.0)
+FLOAT32 = Recipe(linears=4.0, wide=4.0, experts=4.0, channel=4.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +90,7 @@ def layer_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:
 def decode_flops(cfg: V4Config, context: int) -> Flops:
     """One token at the end of a context of that many tokens, all layers and the head."""
     layers = (layer_flops(cfg, spec, context) for spec in cfg.layers)
-    return sum(layers, _head_flops(cfg))
+    return sum(layers, head_flops(cfg))
 
 
 def prefill_flops(cfg: V4Config, length: int) -> Flops:
@@ -77,11 +98,24 @@ def prefill_flops(cfg: V4Config, length: int) -> Flops:
 
     Attention counts the entries that each query sees; a kernel that masks does more.
     """
-    flops = _head_flops(cfg)
+    flops = head_flops(cfg)
     for spec in cfg.layers:
         flops += _fixed_flops(cfg, spec) * length
         flops += _prefill_context_flops(cfg, spec, length)
     return flops
+
+
+def training_flops(cfg: V4Config, length: int, *, remat: bool = True) -> Flops:
+    """One sequence of `length` tokens forward and backward, with its MTP blocks.
+
+    A backward pass is two forward passes' work; `remat` adds one that computes activations again.
+    """
+    flops = prefill_flops(cfg, length) + head_flops(cfg) * (length - 1)
+    for spec in cfg.mtp_layers:
+        flops += _fixed_flops(cfg, spec) * length + _prefill_context_flops(cfg, spec, length)
+        flops += head_flops(cfg) * length
+        flops += Flops(linear=2.0 * (1 + cfg.num_streams) * cfg.embed_dim**2) * length
+    return flops * (4 if remat else 3)
 
 
 def kv_row_bytes(cfg: V4Config) -> int:
@@ -112,9 +146,76 @@ def cache_bytes(cfg: V4Config, context: int) -> float:
     return windows + context * cache_bytes_per_token(cfg)
 
 
-def expert_bytes(cfg: V4Config) -> float:
-    """Weights of one routed expert as stored: FP4 with a scale byte per 32, FP8, or bfloat16."""
+def cache_bytes_read(
+    cfg: V4Config, spec: LayerSpec, context: int, recipe: Recipe = RELEASED
+) -> float:
+    """Bytes of a layer's cache that one token reads: window, chosen or all entries, all index keys."""
+    row, key = _row_bytes(cfg, recipe)
+    rows, keys = _rows_seen(cfg, spec, context)
+    return row * rows + key * keys
+
+
+def layer_cache_bytes(
+    cfg: V4Config, spec: LayerSpec, context: int, recipe: Recipe = RELEASED
+) -> float:
+    """Bytes of a layer's cache for a sequence. Open pools are not counted."""
+    row, key = _row_bytes(cfg, recipe)
+    entries = context / spec.compress_ratio if spec.compress_ratio else 0
+    return row * (cfg.window + entries) + key * entries * spec.is_csa
+
+
+def layer_weight_bytes(
+    cfg: V4Config, spec: LayerSpec, tokens: int, recipe: Recipe = RELEASED
+) -> float:
+    """Bytes of a layer's weights that a step reads for that many tokens: its experts are those hit."""
+    moe = cfg.moe
+    linear, wide, streams = _layer_weights(cfg, spec)
+    shared = 3 * cfg.embed_dim * moe.expert_dim
+    experts = experts_hit(cfg, tokens) * expert_bytes(cfg, recipe)
+    return (
+        recipe.linears * (linear + shared) + recipe.wide * wide + recipe.streams * streams + experts
+    )
+
+
+def decode_bytes(cfg: V4Config, context: int, batch: int, recipe: Recipe = RELEASED) -> float:
+    """Bytes that one step reads for `batch` sequences of that context: weights once, caches each."""
+    weights = sum(layer_weight_bytes(cfg, spec, batch, recipe) for spec in cfg.layers)
+    caches = sum(cache_bytes_read(cfg, spec, context, recipe) for spec in cfg.layers)
+    return weights + batch * caches + recipe.wide * cfg.vocab_size * cfg.embed_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class KindCosts:
+    """One layer of a kind, one token at the end of a context."""
+
+    kind: str
+    layers: int  # of this kind in the model
+    flops: Flops
+    weight_bytes: float  # read for this token alone
+    cache_bytes_read: float
+    cache_bytes: float  # held
+
+
+def by_kind(cfg: V4Config, context: int, recipe: Recipe = RELEASED) -> list[KindCosts]:
+    """Costs of each kind of layer of a model, in the order they first appear."""
+    return [
+        KindCosts(
+            f"{_KINDS[spec.compress_ratio]}{', hash-routed' if spec.hash_routed else ''}",
+            cfg.layers.count(spec),
+            layer_flops(cfg, spec, context),
+            layer_weight_bytes(cfg, spec, 1, recipe),
+            cache_bytes_read(cfg, spec, context, recipe),
+            layer_cache_bytes(cfg, spec, context, recipe),
+        )
+        for spec in dict.fromkeys(cfg.layers)
+    ]
+
+
+def expert_bytes(cfg: V4Config, recipe: Recipe = RELEASED) -> float:
+    """Weights of one routed expert: as stored (FP4 with a scale byte per 32, FP8, or bfloat16)."""
     size = 3 * cfg.embed_dim * cfg.moe.expert_dim
+    if recipe.experts is not None:
+        return size * recipe.experts
     match cfg.expert_format:
         case "fp4":
             return size * (0.5 + 1 / _FP4_SCALE_BLOCK)
@@ -133,41 +234,56 @@ def experts_hit(cfg: V4Config, tokens: int) -> float:
 # Parts of V4 --------------------------------------------------------------------------------------
 
 
-def _fixed_flops(cfg: V4Config, spec: LayerSpec) -> Flops:
-    """What does not depend on the context."""
+def _layer_weights(cfg: V4Config, spec: LayerSpec) -> tuple[int, int, int]:
+    """Weights that every token meets, shared expert left out: FP8 linears, wide ones, and streams'."""
     dim, heads_dim, moe = cfg.embed_dim, cfg.num_heads * cfg.head_dim, cfg.moe
-    latent = cfg.o_groups * cfg.o_lora_rank
     linear = (
         dim * cfg.q_lora_rank
         + cfg.q_lora_rank * heads_dim
         + dim * cfg.head_dim
         + heads_dim * cfg.o_lora_rank  # G groups of heads_dim / G inputs
-        + latent * dim
-        + (moe.experts_per_token + 1) * 3 * dim * moe.expert_dim
+        + cfg.o_groups * cfg.o_lora_rank * dim
     )
-    streams = cfg.num_streams
-    coefficients = streams * dim * (2 + streams) * streams
-    mixing = dim * (streams + streams + streams * streams)  # collapse, expand, mix
-    wide = 2 * (coefficients + mixing)  # before and after attention, before and after the experts
-    if not spec.hash_routed:
-        wide += dim * moe.num_experts
+    wide = 0 if spec.hash_routed else dim * moe.num_experts
     if spec.compress_ratio:
-        width = cfg.head_dim * (2 if spec.is_csa else 1)
-        wide += 2 * dim * width  # value and gate
+        wide += 2 * dim * cfg.head_dim * (2 if spec.is_csa else 1)  # value and gate
     if spec.is_csa:
         index = cfg.indexer
         linear += cfg.q_lora_rank * index.num_heads * index.head_dim
         wide += dim * index.num_heads + 2 * dim * 2 * index.head_dim
-    return Flops(linear=2.0 * linear, wide=2.0 * wide)
+    streams = cfg.num_streams
+    return linear, wide, 2 * streams * dim * (2 + streams) * streams  # around attention and experts
 
 
-def _context_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:
-    """Attention and indexer of one token that sees `context` tokens."""
+def _fixed_flops(cfg: V4Config, spec: LayerSpec) -> Flops:
+    """What does not depend on the context."""
+    linear, wide, coefficients = _layer_weights(cfg, spec)
+    experts = (cfg.moe.experts_per_token + 1) * 3 * cfg.embed_dim * cfg.moe.expert_dim
+    streams = cfg.num_streams
+    mixing = 2 * cfg.embed_dim * (streams + streams + streams * streams)  # collapse, expand, mix
+    return Flops(linear=2.0 * (linear + experts), wide=2.0 * (wide + coefficients + mixing))
+
+
+def _rows_seen(cfg: V4Config, spec: LayerSpec, context: float) -> tuple[float, float]:
+    """Rows of window and entries, and indexer keys, that a token with that context sees."""
     rows, keys = min(context, cfg.window), 0.0
     if spec.compress_ratio:
         entries = context // spec.compress_ratio
         keys = entries if spec.is_csa else 0.0
         rows += min(entries, cfg.indexer.topk) if spec.is_csa else entries
+    return rows, keys
+
+
+def _row_bytes(cfg: V4Config, recipe: Recipe) -> tuple[float, float]:
+    """Of a cache row and of an indexer key."""
+    if recipe.channel is None:
+        return kv_row_bytes(cfg), index_key_bytes(cfg)
+    return recipe.channel * cfg.head_dim, recipe.channel * cfg.indexer.head_dim
+
+
+def _context_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:
+    """Attention and indexer of one token that sees `context` tokens."""
+    rows, keys = _rows_seen(cfg, spec, context)
     return Flops(
         attention=4.0 * cfg.num_heads * cfg.head_dim * rows,
         indexer=2.0 * cfg.indexer.num_heads * cfg.indexer.head_dim * keys,
@@ -196,7 +312,8 @@ def _sum_of_minima(length: int, bound: int, ratio: int) -> int:
     return ratio * full * (full - 1) // 2 + full * rest + bound * (length - free)
 
 
-def _head_flops(cfg: V4Config) -> Flops:
+def head_flops(cfg: V4Config) -> Flops:
+    """Logits of one token."""
     streams = cfg.num_streams * cfg.embed_dim
     collapse = streams * cfg.num_streams + streams
     return Flops(wide=2.0 * (cfg.vocab_size * cfg.embed_dim + collapse))

@@ -39,7 +39,7 @@ class Indexer(nnx.Module):
     ):
         heads, width = cfg.indexer.num_heads, cfg.indexer.head_dim
         self.wq_b = Linear(
-            cfg.q_lora_rank, heads * width, numerics, rules, axes=(None, None), rngs=rngs
+            cfg.q_lora_rank, heads * width, numerics, rules, axes=("embed", None), rngs=rngs
         )
         shape = (cfg.embed_dim, heads)
         self.weights_proj = param(rngs, shape, ("embed", None), rules, stored="bf16")

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from sharding import DECODE, TRAIN, AxisRules, make_mesh
-from v4jax import Transformer, tiny
+from v4jax import Transformer, checkpoint, nano_path, tiny
 from v4jax.generate import Generator
 from v4jax.placement import check_mesh
 from v4jax.scoring import Scorer
@@ -130,6 +130,13 @@ def test_meshes_that_do_not_divide_are_refused(sizes, message):
 def test_parts_of_quantised_weights_must_be_whole_blocks():
     with pytest.raises(ValueError, match=r"expert_dim=64 into 2 parts in multiples of 256"):
         check_mesh(tiny(), TRAIN, sizes=dict(tensor=2), quantized=True)
+
+
+def test_a_device_must_hold_whole_blocks_of_quantised_weights():
+    with jax.set_mesh(make_mesh(tensor=2)):
+        model = checkpoint.load(nano_path(), rules=DECODE)
+        with pytest.raises(ValueError, match=r"tensor=2 cuts 384 outputs .* blocks of 128 whole"):
+            Generator(model)
 
 
 def test_a_mesh_is_refused_before_anything_is_compiled(compilations, tokens):

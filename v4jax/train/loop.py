@@ -65,7 +65,7 @@ class Trainer:
         self.graphdef, self._params, self._fixed = nnx.split(model, nnx.Param, ...)
         self.optimizer = adamw(optimizer)
         self.computed = round_to_released if qat else lambda params: params
-        self._step = jax.jit(
+        self.compiled_step = jax.jit(
             functools.partial(
                 _train_step,
                 *(self.graphdef, self.optimizer, weights, optimizer.bias_speed),
@@ -98,7 +98,7 @@ class Trainer:
 
         From `batch`, or `loss.shifted` of an array [B, T + 2]. The old state is donated.
         """
-        return self._step(state, *tokens)
+        return self.compiled_step(state, *tokens)
 
     def loss(self, state: TrainState, tokens: Sequence[jax.Array]) -> jax.Array:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""

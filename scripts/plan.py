@@ -1,0 +1,275 @@
+"""Compiles a full-size job for TPUs that are not there, and says what a device would hold and do.
+
+    python -m scripts.plan --model flash --topology v6e:4x4 --job decode --context 131072 --batch 16
+
+Needs `pip install 'v4jax[tpu]'`, no TPU; of the model nothing but shapes is made. Without `--mesh` a
+mesh is chosen, and the choice explained. `--layers 5` gives a quick look at a shorter model.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from sharding import AXES, make_mesh
+from sharding.hlo import Collective, collectives
+from sharding.topology import CHIPS, Chip, chip_of, topology_devices
+from v4jax import costs
+from v4jax.config import VARIANTS, V4Config
+from v4jax.plan import EXPERTS, Job, MeshChoice, choose_mesh, program
+from v4jax.roofline import Roofline, roofline
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, from the compiled program."""
+
+    parameters: float
+    optimizer: float
+    cache: float
+    temp: float  # activations, gathered weights, gradients
+    peak: float
+    limit: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the device's memory."""
+        return self.peak <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that a plan says."""
+
+    command: str
+    model: str
+    layers: int
+    topology: str
+    devices: int
+    chips: int
+    job: Job
+    mesh: dict[str, int]
+    memory: Memory
+    fits: bool
+    error: str  # the compiler's, if the program needs more memory than there is
+    collectives: list[Collective]
+    roofline: Roofline | None
+    lower_seconds: float
+    compile_seconds: float
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=sorted(VARIANTS), default="flash")
+    slices = ", ".join(name for chip in CHIPS.values() for name in chip.slices[:2])
+    parser.add_argument("--topology", required=True, help=f"a slice: {slices} ...")
+    parser.add_argument("--job", choices=sorted(EXPERTS), required=True)
+    parser.add_argument("--context", type=int, required=True, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=0, help="sequences; default one a device")
+    parser.add_argument("--chunk", type=int, default=4096, help="prefill: tokens fed at once")
+    parser.add_argument("--mesh", default="", help="such as fsdp=4,expert=16; default: chosen")
+    parser.add_argument("--experts", choices=("fp4", "float", "frozen"), default="")
+    parser.add_argument("--layers", type=int, default=0, help="only the first layers")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    args = parser.parse_args()
+    if args.layers < 0 or args.batch < 0:
+        parser.error("--layers and --batch: expected positive numbers")
+    return args
+
+
+def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
+    """ "fsdp=2,expert=8" -> sizes of all axes.
+
+    Raises:
+      ValueError: an unknown axis, no number, or another number of devices.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.isdigit() or int(size) < 1:
+            raise ValueError(f"--mesh {part!r}: expected AXIS=SIZE with an axis of {AXES}.")
+        sizes[axis] = int(size)
+    product = 1
+    for size in sizes.values():
+        product *= size
+    if product != num_devices:
+        raise ValueError(f"--mesh {text}: {product} devices, but there are {num_devices}.")
+    return sizes
+
+
+def memory_of(compiled: jax.stages.Compiled, held: dict[str, float], chip: Chip) -> Memory:
+    """What the compiler says that a device holds."""
+    stats = compiled.memory_analysis()
+    known = [held.get(name, 0.0) for name in ("parameters", "optimizer", "cache")]
+    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak = kept + stats.temp_size_in_bytes
+    return Memory(*known, stats.temp_size_in_bytes, peak, chip.hbm)
+
+
+def memory_of_error(message: str, held: dict[str, float], chip: Chip) -> Memory:
+    """The same from the compiler's out-of-memory error.
+
+    Raises:
+      ValueError: the message is of something else.
+    """
+    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    if not found:
+        raise ValueError(message)
+    peak = float(found[1]) * 1024 ** (" KMGT".index(found[2]))
+    known = [held.get(name, 0.0) for name in ("parameters", "optimizer", "cache")]
+    return Memory(*known, max(peak - sum(known), 0.0), peak, chip.hbm)
+
+
+def plan(cfg: V4Config, topology: str, job: Job, mesh_text: str, say=print) -> Report:
+    """Chooses or reads a mesh, compiles, and reports.
+
+    Raises:
+      ValueError: the topology is unknown, or the mesh does not suit the job.
+    """
+    chip, devices = chip_of(topology), topology_devices(topology)
+    if mesh_text:
+        sizes = mesh_sizes(mesh_text, len(devices))
+    else:
+        choice = choose_mesh(cfg, chip, len(devices), job)
+        sizes = choice.sizes
+        say(describe_choice(choice))
+    started = time.monotonic()
+    mesh = make_mesh(devices=devices, **sizes)
+    planned = program(cfg, job, mesh)
+    lowered = planned.lower()
+    lowering = time.monotonic() - started
+    say(f"lowered in {lowering:.0f} s; compiling for {len(devices)} devices ...")
+    started, error, sent, bound = time.monotonic(), "", [], None
+    try:
+        compiled = lowered.compile()
+        memory = memory_of(compiled, planned.held, chip)
+        sent = collectives(compiled.as_text())
+        bound = roofline(cfg, job, chip, sizes, planned.held, sent)
+    except jax.errors.JaxRuntimeError as failure:
+        error = str(failure)
+        memory = memory_of_error(error, planned.held, chip)
+    seconds = time.monotonic() - started
+    say(f"compiled in {seconds:.0f} s")
+    return Report(
+        command=" ".join(["python -m scripts.plan", *sys.argv[1:]]),
+        model=cfg.name,
+        layers=len(cfg.layers),
+        topology=topology,
+        devices=len(devices),
+        chips=len(devices) // chip.devices_per_chip,
+        job=job,
+        mesh=sizes,
+        memory=memory,
+        fits=not error and memory.fits,
+        error=error[:2000],
+        collectives=sent,
+        roofline=bound,
+        lower_seconds=round(lowering, 1),
+        compile_seconds=round(seconds, 1),
+    )
+
+
+def describe_choice(choice: MeshChoice) -> str:
+    """A mesh and why."""
+    sizes = ", ".join(f"{axis}={n}" for axis, n in choice.sizes.items() if n > 1)
+    return "\n".join([f"mesh {sizes or 'of one device'}", *[f"  {r}" for r in choice.reasons]])
+
+
+def describe(report: Report, cfg: V4Config) -> str:
+    """The report for people."""
+    chip, memory = chip_of(report.topology), report.memory
+    unit = "device (half a chip)" if chip.devices_per_chip == 2 else "chip"
+    rows = {
+        "parameters": memory.parameters,
+        "optimizer state": memory.optimizer,
+        "cache": memory.cache,
+        "temporary": memory.temp,
+        "peak": memory.peak,
+        "memory there is": memory.limit,
+    }
+    lines = [f"memory per {unit}, GiB"]
+    for name, size in rows.items():
+        per_chip = ""
+        if chip.devices_per_chip > 1:
+            per_chip = f"   per chip {size * chip.devices_per_chip / GiB:9.2f}"
+        lines += [f"  {name:18} {size / GiB:9.2f}{per_chip}"] if size else []
+    lines.append("fits" if report.fits else "DOES NOT FIT")
+    if report.error:
+        return "\n".join([*lines, report.error.split("\n")[0]])
+    lines.append("collectives per device and step: kind, devices together, count, MB sent, result")
+    for c in report.collectives[:16]:
+        lines.append(
+            f"  {c.kind:18} {c.group:4} {c.count:6} {c.sent_bytes / 1e6:12.2f}  {c.result}"
+        )
+    if len(report.collectives) > 16:
+        rest = report.collectives[16:]
+        sent = sum(c.sent_bytes for c in rest)
+        lines.append(
+            f"  {len(rest)} others          {sum(c.count for c in rest)} {sent / 1e6:12.2f}"
+        )
+    bound = report.roofline
+    lines += [
+        "roofline of a step, per device (assumptions: v4jax/roofline.py)",
+        f"  compute {bound.flops / 1e12:10.3f} TFLOP {bound.compute * 1e3:10.3f} ms",
+        f"  HBM     {bound.hbm_bytes / 1e9:10.3f} GB    {bound.memory * 1e3:10.3f} ms",
+        f"  ICI     {bound.ici_bytes / 1e9:10.3f} GB    {bound.links * 1e3:10.3f} ms",
+        f"  at most {bound.tokens_per_second:,.0f} tokens/s on {report.chips} chips: {bound.bound}",
+    ]
+    return "\n".join([*lines, *_kinds(cfg, report.job)])
+
+
+def _kinds(cfg: V4Config, job: Job) -> list[str]:
+    """What one token costs at the end of the context, by kind of layer."""
+    recipe = costs.RELEASED_WIDE_CACHE if job.experts == "fp4" else costs.BFLOAT16
+    lines = ["one token at the end of the context: layers, GFLOP, MB of weights, MB of cache read"]
+    for kind in costs.by_kind(cfg, job.context, recipe):
+        lines.append(
+            f"  {kind.layers:3} {kind.kind:18} {kind.flops.total / 1e9:9.3f} "
+            f"{kind.weight_bytes / 1e6:9.1f} {kind.cache_bytes_read / 1e6:9.3f}"
+        )
+    return lines
+
+
+def main() -> None:
+    """Prints the plan; exits with 1 if it does not fit."""
+    args = parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    cfg = VARIANTS[args.model]()
+    if args.layers:
+        cfg = dataclasses.replace(cfg, layers=cfg.layers[: args.layers])
+    try:
+        devices = len(topology_devices(args.topology))
+        job = Job(
+            kind=args.job,
+            context=args.context,
+            batch=args.batch or devices,
+            chunk=args.chunk,
+            experts=args.experts,
+        )
+        report = plan(cfg, args.topology, job, args.mesh, say)
+    except ValueError as error:
+        sys.exit(str(error))
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report), indent=1))
+    else:
+        print(describe(report, cfg))
+    sys.exit(0 if report.fits else 1)
+
+
+if __name__ == "__main__":
+    main()

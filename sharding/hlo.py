@@ -1,0 +1,125 @@
+"""What the compiler made of a program: the collectives in the text of its HLO.
+
+Bytes are what one device sends, by the usual algorithms (a ring of n devices): of an all-gather of
+R bytes (n - 1) / n R, of an all-reduce twice that, of a reduce-scatter to r bytes (n - 1) r, of an
+exchange (n - 1) / n of the buffer, of a permutation all of it. A ragged exchange counts with its
+whole result buffer, which is more than the rows that exist.
+
+Bodies of loops count as often as the compiler says they run; loops whose trips depend on data
+(rounds of the expert exchange) count once.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+KINDS = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    "collective-permute",
+)
+_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(
+    rf" = (?P<result>.*?) (?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})(?:-start)?\("
+)
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation|async_computation)"
+    r"=%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind, result and group size, over all times they run in a program."""
+
+    kind: str
+    result: str  # such as "bf16[16,1,4096]"
+    group: int  # devices that take part together
+    count: int
+    sent_bytes: float  # by one device, all `count` together
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives in compiled HLO, those that send most first."""
+    bodies, entry = _computations(text)
+    times = _executions(bodies, entry)
+    counts: dict[tuple, int] = collections.Counter()
+    for name, lines in bodies.items():
+        for line in lines:
+            if times[name] and (match := _COLLECTIVE.search(line)):
+                result = _largest_array(match["result"])
+                counts[match["kind"], result, _group_size(line)] += times[name]
+    found = [
+        Collective(*key, count, count * _sent(key[0], array_bytes(key[1]), key[2]))
+        for key, count in counts.items()
+    ]
+    return sorted(found, key=lambda c: -c.sent_bytes)
+
+
+def array_bytes(shape: str) -> float:
+    """Bytes of an array by its HLO type: `array_bytes("bf16[16,4096]") == 131072`."""
+    match = _ARRAY.match(shape)
+    dtype, dims = match[1], match[2]
+    width = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    return math.prod(int(n) for n in dims.split(",") if n) * width / 8
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of each computation, and the name of the one that is run."""
+    bodies, entry, current = {}, "", None
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = bodies.setdefault(match[1], [])
+            entry = match[1] if line.startswith("ENTRY") else entry
+        elif current is not None:
+            current.append(line)
+    return bodies, entry
+
+
+def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs."""
+    calls = {name: [] for name in bodies}
+    for name, lines in bodies.items():
+        for line in lines:
+            trips = _TRIPS.search(line)
+            for one, several in _CALLED.findall(line):
+                for called in [one] if one else re.findall(r"[\w.\-]+", several):
+                    if called in bodies:
+                        calls[name].append((called, int(trips[1]) if trips else 1))
+    times: dict[str, int] = collections.Counter()
+    # HLO prints what is called before its callers, so callers come first in reverse.
+    times[entry] = 1
+    for name in reversed(bodies):
+        for called, trips in calls[name]:
+            times[called] += times[name] * trips
+    return times
+
+
+def _group_size(line: str) -> int:
+    """Devices of a replica group: `{{0,1},{2,3}}` or `[2,2]<=[4]`."""
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(match[1])
+    return 2  # a permutation: source and target
+
+
+def _largest_array(result: str) -> str:
+    """Of the arrays in a result (a start's tuple has operands too) the one that has most bytes."""
+    arrays = [f"{match[1]}[{match[2]}]" for match in _ARRAY.finditer(result)]
+    return max(arrays, key=array_bytes)
+
+
+def _sent(kind: str, result: float, group: int) -> float:
+    match kind:
+        case "all-reduce":
+            return 2 * result * (group - 1) / group
+        case "reduce-scatter":
+            return result * (group - 1)
+        case "collective-permute":
+            return result
+        case _:
+            return result * (group - 1) / group
