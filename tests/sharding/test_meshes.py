@@ -21,6 +21,7 @@ from v4jax.train.loop import loss_and_gradients
 from v4jax.train.loss import LossWeights, shifted
 
 LENGTH, BATCH = 136, 8  # past 128 (HCA) and 4 * topk = 64; 136 = 8 * 17
+FAST = {"xla_backend_optimization_level": 0}  # to compile: these programs run once
 TOLERANCE = 1e-4  # of a gradient, relative to its largest value, and of the loss
 
 
@@ -51,7 +52,7 @@ def tokens() -> np.ndarray:
 def _gradients(tokens):
     graphdef, params, fixed = nnx.split(_model(TRAIN), nnx.Param, ...)
     step = loss_and_gradients(graphdef, LossWeights(balance=1.0), TRAIN, remat=False)
-    gradients, metrics = jax.jit(step)(params, fixed, *shifted(tokens))
+    gradients, metrics = jax.jit(step, compiler_options=FAST)(params, fixed, *shifted(tokens))
     named = jax.tree_util.tree_leaves_with_path(gradients)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in named}, metrics
 
@@ -135,7 +136,7 @@ def test_parts_of_quantised_weights_must_be_whole_blocks():
 def test_a_device_must_hold_whole_blocks_of_quantised_weights():
     with jax.set_mesh(make_mesh(tensor=2)):
         model = checkpoint.load(nano_path(), rules=DECODE)
-        with pytest.raises(ValueError, match=r"tensor=2 cuts 384 outputs .* blocks of 128 whole"):
+        with pytest.raises(ValueError, match=r"tensor=2 cuts .* need blocks of \d+ whole"):
             Generator(model)
 
 
