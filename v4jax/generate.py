@@ -144,7 +144,11 @@ class Generator:
             check_mesh(model.cfg, one)
         check_mesh(model.cfg, rules[0], length=math.gcd(*self.chunks))
         self._batch_parts = num_batch_parts(rules[1])
-        self._init_cache = functools.partial(model.init_cache, format=cache)
+        self._init_cache = jax.jit(
+            functools.partial(model.init_cache, format=cache),
+            static_argnums=(0, 1),
+            out_shardings=self._by_row(),
+        )
         _, params = nnx.split(model)
         self._leaves = jax.tree.leaves(params)
         self._prefill, self._decode = prefill_step(model, rules[0]), decode_step(model, rules[1])
@@ -161,7 +165,7 @@ class Generator:
                 f"{self.cfg.name}: shorten the prompt or generate fewer tokens."
             )
         rounded = min(max(MIN_CAPACITY, 1 << (capacity - 1).bit_length()), self.cfg.max_length)
-        return jax.jit(lambda: self._init_cache(batch, rounded), out_shardings=self._by_row())()
+        return self._init_cache(batch, rounded)
 
     def _by_row(self) -> jax.NamedSharding | None:
         """Where arrays [B, ...] lie; None without a mesh."""
