@@ -7,6 +7,7 @@ Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip:
     compile s       seconds to compile
     VMEM            MB held by the largest kernel: blocks, buffers, scratch, spilled registers
     HBM, temp       MB of arguments, results and temporaries; of these the temporaries
+    XLA             MB of the largest array that XLA makes around the kernels (a copy, a pad)
     schedule        the compiler's static schedule in microseconds; waits for memory are not in it
     MXU, HBM        microseconds the matrix units and the memory need for the algorithm
     VALU            microseconds the vector unit needs for what was scheduled
@@ -17,6 +18,7 @@ Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip:
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -44,6 +46,7 @@ class Report:
     vmem_bytes: int  # of the largest kernel
     hbm_bytes: int  # arguments, results and temporaries
     temp_bytes: int  # HBM beside arguments and results
+    xla_bytes: int  # of the largest array made outside of the kernels
     schedule_us: float
     mxu_floor_us: float
     hbm_floor_us: float
@@ -82,12 +85,12 @@ def report(case: Case, chip_name: str) -> Report:
             bundles[kernel.kernel] = kernel.bundles
     mxu, hbm = case.floors(chip)
     per_us = 1e6 / chip.clock / chip.cores
-    memory = compiled.memory_analysis()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temp = memory.temp_size_in_bytes
     return Report(
         *(case.name, chip_name, round(seconds, 2)),
-        *(max(vmem_of_kernels(compiled.as_text())), kept + temp, temp),
+        *(max(vmem_of_kernels(hlo)), kept + temp, temp, largest_of_xla(hlo)),
         *(cycles * per_us, mxu * 1e6, hbm * 1e6, vector * per_us),
         *(spills, spills_run / cycles, bundles),
     )
@@ -104,9 +107,25 @@ def vmem_of_kernels(hlo: str) -> list[int]:
     return found
 
 
+def largest_of_xla(hlo: str) -> int:
+    """Bytes of the largest array in HBM that a program makes itself, from the text of its entry.
+
+    A kernel's results are not counted, nor arrays in VMEM (memory space 1).
+    """
+    made = re.compile(r"= (\w+)\[([\d,]*)\]\{([^}]*)\} ([\w-]+)\(")
+    given = {"parameter", "constant", "bitcast", "get-tuple-element", "custom-call"}
+    entry = hlo[hlo.index("\nENTRY ") :]
+    sizes = [0]
+    for dtype, shape, layout, op in made.findall(entry):
+        if op not in given and "S(1)" not in layout:
+            bits = int(re.sub(r"\D*(\d+).*", r"\1", dtype)) if dtype != "pred" else 8
+            sizes.append(math.prod(map(int, filter(None, shape.split(",")))) * bits // 8)
+    return max(sizes)
+
+
 HEADER = (
     f"{'case':46} {'chip':4} {'compile s':>9} {'VMEM':>6} {'HBM':>8} {'temp':>7} "
-    f"{'schedule':>10} {'MXU':>9} {'HBM':>9} {'VALU':>9} {'ratio':>6} {'spills':>12}   (MB, us)"
+    f"{'XLA':>7} {'schedule':>10} {'MXU':>9} {'HBM':>9} {'VALU':>9} {'ratio':>6} {'spills':>12}   (MB, us)"
 )
 
 
@@ -115,7 +134,7 @@ def line(r: Report) -> str:
     return (
         f"{r.case:46} {r.chip:4} {r.compile_seconds:9.1f} {r.vmem_bytes / 1e6:6.1f} "
         f"{r.hbm_bytes / 1e6:8.1f} {r.temp_bytes / 1e6:7.1f} "
-        f"{r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} {r.hbm_floor_us:9.1f} {r.vector_us:9.1f} "
+        f"{r.xla_bytes / 1e6:7.1f} {r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} {r.hbm_floor_us:9.1f} {r.vector_us:9.1f} "
         f"{r.ratio:6.2f} {r.spills:6} {100 * r.spills_per_cycle:5.1f}"
     )
 
