@@ -18,10 +18,8 @@ Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip:
 import argparse
 import dataclasses
 import json
-import math
 import os
 import pathlib
-import re
 import sys
 import time
 
@@ -31,7 +29,7 @@ from benchmarks import schedule
 
 DUMP = schedule.start_dump()  # before libtpu is loaded
 
-from benchmarks import kernel_cases
+from benchmarks import hlo, kernel_cases
 from benchmarks.case import Case
 from sharding.topology import CHIPS, compile_on
 
@@ -85,42 +83,15 @@ def report(case: Case, chip_name: str) -> Report:
             bundles[kernel.kernel] = kernel.bundles
     mxu, hbm = case.floors(chip)
     per_us = 1e6 / chip.clock / chip.cores
-    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temp = memory.temp_size_in_bytes
     return Report(
         *(case.name, chip_name, round(seconds, 2)),
-        *(max(vmem_of_kernels(hlo)), kept + temp, temp, largest_of_xla(hlo)),
+        *(max(hlo.vmem_of_kernels(text)), kept + temp, temp, hlo.largest_of_xla(text)),
         *(cycles * per_us, mxu * 1e6, hbm * 1e6, vector * per_us),
         *(spills, spills_run / cycles, bundles),
     )
-
-
-def vmem_of_kernels(hlo: str) -> list[int]:
-    """Bytes of VMEM (memory space 1) that the compiler gave each Pallas kernel of a program."""
-    used = re.compile(r'"used_scoped_memory_configs":\[(\{.*?\})?\]')
-    found = []
-    for line in hlo.splitlines():
-        if 'custom_call_target="tpu_custom_call"' in line and (match := used.search(line)):
-            spaces = json.loads(f"[{match[1] or ''}]")
-            found.append(sum(int(s["size"]) for s in spaces if s["memory_space"] == "1"))
-    return found
-
-
-def largest_of_xla(hlo: str) -> int:
-    """Bytes of the largest array in HBM that a program makes itself, from the text of its entry.
-
-    A kernel's results are not counted, nor arrays in VMEM (memory space 1).
-    """
-    made = re.compile(r"= (\w+)\[([\d,]*)\]\{([^}]*)\} ([\w-]+)\(")
-    given = {"parameter", "constant", "bitcast", "get-tuple-element", "custom-call"}
-    entry = hlo[hlo.index("\nENTRY ") :]
-    sizes = [0]
-    for dtype, shape, layout, op in made.findall(entry):
-        if op not in given and "S(1)" not in layout:
-            bits = int(re.sub(r"\D*(\d+).*", r"\1", dtype)) if dtype != "pred" else 8
-            sizes.append(math.prod(map(int, filter(None, shape.split(",")))) * bits // 8)
-    return max(sizes)
 
 
 HEADER = (

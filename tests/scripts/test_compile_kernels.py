@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+from benchmarks.hlo import largest_of_xla
 from sharding.topology import CHIPS
 from tests.conftest import ROOT
 
