@@ -20,6 +20,7 @@ from benchmarks.case import Case, Trips, main
 from pallas_kernels.attention import block_sizes, selected_attention, window_attention
 from pallas_kernels.attention.tpu_prefill import band_size
 from pallas_kernels.selection import ENTRIES_PER_WORD_ROW, Selection
+from sharding.topology import topology_mesh
 from v4jax.config import CSA_RATIO, HCA_RATIO, V4Config, flash, pro
 
 
@@ -158,7 +159,8 @@ class Problem:
 
 def _on_chip(problem: Problem, gradient: bool, chip: str) -> Trips:
     """Trips under the block sizes of a chip."""
-    return problem.gradient_trips() if gradient else problem.forward_trips()
+    with jax.set_mesh(topology_mesh(chip)):
+        return problem.gradient_trips() if gradient else problem.forward_trips()
 
 
 def cases() -> list[Case]:
