@@ -96,7 +96,8 @@ def report(case: Case, chip_name: str) -> Report:
 
 HEADER = (
     f"{'case':46} {'chip':4} {'compile s':>9} {'VMEM':>6} {'HBM':>8} {'temp':>7} "
-    f"{'XLA':>7} {'schedule':>10} {'MXU':>9} {'HBM':>9} {'VALU':>9} {'ratio':>6} {'spills':>12}   (MB, us)"
+    f"{'XLA':>7} {'schedule':>10} {'MXU':>9} {'HBM':>9} {'VALU':>9} "
+    f"{'ratio':>6} {'spills':>12}   (MB, us)"
 )
 
 
@@ -105,7 +106,8 @@ def line(r: Report) -> str:
     return (
         f"{r.case:46} {r.chip:4} {r.compile_seconds:9.1f} {r.vmem_bytes / 1e6:6.1f} "
         f"{r.hbm_bytes / 1e6:8.1f} {r.temp_bytes / 1e6:7.1f} "
-        f"{r.xla_bytes / 1e6:7.1f} {r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} {r.hbm_floor_us:9.1f} {r.vector_us:9.1f} "
+        f"{r.xla_bytes / 1e6:7.1f} {r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} "
+        f"{r.hbm_floor_us:9.1f} {r.vector_us:9.1f} "
         f"{r.ratio:6.2f} {r.spills:6} {100 * r.spills_per_cycle:5.1f}"
     )
 
