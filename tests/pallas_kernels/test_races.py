@@ -65,7 +65,7 @@ def test_prefill_and_its_gradients(small_blocks, capfd):
 
 
 class AsFloat32:
-    """A ref of words that passes for one of float32: this interpreter's copies know no `bitcast`."""
+    """A ref of words that passes for float32: this interpreter's copies know no `bitcast`."""
 
     dtype = jnp.float32
 
