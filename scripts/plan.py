@@ -253,6 +253,7 @@ def main() -> None:
     if args.layers:
         cfg = dataclasses.replace(cfg, layers=cfg.layers[: args.layers])
     try:
+        chip_of(args.topology)
         devices = len(topology_devices(args.topology))
         job = Job(
             kind=args.job,
