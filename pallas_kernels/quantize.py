@@ -25,6 +25,7 @@ Source: the released `inference/kernel.py` (act_quant, fp4_act_quant); report se
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,14 @@ FP4_WEIGHT_BLOCK = (32, 1)
 FP4_PLANES_BLOCK = 256  # inputs whose codes share bytes
 FP8_ACTIVATION_BLOCK = 128
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP8_AMAX_FLOOR = 1e-4
-_FP4_AMAX_FLOOR = 6.0 * 2.0**-126
+FP8_AMAX_FLOOR = 1e-4
+FP4_AMAX_FLOOR = 6.0 * 2.0**-126
 
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["block"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedArray:
     """A weight [..., in, out] in FP8 or packed FP4 with block scales. Accepted wherever one is."""
 
@@ -78,6 +79,13 @@ class QuantizedArray:
         """Bytes held, scales included."""
         return sum(a.size * a.dtype.itemsize for a in (self.values, self.scale))
 
+    def __repr__(self) -> str:
+        if not hasattr(self.values, "dtype"):  # a tree of something else, say of shardings
+            return f"QuantizedArray({self.values!r}, {self.scale!r}, block={self.block})"
+        fmt, shape = "fp4" if self.is_fp4 else "fp8", ",".join(map(str, self.shape))
+        bits = 8 * self.nbytes / self.size if self.size else 0
+        return f"QuantizedArray({fmt}[{shape}], {bits:.4g} bits per weight)"
+
     def __getitem__(self, index) -> "QuantizedArray":
         """Indexes leading axes (layers, experts); the last two stay."""
         if index is Ellipsis:
@@ -86,17 +94,21 @@ class QuantizedArray:
 
     def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
         """The weights [..., in, out]; exact in bfloat16 and wider for power-of-two scales."""
-        values = unpack_fp4(self.values) if self.is_fp4 else self.values.astype(jnp.float32)
-        *_, rows, cols = values.shape
-        scale = self.scale.astype(jnp.float32)
-        for axis, size in ((-2, self.block[0]), (-1, self.block[1])):
-            scale = jnp.repeat(scale, size, axis=axis) if size > 1 else scale
-        return (values * scale[..., :rows, :cols]).astype(dtype)
+        return _placed_like(self.values, functools.partial(_dequantize, dtype=dtype), self)
 
 
 def fp4_block(num_inputs: int) -> int:
     """Inputs of a block of packed FP4: byte row r has inputs r and r + block / 2 of its block."""
     return FP4_PLANES_BLOCK if num_inputs % FP4_PLANES_BLOCK == 0 else num_inputs
+
+
+def _dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
+    values = unpack_fp4(w.values) if w.is_fp4 else w.values.astype(jnp.float32)
+    *_, rows, cols = values.shape
+    scale = w.scale.astype(jnp.float32)
+    for axis, size in ((-2, w.block[0]), (-1, w.block[1])):
+        scale = jnp.repeat(scale, size, axis=axis) if size > 1 else scale
+    return (values * scale[..., :rows, :cols]).astype(dtype)
 
 
 def unpack_fp4(packed: jax.Array) -> jax.Array:
@@ -212,7 +224,7 @@ def round_fp8(x: jax.Array, block: int = FP8_ACTIVATION_BLOCK) -> jax.Array:
       [..., D] in the dtype of `x`.
     """
     blocks = _in_blocks(x, block)
-    scale = _scale(blocks, -1, E4M3_MAX, _FP8_AMAX_FLOOR)
+    scale = _scale(blocks, -1, E4M3_MAX, FP8_AMAX_FLOOR)
     rounded = round_e4m3(blocks / scale) * scale
     return cast(rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], x.dtype)
 
@@ -231,7 +243,7 @@ def round_fp4(x: jax.Array, block: int = 32) -> jax.Array:
       [..., D] in the dtype of `x`.
     """
     blocks = _in_blocks(x, block)
-    scale = _scale(blocks, -1, E2M1_MAX, _FP4_AMAX_FLOOR)
+    scale = _scale(blocks, -1, E2M1_MAX, FP4_AMAX_FLOOR)
     rounded = round_e2m1(blocks / scale) * scale
     return cast(rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], x.dtype)
 
@@ -244,6 +256,32 @@ def _round_fp8_jvp(block, primals, tangents):
 @round_fp4.defjvp
 def _round_fp4_jvp(block, primals, tangents):
     return round_fp4(primals[0], block), tangents[0]
+
+
+def _fitting(sharding: jax.NamedSharding, shape: tuple[int, ...]) -> jax.P:
+    """The spec of `sharding` for an array of `shape`, without the axes that do not divide it.
+
+    Block scales are placed like their weights where that is possible, and replicated elsewhere.
+    """
+    spec = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
+    for i, axes in enumerate(spec):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        if shape[i] % math.prod(sharding.mesh.shape[name] for name in axes):
+            spec[i] = None
+    return jax.P(*spec)
+
+
+def _placed_like(array: jax.Array, function, *args):
+    """`function(*args)`, with results spread like `array`, which has as many axes as they.
+
+    Cutting split axes into blocks needs automatic mode in a mesh with explicit axes.
+    """
+    sharding = jax.typeof(array).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return function(*args)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    specs = jax.tree.map(lambda a: _fitting(sharding, a.shape), jax.eval_shape(function, *shapes))
+    return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
 
 
 def quantize_weight(
@@ -259,6 +297,10 @@ def quantize_weight(
     Raises:
       ValueError: unknown format, or a shape that cannot be packed.
     """
+    return _placed_like(weight, functools.partial(_quantize_weight, fmt=fmt), weight)
+
+
+def _quantize_weight(weight: jax.Array, fmt: str) -> QuantizedArray:
     *batch, rows, cols = weight.shape
     weight = weight.astype(jnp.float32)
     match fmt:
@@ -268,7 +310,7 @@ def quantize_weight(
             tiles = jnp.pad(weight, pad)
             ni, no = tiles.shape[-2] // bi, tiles.shape[-1] // bo
             tiles = tiles.reshape(*batch, ni, bi, no, bo)
-            scale = _scale(tiles, (-3, -1), E4M3_MAX, _FP8_AMAX_FLOOR)
+            scale = _scale(tiles, (-3, -1), E4M3_MAX, FP8_AMAX_FLOOR)
             values = round_e4m3(tiles / scale).reshape(*batch, ni * bi, no * bo)
             return QuantizedArray(
                 values[..., :rows, :cols].astype(jnp.float8_e4m3fn),
@@ -280,7 +322,7 @@ def quantize_weight(
             if rows % bi:
                 raise ValueError(f"weight has {rows} inputs: fp4 needs a multiple of {bi}.")
             groups = weight.reshape(*batch, rows // bi, bi, cols)
-            scale = _scale(groups, -2, E2M1_MAX, _FP4_AMAX_FLOOR)
+            scale = _scale(groups, -2, E2M1_MAX, FP4_AMAX_FLOOR)
             half = fp4_block(rows) // 2
             code = encode_e2m1(round_e2m1(groups / scale))
             code = code.reshape(*batch, rows // (2 * half), 2, half, cols)
@@ -292,6 +334,55 @@ def quantize_weight(
             )
         case _:
             raise ValueError(f'fmt={fmt!r}: expected "fp8" or "fp4".')
+
+
+def expand_to_fp8(w: QuantizedArray) -> QuantizedArray:
+    """An FP4 weight as FP8 with the same values, in twice the memory.
+
+    A tile of 128 x 128 gets the largest of its 4 x 128 scales divided by 2**6 (6 * 2**6 <= 448), and
+    each value is multiplied by what remains of its own scale, a power of two. Exact where the scales
+    of a tile are within 2**14 of each other, as the smallest subnormal of e4m3 is 2**-9.
+
+    Looks at the values, so not for use inside jit. Source: `--expert-dtype fp8` of the released
+    `inference/convert.py`.
+
+    Raises:
+      ValueError: `w` is not FP4 with E8M0 scales, or has tiles whose values e4m3 cannot hold.
+    """
+    if not (w.is_fp4 and w.scale.dtype == jnp.float8_e8m0fnu):
+        raise ValueError(f"{w} is not FP4 with E8M0 scales.")
+    expanded, is_rounded = _placed_like(w.values, jax.jit(_expand_to_fp8), w)
+    bad = np.argwhere(is_rounded)
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {is_rounded.size} tiles of 128 x 128 have FP4 values that e4m3 cannot "
+            f"hold (scales more than 2**14 apart), the first at {bad[0].tolist()}: keep FP4."
+        )
+    return expanded
+
+
+def _expand_to_fp8(w: QuantizedArray) -> tuple[QuantizedArray, jax.Array]:
+    """The expanded weight and which tiles [..., in / 128, out / 128] were rounded."""
+    group = FP4_WEIGHT_BLOCK[0]
+    (tile_in, tile_out), groups = FP8_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK[0] // group
+    *batch, _, cols = w.shape
+
+    def in_tiles(x: jax.Array, height: int) -> jax.Array:
+        """[..., R, C] -> [..., R / height, height, C / 128, 128], padded with zeros."""
+        pad = [(0, 0)] * len(batch) + [(0, -x.shape[-2] % height), (0, -x.shape[-1] % tile_out)]
+        x = jnp.pad(x, pad)
+        return x.reshape(*batch, x.shape[-2] // height, height, -1, tile_out)
+
+    exponent = jax.lax.bitcast_convert_type(w.scale, jnp.uint8).astype(jnp.int32)
+    scale = jnp.maximum(in_tiles(exponent, groups).max(axis=(-3, -1)) - 6, 0)
+    of_tile = jnp.repeat(jnp.repeat(scale, groups, axis=-2), tile_out, axis=-1)
+    shift = exponent - of_tile[..., : exponent.shape[-2], :cols]  # at most 6
+    factor = jax.lax.bitcast_convert_type(jnp.maximum(shift + 127, 1) << 23, jnp.float32)
+    exact = unpack_fp4(w.values) * jnp.repeat(factor, group, axis=-2)
+    values = exact.astype(jnp.float8_e4m3fn)
+    is_rounded = in_tiles(values.astype(jnp.float32) != exact, tile_in).any(axis=(-3, -1))
+    scale = jax.lax.bitcast_convert_type(scale.astype(jnp.uint8), jnp.float8_e8m0fnu)
+    return QuantizedArray(values, scale, FP8_WEIGHT_BLOCK), is_rounded
 
 
 def hadamard(x: jax.Array) -> jax.Array:

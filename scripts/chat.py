@@ -13,6 +13,7 @@ import sys
 
 import jax.numpy as jnp
 
+from scripts.errors import one_message
 from scripts.generate import add_sampling_arguments, sampler_of
 from v4jax import Numerics, checkpoint
 from v4jax.encoding import MODES, THINK_END, encode_messages, parse_partial_completion
@@ -55,7 +56,7 @@ def main() -> None:
 
     tokenizer = Tokenizer(args.checkpoint)
     numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
-    generator = Generator(checkpoint.load(args.checkpoint, numerics))
+    generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode
     print(f"{generator.cfg.name}, {mode}; /mode NAME, /reset, /quit", file=sys.stderr)
@@ -80,4 +81,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

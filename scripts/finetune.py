@@ -3,13 +3,19 @@
     python -m scripts.finetune --model nano --tokens runs/nano/data/tokens.npy --output runs/nano
 
 AdamW over the next token, the token after it (MTP), the indexer's loss and router balance; float32
-throughout. Run the same command again to go on after an interruption: a step's batch depends on
+throughout. With `--qat` every step computes with the weights and activations rounded as the released
+format and code would round them (docs/low_precision.md). Run the same command again to go on after an interruption: a step's batch depends on
 the seed and the step only. `--output` gets state/ (Orbax), metrics.jsonl, and at the end model/ in
 the released layout, FP4 experts and FP8 linears included (or float32 with `--save float`).
+
+Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as scripts/pod.py shows. A model
+that is spread over several hosts stays in state/: run the same command once more on one host, with
+any mesh, to write model/.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -19,13 +25,22 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from scripts.errors import one_message
+from scripts.pod import (
+    add_mesh_argument,
+    add_process_arguments,
+    check_process_arguments,
+    on_mesh,
+    start_processes,
+)
 from v4jax import checkpoint
 from v4jax.config import VARIANTS
 from v4jax.model import Transformer
+from v4jax.numerics import plain, released
 from v4jax.quantization import to_float, to_released
 from v4jax.train.data import TokenStream
 from v4jax.train.loop import Saver, Trainer, TrainState
-from v4jax.train.loss import LossWeights, Metrics, cross_entropy
+from v4jax.train.loss import LossWeights, Metrics
 from v4jax.train.optimizer import OptimizerConfig
 
 
@@ -48,36 +63,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=250)
     parser.add_argument("--log-every", type=int, default=10)
     parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
+    parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
     parser.add_argument("--save", choices=["released", "float"], default="released")
-    return parser.parse_args()
+    add_mesh_argument(parser)
+    add_process_arguments(parser)
+    args = parser.parse_args()
+    check_process_arguments(parser, args)
+    return args
 
 
 def start_model(args: argparse.Namespace) -> Transformer:
     """The float32 model to start from."""
+    numerics = released("float32") if args.qat else plain()
     if args.checkpoint:
-        return to_float(checkpoint.load(args.checkpoint, scan_layers=True))
+        return to_float(checkpoint.load(args.checkpoint, numerics, scan_layers=True))
     cfg = VARIANTS[args.model]()
-    return jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(args.seed)))()
+    return jax.jit(lambda: Transformer(cfg, numerics, rngs=nnx.Rngs(args.seed)))()
 
 
 class Evaluator:
     """Mean next-token loss over fixed windows of held-out tokens."""
 
     def __init__(self, trainer: Trainer, stream: TokenStream, batch_size: int, batches: int = 4):
-        self.windows = [stream.batch(i, batch_size) for i in range(batches)]
-
-        @jax.jit
-        def loss(params, fixed, tokens):
-            model = nnx.merge(trainer.graphdef, params, fixed)
-            hidden = model.hidden(model.trunk(tokens[:, :-2])[0])
-            return cross_entropy(model, hidden, tokens[:, 1:-1]).mean()
-
-        self.loss = loss
+        self.trainer = trainer
+        self.windows = [trainer.batch(stream, i, batch_size) for i in range(batches)]
 
     def __call__(self, state: TrainState) -> float:
         """Nats per token."""
-        losses = [self.loss(state.params, state.fixed, w) for w in self.windows]
-        return float(np.mean([float(x) for x in losses]))
+        return float(np.mean([float(self.trainer.loss(state, w)) for w in self.windows]))
 
 
 def record(step: int, metrics: Metrics) -> dict[str, float]:
@@ -89,11 +102,19 @@ def record(step: int, metrics: Metrics) -> dict[str, float]:
 def main() -> None:
     """Trains, saves and exports."""
     args = parse_args()
+    process, count = start_processes(args)
+    with on_mesh(args.mesh):
+        train(args, is_first=process == 0, is_alone=count == 1)
+
+
+def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
+    """The run; the first process prints and logs."""
     args.output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         start_model(args),
         OptimizerConfig(peak_lr=args.lr, warmup_steps=args.warmup, total_steps=args.steps),
         LossWeights(),
+        qat=args.qat,
     )
     stream = TokenStream(args.tokens, args.seq_len, seed=args.seed)
     state, first = trainer.init(), 0
@@ -106,10 +127,11 @@ def main() -> None:
         held_out = TokenStream(args.eval_tokens, args.seq_len, seed=args.seed)
         evaluate = Evaluator(trainer, held_out, args.batch_size)
     per_step, started = args.batch_size * args.seq_len, time.monotonic()
-    with open(args.output / "metrics.jsonl", "a", encoding="utf-8") as log:
-        bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
+    with open(args.output / "metrics.jsonl" if is_first else os.devnull, "a") as log:
+        steps = range(first, args.steps)
+        bar = tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_first)
         for step in bar:
-            state, metrics = trainer.step(state, stream.batch(step, args.batch_size))
+            state, metrics = trainer.step(state, trainer.batch(stream, step, args.batch_size))
             done = step + 1
             if done % args.log_every == 0 or done == args.steps:
                 line = record(done, metrics)
@@ -124,6 +146,9 @@ def main() -> None:
                 saver.save(done, state)
                 saver.wait()
     saver.close()
+    if not is_alone:
+        print(f"{args.output / 'state'} has the model: run this on one host to write model/")
+        return
     model = trainer.model(state)
     shutil.rmtree(args.output / "model", ignore_errors=True)
     checkpoint.save(to_released(model) if args.save == "released" else model, args.output / "model")
@@ -133,4 +158,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

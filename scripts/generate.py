@@ -14,6 +14,7 @@ import time
 
 import jax.numpy as jnp
 
+from scripts.errors import one_message
 from v4jax import Numerics, checkpoint
 from v4jax.encoding import BOS, MODES, encode_messages
 from v4jax.generate import Generator
@@ -30,6 +31,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--numerics", choices=["plain", "released"], default="released")
+    parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
 
 
 def sampler_of(args: argparse.Namespace) -> Sampler:
@@ -63,16 +65,16 @@ def main() -> None:
     add_sampling_arguments(parser)
     args = parser.parse_args()
 
-    numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
+    sampler, numerics = sampler_of(args), Numerics(args.numerics, jnp.dtype(args.dtype))
     tokenizer = Tokenizer(args.checkpoint)
-    generator = Generator(checkpoint.load(args.checkpoint, numerics))
+    generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     prompt = tokenizer.encode(render(args.prompt, args.mode))
     times = [time.monotonic()]
 
     def ids():
         steps = generator.stream(
             [prompt],
-            sampler=sampler_of(args),
+            sampler=sampler,
             max_new_tokens=args.max_new_tokens,
             stop_ids=tokenizer.stop_ids,
             seed=args.seed,
@@ -95,4 +97,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from scripts.errors import one_message
 from v4jax.encoding import BOS, EOS, MODES, encode_messages
 from v4jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -93,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

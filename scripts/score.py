@@ -16,6 +16,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
+from scripts.errors import one_message
 from v4jax import Numerics, checkpoint
 from v4jax.encoding import BOS
 from v4jax.scoring import Scorer
@@ -31,21 +32,42 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, help=".npz to write (with --tokens)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--numerics", choices=["plain", "released"], default="released")
+    parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
     parser.add_argument("--decode-from", type=int, metavar="N")
     parser.add_argument("--context", type=int, default=512, help="window of the perplexity")
     args = parser.parse_args()
     if args.tokens and not args.out:
         parser.error("--tokens needs --out FILE.npz")
+    if args.text and (args.out or args.decode_from is not None):
+        parser.error("--out and --decode-from go with --tokens; --text prints a perplexity.")
+    if args.out and not args.out.absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}.")
     return args
+
+
+def read_tokens(path: pathlib.Path) -> np.ndarray:
+    """The array of a `.npy` file.
+
+    Raises:
+      ValueError: it is another kind of file.
+    """
+    try:
+        tokens = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a .npy file of integers [B, T].") from error
+    if not hasattr(tokens, "ndim"):  # an .npz file
+        raise ValueError(f"{path} holds several arrays: expected a .npy file of integers [B, T].")
+    return tokens
 
 
 def main() -> None:
     """Scores."""
     args = parse_args()
     numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
-    scorer = Scorer(checkpoint.load(args.checkpoint, numerics))
+    tokens = read_tokens(args.tokens) if args.tokens else None
+    scorer = Scorer(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     if args.tokens:
-        logits = scorer.logits(np.load(args.tokens), decode_from=args.decode_from)
+        logits = scorer.logits(tokens, decode_from=args.decode_from)
         np.savez(args.out, logits=logits)
         print(f"wrote logits {logits.shape} to {args.out}", file=sys.stderr)
         return
@@ -59,4 +81,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

@@ -31,7 +31,7 @@ LAYERS = [
     {"model"},
     {"quantization"},
     {"summary", "checkpoint", "generate", "train"},
-    {"scoring", "plan"},
+    {"batch", "plan", "scoring"},
     {"roofline"},
 ]
 STANDARD = set(__import__("sys").stdlib_module_names)

@@ -24,7 +24,14 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.quantize import cast
 from sharding import AxisRules, spmd
-from v4jax.cache import Chunk, LayerCache, append_entries, window_rows, write_window
+from v4jax.cache import (
+    Chunk,
+    LayerCache,
+    append_entries,
+    unpacked,
+    window_rows,
+    write_window,
+)
 from v4jax.compressor import Compressor
 from v4jax.config import LayerSpec, V4Config
 from v4jax.indexer import Indexer, indexer_loss
@@ -121,10 +128,11 @@ class Attention(nnx.Module):
             out = self._attend_decode(q, new, selection, chunk.positions)
         else:
             window = window_rows(cache.window, kv, chunk)
+            entries = None if new.entries is None else unpacked(new.entries, kv.dtype)
             if selection is None:
-                out = self._attend_dense(q, window, new.entries, chunk.positions)
+                out = self._attend_dense(q, window, entries, chunk.positions)
             else:
-                out, _ = self._attend_selected(q, window, new.entries, selection, chunk.positions)
+                out, _ = self._attend_selected(q, window, entries, selection, chunk.positions)
         return self._output(out, chunk.positions), new
 
     @property

@@ -11,20 +11,28 @@ different lengths. For a capacity of S tokens and a layer of ratio r:
 | index_keys  | [B, S / 4, I]  | the indexer's compressed keys (CSA only)                          |
 | index_pool  | see `OpenPool` | as `pool`, of the indexer's compressor (CSA only)                 |
 
-A cache is an argument and a result, never changed in place; jitted steps donate it.
+Rows and keys are float arrays, or packed in the formats that `released` numerics rounds them to
+(`CacheFormat`). A cache is an argument and a result, never changed in place; jitted steps donate it.
 """
 
 import dataclasses
-import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import target_platform
 from pallas_kernels.gated_pool import Pool
+from pallas_kernels.packed_rows import PackedKeys, PackedRows
 from sharding import spmd
 from v4jax.config import LayerSpec, V4Config
 from v4jax.numerics import Numerics
+
+# "packed": rows in e4m3 and bfloat16 (584 bytes for 512 channels), keys in e2m1. "float": both in the
+# activations' dtype. None: packed where that changes no number and is not slower, else float.
+CacheFormat = Literal["packed", "float"] | None
+Rows = jax.Array | PackedRows | PackedKeys  # [B, S, W]
 
 
 class CacheFullError(ValueError):
@@ -58,10 +66,10 @@ class OpenPool:
 class LayerCache:
     """State of one layer. Fields that its kind of layer does not have are None."""
 
-    window: jax.Array
-    entries: jax.Array | None = None
+    window: jax.Array | PackedRows
+    entries: jax.Array | PackedRows | None = None
     pool: OpenPool | None = None
-    index_keys: jax.Array | None = None
+    index_keys: jax.Array | PackedKeys | None = None
     index_pool: OpenPool | None = None
 
 
@@ -80,14 +88,21 @@ class Cache:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def require_room(self, counts) -> None:
-        """Raises `CacheFullError` if `counts` [B] more tokens do not fit. Reads the lengths."""
-        needed = np.asarray(self.lengths) + np.asarray(counts)
-        if (needed > self.capacity).any():
-            row = int(np.argmax(needed))
-            raise CacheFullError(
-                f"sequence {row} would have {needed[row]} tokens, but the cache holds "
-                f"{self.capacity}: make one with a larger capacity. Nothing was written."
-            )
+        """Raises `CacheFullError` if `counts` [B] more tokens do not fit.
+
+        Reads the lengths; of several processes, each those that its devices hold.
+        """
+        counts = np.asarray(counts)
+        for shard in self.lengths.addressable_shards:
+            (rows,) = shard.index
+            needed = np.asarray(shard.data) + counts[rows]
+            if (needed > self.capacity).any():
+                row = int(np.argmax(needed))
+                raise CacheFullError(
+                    f"sequence {row + (rows.start or 0)} would have {needed[row]} tokens, but the "
+                    f"cache holds {self.capacity}: make one with a larger capacity. Nothing was "
+                    "written."
+                )
 
 
 @_pytree()
@@ -126,33 +141,57 @@ class Chunk:
         return jnp.arange(self.positions.shape[1]) < self.counts[:, None]
 
 
-def init_cache(cfg: V4Config, numerics: Numerics, batch: int, capacity: int) -> Cache:
+def init_cache(
+    cfg: V4Config, numerics: Numerics, batch: int, capacity: int, format: CacheFormat = None
+) -> Cache:
     """An empty cache for `batch` sequences of up to `capacity` tokens.
 
     Raises:
-      ValueError: capacity is not in 1..cfg.max_length.
+      ValueError: capacity is not in 1..cfg.max_length, an unknown format, or a packed cache for
+        numerics that do not round to its formats.
     """
     if not 0 < capacity <= cfg.max_length:
         raise ValueError(f"capacity={capacity}: expected 1..{cfg.max_length} (max_length).")
-    layers = tuple(_init_layer(cfg, spec, numerics, batch, capacity) for spec in cfg.layers)
-    return Cache(layers, jnp.zeros(batch, jnp.int32), capacity)
+    is_packed = _is_packed(format, numerics)
+
+    def rows(length: int) -> jax.Array | PackedRows:
+        shape = (batch, length, cfg.head_dim)
+        if is_packed:
+            return PackedRows.zeros(shape, cfg.rope_head_dim)
+        return jnp.zeros(shape, numerics.dtype)
+
+    def keys(length: int) -> jax.Array | PackedKeys:
+        shape = (batch, length, cfg.indexer.head_dim)
+        return PackedKeys.zeros(shape) if is_packed else jnp.zeros(shape, numerics.dtype)
+
+    def layer(spec: LayerSpec) -> LayerCache:
+        window = rows(cfg.window)
+        if not spec.compress_ratio:
+            return LayerCache(window)
+        num_entries = -(-capacity // spec.compress_ratio)
+        entries = rows(num_entries)
+        pool = init_pool(batch, cfg.head_dim, overlap=spec.is_csa)
+        if not spec.is_csa:
+            return LayerCache(window, entries, pool)
+        index_pool = init_pool(batch, cfg.indexer.head_dim, overlap=True)
+        return LayerCache(window, entries, pool, keys(num_entries), index_pool)
+
+    return Cache(tuple(map(layer, cfg.layers)), jnp.zeros(batch, jnp.int32), capacity)
 
 
-def _init_layer(
-    cfg: V4Config, spec: LayerSpec, numerics: Numerics, batch: int, capacity: int
-) -> LayerCache:
-    rows = functools.partial(jnp.zeros, dtype=numerics.dtype)
-    window = rows((batch, cfg.window, cfg.head_dim))
-    if not spec.compress_ratio:
-        return LayerCache(window)
-    num_entries = -(-capacity // spec.compress_ratio)
-    entries = rows((batch, num_entries, cfg.head_dim))
-    pool = init_pool(batch, cfg.head_dim, overlap=spec.is_csa)
-    if not spec.is_csa:
-        return LayerCache(window, entries, pool)
-    width = cfg.indexer.head_dim
-    keys = rows((batch, num_entries, width))
-    return LayerCache(window, entries, pool, keys, init_pool(batch, width, overlap=True))
+def _is_packed(format: CacheFormat, numerics: Numerics) -> bool:
+    exact = numerics.is_released and numerics.dtype == jnp.bfloat16
+    if format not in ("packed", "float", None):
+        raise ValueError(f'cache format={format!r}: expected "packed", "float" or None.')
+    if format == "packed" and not exact:
+        raise ValueError(
+            f'cache format="packed" with {numerics.name} numerics in {numerics.dtype}: packed rows '
+            "hold e4m3 and bfloat16, which only released bfloat16 numerics round to; anything else "
+            'would lose digits. Use "float", or v4jax.released("bfloat16").'
+        )
+    if format is None:  # XLA copies 8-bit arrays to write to them on a TPU (docs/low_precision.md)
+        return exact and target_platform() != "tpu"
+    return format == "packed"
 
 
 def init_pool(batch: int, width: int, *, overlap: bool) -> OpenPool:
@@ -163,30 +202,39 @@ def init_pool(batch: int, width: int, *, overlap: bool) -> OpenPool:
 
 
 def append_entries(
-    entries: jax.Array,  # [B, S, W]
+    entries: Rows,  # [B, S, W]
     new: jax.Array,  # [B, n, W], of which the first `counts` are complete
     start: jax.Array,  # [B] int32 row of the first new entry
     counts: jax.Array,  # [B] int32
-) -> jax.Array:
+) -> Rows:
     """Writes the complete new entries behind the old ones, all devices'; never past the end."""
     index = jnp.arange(new.shape[1])
     rows = jnp.where(index < counts[:, None], start[:, None] + index, entries.shape[1])
-    new, rows = (spmd.gather(x, "seq", axis=1) for x in (new, rows))
+    new, rows = jax.tree.map(
+        lambda x: spmd.gather(x, "seq", axis=1), (_in_format_of(entries, new), rows)
+    )
     put = jax.vmap(lambda e, i, n: e.at[i].set(n, mode="drop"))
-    return put(entries, rows, new.astype(entries.dtype))
+    return jax.tree.map(lambda e, n: put(e, rows, n), entries, new)
 
 
-def window_rows(ring: jax.Array, kv: jax.Array, chunk: Chunk) -> jax.Array:
+def unpacked(rows: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows as floats: themselves, or in `dtype` where they are packed."""
+    return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
+
+
+def window_rows(ring: jax.Array | PackedRows, kv: jax.Array, chunk: Chunk) -> jax.Array:
     """The C rows before a chunk, oldest first, then the chunk's own: [B, C + T, H]."""
     size = ring.shape[1]
     before = spmd.rows_before(kv, size, "seq")  # of other devices' parts of the chunk
     order = (chunk.start[:, None] + jnp.arange(size)) % size
-    old = jnp.take_along_axis(ring, order[..., None], axis=1)
+    old = jnp.take_along_axis(unpacked(ring, kv.dtype), order[..., None], axis=1)
     in_ring = jnp.arange(size) < size - spmd.index("seq") * kv.shape[1]
-    return jnp.concatenate([jnp.where(in_ring[:, None], old, before.astype(old.dtype)), kv], axis=1)
+    return jnp.concatenate([jnp.where(in_ring[:, None], old, before), kv], axis=1)
 
 
-def write_window(ring: jax.Array, kv: jax.Array, chunk: Chunk) -> jax.Array:
+def write_window(
+    ring: jax.Array | PackedRows, kv: jax.Array, chunk: Chunk
+) -> jax.Array | PackedRows:
     """The ring after the chunk's valid tokens, kv [B, T, H] of this device, have been written."""
     size, num_columns = ring.shape[1], kv.shape[1]
     start = chunk.whole_start
@@ -194,7 +242,20 @@ def write_window(ring: jax.Array, kv: jax.Array, chunk: Chunk) -> jax.Array:
     # Newest token of each row of the ring; before `start` means that the row keeps its content.
     token = last[:, None] - (last[:, None] - jnp.arange(size)) % size
     column = token - chunk.start[:, None]
-    new = jnp.take_along_axis(kv, jnp.clip(column, 0, num_columns - 1)[..., None], axis=1)
-    mine = (column >= 0) & (column < num_columns)
-    new = spmd.total(jnp.where(mine[..., None], new, 0), "seq")
-    return jnp.where((token >= start[:, None])[..., None], new.astype(ring.dtype), ring)
+    mine = ((column >= 0) & (column < num_columns))[..., None]
+    column = jnp.clip(column, 0, num_columns - 1)[..., None]
+
+    def put(ring, kv):
+        new = jnp.where(mine, jnp.take_along_axis(kv, column, axis=1), 0)
+        return jnp.where((token >= start[:, None])[..., None], spmd.total(new, "seq"), ring)
+
+    return jax.tree.map(put, ring, _in_format_of(ring, kv))
+
+
+def _in_format_of(rows: Rows, new: jax.Array) -> Rows:
+    match rows:
+        case PackedRows():
+            return PackedRows.pack(new, rows.rope_dim)
+        case PackedKeys():
+            return PackedKeys.pack(new)
+    return new.astype(rows.dtype)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from sharding import DECODE, PREFILL, AxisRules, spmd
-from v4jax.cache import Cache
+from v4jax.cache import Cache, CacheFormat
 from v4jax.model import Transformer
 from v4jax.placement import check_mesh, num_batch_parts, specs
 from v4jax.sampling import Greedy, Sampler
@@ -88,11 +88,12 @@ def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
         model = merged(leaves)
         streams, cache = model.extend(jnp.maximum(tokens, 0)[:, None], counts, state.cache)
         logits = model.logits(model.hidden(streams))[:, 0]
-        return tokens, DecodeState(cache, logits, state.keys, done, state.steps + 1)
+        everywhere = spmd.gather(tokens, "batch", axis=0)  # every process reads all of them
+        return everywhere, DecodeState(cache, logits, state.keys, done, state.steps + 1)
 
     def step(leaves, state, sampler, stop_ids):
         one = functools.partial(on_device, sampler, stop_ids)
-        specs = (leaf_specs, state_specs), (rows, state_specs)
+        specs = (leaf_specs, state_specs), (jax.P(), state_specs)
         return spmd.per_device(one, rules, *specs)(leaves, state)
 
     return jax.jit(step, static_argnums=(2, 3), donate_argnums=(1,))
@@ -118,6 +119,7 @@ class Generator:
     Args:
       model: best built with `scan_layers=False` (as `checkpoint.load` does): slices of stacked
         weights are copied in every step.
+      cache: how rows are held, see `v4jax.cache.CacheFormat`.
       chunks: numbers of tokens that prefill is compiled for, increasing. Under a mesh with a context
         axis, its multiples.
       rules: how prefill and decoding are spread over the ambient mesh, if there is one; the model's
@@ -131,6 +133,7 @@ class Generator:
         self,
         model: Transformer,
         *,
+        cache: CacheFormat = None,
         chunks: Sequence[int] = CHUNKS,
         rules: tuple[AxisRules, AxisRules] = (PREFILL, DECODE),
     ):
@@ -141,7 +144,11 @@ class Generator:
             check_mesh(model.cfg, one)
         check_mesh(model.cfg, rules[0], length=math.gcd(*self.chunks))
         self._batch_parts = num_batch_parts(rules[1])
-        self._init_cache = model.init_cache
+        self._init_cache = jax.jit(
+            functools.partial(model.init_cache, format=cache),
+            static_argnums=(0, 1),
+            out_shardings=self._by_row(),
+        )
         _, params = nnx.split(model)
         self._leaves = jax.tree.leaves(params)
         self._prefill, self._decode = prefill_step(model, rules[0]), decode_step(model, rules[1])
@@ -158,7 +165,7 @@ class Generator:
                 f"{self.cfg.name}: shorten the prompt or generate fewer tokens."
             )
         rounded = min(max(MIN_CAPACITY, 1 << (capacity - 1).bit_length()), self.cfg.max_length)
-        return jax.jit(lambda: self._init_cache(batch, rounded), out_shardings=self._by_row())()
+        return self._init_cache(batch, rounded)
 
     def _by_row(self) -> jax.NamedSharding | None:
         """Where arrays [B, ...] lie; None without a mesh."""
@@ -264,7 +271,8 @@ class Generator:
     def generate(self, prompts: Sequence[Sequence[int]], **options) -> list[Completion]:
         """As `stream`, collected: one `Completion` per prompt."""
         steps = np.stack(list(self.stream(prompts, **options)), axis=1)  # [B, steps]
-        stop_ids = options.get("stop_ids") or (self.cfg.eos_id,)
+        stop_ids = options.get("stop_ids")
+        stop_ids = (self.cfg.eos_id,) if stop_ids is None else stop_ids
         completions = []
         for row in steps:
             tokens = tuple(int(t) for t in row[row >= 0])

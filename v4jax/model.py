@@ -22,7 +22,7 @@ from flax import nnx
 
 from sharding import AxisRules, spmd
 from v4jax.attention import Attention
-from v4jax.cache import Cache, Chunk, LayerCache, init_cache
+from v4jax.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
 from v4jax.config import LayerSpec, V4Config
 from v4jax.hyper_connections import HyperConnection, HyperHead
 from v4jax.layers import KeyStream, Linear, RMSNorm, param
@@ -144,14 +144,19 @@ class Stage(nnx.Module):
     ) -> tuple[jax.Array, tuple[BlockStats, ...]]:
         """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...]."""
 
+        def layer(block, streams):
+            return gathered(block)(streams, tokens)
+
+        # Layer by layer: the backward pass then holds the gathered weights of one at a time.
+        layer = jax.checkpoint(layer) if remat else layer
+
         def body(streams, blocks):
             stats = []
             for block in blocks:
-                streams, one = gathered(block)(streams, tokens)
+                streams, one = layer(block, streams)
                 stats.append(one)
             return streams, tuple(stats)
 
-        body = jax.checkpoint(body, prevent_cse=self.repeats == 1) if remat else body
         if self.repeats > 1:
             return jax.lax.scan(body, streams, tuple(self.blocks))
         streams, stats = body(streams, tuple(self.blocks))
@@ -287,9 +292,9 @@ class Transformer(nnx.Module):
         lengths = cache.lengths + counts
         return streams, dataclasses.replace(cache, layers=tuple(caches), lengths=lengths)
 
-    def init_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens."""
-        return init_cache(self.cfg, self.numerics, batch, capacity)
+    def init_cache(self, batch: int, capacity: int, format: CacheFormat = None) -> Cache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens (see `CacheFormat`)."""
+        return init_cache(self.cfg, self.numerics, batch, capacity, format)
 
     def embedding(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, D]"""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu
+from pallas_kernels.grouped_matmul import swiglu
 from pallas_kernels.quantize import cast
 from sharding import AxisRules, spmd
 from sharding.expert_parallel import apply_experts
@@ -148,12 +148,8 @@ class MoE(nnx.Module):
 def _grouped_experts(numerics: Numerics, limit: float, params, rows, sizes, row_weights):
     """Rows sorted by expert, with their routing weights, through the experts' matrices."""
     w1, w3, w2 = params
-    implementation = numerics.implementation
-    hidden = grouped_swiglu(
-        *(rows, w1, w3, sizes, row_weights), limit=limit, implementation=implementation
-    )
-    hidden = numerics.round_input(hidden)
-    return grouped_matmul(hidden, w2, sizes, implementation=implementation)
+    hidden = numerics.grouped_swiglu(rows, w1, w3, sizes, row_weights, limit=limit)
+    return numerics.grouped_matmul(numerics.round_input(hidden), w2, sizes)
 
 
 class SharedExpert(nnx.Module):

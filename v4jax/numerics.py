@@ -9,7 +9,15 @@ quantise-dequantise point of the released inference code, which the weights were
 | indexer queries and keys, after a Hadamard transform      | e2m1, blocks of 32             |
 | input of every linear that is stored in FP8 or FP4        | e4m3, blocks of 128            |
 
-Both compute with float32 accumulation, and norms, router, compressors, hyper-connections, softmax
+A recipe says how `released` computes the linears that are stored in FP8 or FP4:
+
+| recipe   | inputs                          | weights                    | products                |
+|----------|---------------------------------|----------------------------|-------------------------|
+| released | rounded to e4m3, blocks of 128  | unpacked, which is exact   | in `dtype`              |
+| bf16     | not rounded                     | unpacked, which is exact   | bfloat16                |
+| fp8      | codes in e4m3, blocks of 128    | codes in e4m3, 128 x 128   | e4m3, then scaled       |
+
+All compute with float32 accumulation, and norms, router, compressors, hyper-connections, softmax
 and logits in float32. Source: released `inference/model.py`; report section 5.2.1.
 """
 
@@ -19,6 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.quantize import QuantizedArray, cast, hadamard
 from pallas_kernels.quantize_rows import round_rows
 from sharding import spmd
@@ -26,6 +36,7 @@ from sharding import spmd
 KV_BLOCK = 64
 INDEXER_BLOCK = 32
 INPUT_BLOCK = 128
+RECIPES = ("released", "bf16", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Numerics:
     name: str
     dtype: jax.typing.DTypeLike = jnp.float32
     implementation: Implementation = None  # of every operation, see pallas_kernels.dispatch
+    recipe: str | None = None  # of `RECIPES`; default "released" for `released`, none for `plain`
 
     def __post_init__(self):
         if self.name not in ("plain", "released"):
@@ -42,7 +54,16 @@ class Numerics:
         dtype = jnp.dtype(self.dtype)
         if dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"numerics dtype={dtype}: expected float32 or bfloat16.")
-        choose(self.implementation)  # an unknown name, or one that cannot run here
+        recipe = self.recipe or ("released" if self.is_released else None)
+        if recipe is not None and not self.is_released:
+            raise ValueError(f"recipe={recipe!r} with plain numerics: only released ones have any.")
+        if recipe is not None and recipe not in RECIPES:
+            raise ValueError(f"{recipe=}: expected one of {RECIPES}.")
+        if recipe == "bf16" and dtype != jnp.bfloat16:
+            raise ValueError(f'recipe="bf16" with dtype={dtype}: expected bfloat16.')
+        object.__setattr__(self, "recipe", recipe)
+        if self.implementation is not None:  # None must not ask for devices: it is a default
+            choose(self.implementation)  # an unknown name, or one that cannot run here
         object.__setattr__(self, "dtype", dtype)
 
     @property
@@ -65,8 +86,11 @@ class Numerics:
         return self._round(hadamard(x), "fp4", INDEXER_BLOCK) if self.is_released else x
 
     def round_input(self, x: jax.Array) -> jax.Array:
-        """Rounds the input [..., D] of a linear that is stored in FP8 or FP4."""
-        return self._round(x, "fp8", INPUT_BLOCK) if self.is_released else x
+        """Rounds the input [..., D] of a linear that is stored in FP8 or FP4.
+
+        With recipe "fp8" the product does that, which needs the codes.
+        """
+        return self._round(x, "fp8", INPUT_BLOCK) if self.recipe == "released" else x
 
     def normalize_query(self, q: jax.Array, eps: float) -> jax.Array:
         """q / rms(q) of each head [..., H]; `released` rounds every step to `dtype`."""
@@ -88,8 +112,24 @@ class Numerics:
         Block scales are powers of two, so the factors are exact in bfloat16 and only the order of
         the float32 sum differs from the released kernels.
         """
-        out = matmul(self.round_input(x), dense(w, self.dtype))
+        if self.recipe == "fp8":
+            out = fp8_matmul(x, w)
+        else:
+            out = matmul(self.round_input(x), dense(w, self.dtype))
         return cast(spmd.leave(out, summed) if summed else out, self.dtype)
+
+    def grouped_swiglu(self, rows, w_gate, w_up, group_sizes, row_weights, *, limit) -> jax.Array:
+        """First half of the experts, for rows that `round_input` has rounded (see the operation)."""
+        args = (rows, w_gate, w_up, group_sizes, row_weights)
+        return grouped_swiglu(*args, limit=limit, **self._products)
+
+    def grouped_matmul(self, rows, w, group_sizes) -> jax.Array:
+        """Second half of the experts, for rows that `round_input` has rounded."""
+        return grouped_matmul(rows, w, group_sizes, **self._products)
+
+    @property
+    def _products(self) -> dict:
+        return dict(in_fp8=self.recipe == "fp8", implementation=self.implementation)
 
     def _round(self, x: jax.Array, fmt: str, block: int) -> jax.Array:
         return round_rows(x, fmt, block, implementation=self.implementation)
@@ -103,10 +143,13 @@ def plain(
 
 
 def released(
-    dtype: jax.typing.DTypeLike = jnp.bfloat16, *, implementation: Implementation = None
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    *,
+    implementation: Implementation = None,
+    recipe: str | None = None,
 ) -> Numerics:
     """The rounding of the released inference code."""
-    return Numerics("released", dtype, implementation)
+    return Numerics("released", dtype, implementation, recipe)
 
 
 def dense(w: jax.Array | QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:

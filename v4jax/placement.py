@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax import P
 
-from pallas_kernels.quantize import QuantizedArray
+from pallas_kernels.quantize import QuantizedArray, fp4_block
 from sharding import AxisRules, fitting, spmd
 from v4jax.config import V4Config
 
@@ -26,11 +26,16 @@ def specs(state, rules: AxisRules):
 
     Stacked layers have a leading axis that is not cut. Block scales that a mesh does not divide are
     replicated.
+
+    Raises:
+      ValueError: a device's part of a quantised weight would not be whole blocks.
     """
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
 
     def of(variable: nnx.Variable):
         spec = rules.spec(*variable.axes)
+        if isinstance(variable.get_value(), QuantizedArray):
+            _check_blocks(variable.get_value(), spec, sizes)
 
         def one(array) -> P:
             lead = [None] * (array.ndim - len(spec))
@@ -40,6 +45,23 @@ def specs(state, rules: AxisRules):
         return variable.replace(jax.tree.map(one, variable.get_value()))
 
     return _map(of, state)
+
+
+def _check_blocks(weight: QuantizedArray, spec: P, sizes: dict[str, int]) -> None:
+    for axis, whole, block in zip((-2, -1), weight.shape[-2:], weight.block):
+        names = spec[axis]
+        names = (names,) if isinstance(names, str) else names or ()
+        parts = math.prod(sizes.get(name, 1) for name in names)
+        if weight.is_fp4 and axis == -2:
+            block = fp4_block(whole)
+        if parts > 1 and (whole % parts or whole // parts % block):
+            label = " x ".join(f"{name}={sizes[name]}" for name in names)
+            good = [n for n in range(1, whole // block + 1) if whole % (n * block) == 0]
+            raise ValueError(
+                f"mesh axis {label} cuts {whole} {'inputs' if axis == -2 else 'outputs'} of a "
+                f"weight of {tuple(weight.shape)} into {parts} parts, but its scales need blocks of "
+                f"{block} whole: sizes that would do are {', '.join(map(str, good)) or 1}."
+            )
 
 
 def gathered(module):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.quantize import QuantizedArray, quantize_weight
+from pallas_kernels.quantize import QuantizedArray, cast, quantize_weight
 from v4jax.model import Transformer
 
 _FLOAT_DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
@@ -49,6 +49,29 @@ def to_float(model: Transformer, dtype: jax.typing.DTypeLike = jnp.float32) -> T
     return _map_variables(convert, model)
 
 
+def round_to_released(params: nnx.State) -> nnx.State:
+    """Float parameters with the values that `to_released` would give them, in their own dtype.
+
+    For training with the rounding in the loop (docs/low_precision.md): no gradient goes through
+    this, loss and gradients are taken at its result. Traceable.
+    """
+
+    def convert(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        if isinstance(value, QuantizedArray) or variable.stored in ("f32", "int"):
+            return variable
+        return variable.replace(_round(value, variable.stored))
+
+    return _map_state(convert, params)
+
+
+def _round(value: jax.Array, stored: str) -> jax.Array:
+    if stored == "bf16":
+        return cast(value, jnp.bfloat16).astype(value.dtype)
+
+    return quantize_weight(value, stored).dequantize(value.dtype)
+
+
 def freeze_experts(model: Transformer) -> Transformer:
     """A copy whose routed experts are stored as released and are no parameters any more.
 
@@ -77,5 +100,8 @@ def freeze_experts(model: Transformer) -> Transformer:
 
 def _map_variables(function, model: Transformer) -> Transformer:
     graphdef, state = nnx.split(model)
-    is_variable = lambda x: isinstance(x, nnx.Variable)
-    return nnx.merge(graphdef, jax.tree.map(function, state, is_leaf=is_variable))
+    return nnx.merge(graphdef, _map_state(function, state))
+
+
+def _map_state(function, state: nnx.State) -> nnx.State:
+    return jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Variable))

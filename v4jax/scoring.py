@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from sharding import DECODE, PREFILL, AxisRules, spmd
+from v4jax.cache import CacheFormat
 from v4jax.generate import MIN_CAPACITY
 from v4jax.model import Transformer
 from v4jax.placement import check_mesh, specs
@@ -20,14 +21,20 @@ class Scorer:
     """A model's arrays and its compiled scoring steps.
 
     Args:
+      cache: how rows are held, see `v4jax.cache.CacheFormat`.
       rules: how whole sequences, and steps through a cache, are spread over the ambient mesh, if
         there is one.
     """
 
     def __init__(
-        self, model: Transformer, *, rules: tuple[AxisRules, AxisRules] = (PREFILL, DECODE)
+        self,
+        model: Transformer,
+        *,
+        cache: CacheFormat = None,
+        rules: tuple[AxisRules, AxisRules] = (PREFILL, DECODE),
     ):
         self.model, self._rules = model, rules
+        self._init_cache = functools.partial(model.init_cache, format=cache)
         graphdef, self._params = nnx.split(model)
 
         def whole(params, tokens):
@@ -74,7 +81,7 @@ class Scorer:
         check_mesh(self.model.cfg, self._rules[1], batch=batch)
         if not 1 <= decode_from <= length:
             raise ValueError(f"decode_from={decode_from}: expected 1..{length} (the length).")
-        cache = self.model.init_cache(batch, max(length, MIN_CAPACITY))
+        cache = self._init_cache(batch, max(length, MIN_CAPACITY))
         parts = []
         for start, stop in [(0, decode_from)] + [(t, t + 1) for t in range(decode_from, length)]:
             logits, cache = self._extend(self._params, tokens[:, start:stop], cache)

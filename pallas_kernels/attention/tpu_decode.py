@@ -43,6 +43,7 @@ BLOCK_ENTRIES = {"v5e": 1024, "v5p": 1024, "v6e": 1024, "v7x": 2048}
 GATHER_RATIO = {"v5e": 8, "v5p": 8, "v6e": 10, "v7x": 12}
 GATHER_UNROLL = 16  # copies issued by one turn of the loop
 LANES = 128
+_LAST_VALUES = 512  # byte of a packed row: the last values, then its scales
 _LOWEST = -1e30
 _LOG2E = math.log2(math.e)
 
@@ -88,7 +89,8 @@ def gathers(entries: jax.Array | PackedRows, num_picked: int, chip: str) -> bool
     rows = entries.data if isinstance(entries, PackedRows) else entries
     _, num_entries, width = rows.shape
     whole_words = num_entries % (4 // rows.dtype.itemsize) == 0
-    fits = width % LANES == 0 and whole_words and num_picked % LANES == 0
+    whole_lanes = isinstance(entries, PackedRows) or width % LANES == 0
+    fits = whole_lanes and whole_words and num_picked % LANES == 0
     return fits and num_entries > GATHER_RATIO[chip] * num_picked
 
 
@@ -233,21 +235,18 @@ def _keys(rows, dtype):
     """[S, H] keys of rows as stored: themselves, or the bytes of `PackedRows` of 448 + 64 channels."""
     if rows.dtype != jnp.uint8:
         return rows
-    split = 448  # values before it, then scales
-    values = pltpu.bitcast(rows[:, :512], jnp.float8_e4m3fn).astype(jnp.bfloat16)
-    # Bytes as 32-bit integers: shifts are 32-bit. A power of two is its exponent, in bfloat16 too.
-    scale = _widen(rows[:, 384:512]) << 23
-    scale = jax.lax.bitcast_convert_type(scale, jnp.float32).astype(jnp.bfloat16)
-    lane = jax.lax.broadcasted_iota(jnp.int32, (LANES, 512), 0) - split % LANES
-    channel = jax.lax.broadcasted_iota(jnp.int32, (LANES, 512), 1)
-    spread = jnp.where(channel // ROW_BLOCK == lane, 1.0, 0.0).astype(jnp.bfloat16)
-    values = values * _dot(scale, spread, 0).astype(jnp.bfloat16)
-    rope = _widen(rows[:, 512:])  # 64 high bytes, 64 low bytes
+    rope = _widen(rows[:, :LANES])  # 64 high bytes, 64 low bytes
     rope = (rope | pltpu.roll(rope, LANES // 2, 1) << 8) << 16  # whole from lane 64 on
     rope = jax.lax.bitcast_convert_type(rope, jnp.float32).astype(jnp.bfloat16)
-    upper = jax.lax.broadcasted_iota(jnp.int32, rope.shape, 1) >= LANES // 2
-    last = jnp.where(upper, rope, values[:, 384:])
-    return jnp.concatenate([values[:, :384], last], axis=1).astype(dtype)
+    last = rows[:, _LAST_VALUES:]  # 64 values, scales, a zero
+    # Bytes as 32-bit integers: shifts are 32-bit. A power of two is its exponent, in bfloat16 too.
+    scale = jax.lax.bitcast_convert_type(_widen(last) << 23, jnp.float32).astype(jnp.bfloat16)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (last.shape[1], 448), 0) - ROW_BLOCK
+    channel = jax.lax.broadcasted_iota(jnp.int32, (last.shape[1], 448), 1)
+    spread = jnp.where(channel // ROW_BLOCK == lane, 1.0, 0.0).astype(jnp.bfloat16)
+    values = pltpu.bitcast(rows[:, LANES : LANES + 448], jnp.float8_e4m3fn).astype(jnp.bfloat16)
+    values = values * _dot(scale, spread, 0).astype(jnp.bfloat16)
+    return jnp.concatenate([values, rope[:, LANES // 2 :]], axis=1).astype(dtype)
 
 
 def _widen(data):

@@ -10,6 +10,7 @@ Source: report section 2.4; clamp and place of the routing weight as in the rele
 
 import jax
 
+from pallas_kernels import quantize
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.grouped_matmul import reference, vjp, xla
 from pallas_kernels.quantize import QuantizedArray
@@ -20,23 +21,26 @@ def grouped_matmul(
     w: jax.Array | QuantizedArray,  # [E, in, out]
     group_sizes: jax.Array,  # [E] int32, sum P
     *,
+    in_fp8: bool = False,
     implementation: Implementation = None,
 ) -> jax.Array:  # [P, out] in the dtype of x
     """Each row times its expert's matrix. Differentiable in x, and in w if it is float.
 
     Args:
+      in_fp8: round x to e4m3 and multiply that with weights in FP8 (`fp8_matmul`); XLA only.
       implementation: see `pallas_kernels.dispatch`.
 
     Raises:
       ValueError: shapes do not agree, or `implementation` cannot run.
     """
     _check(x, w, group_sizes)
-    match choose(implementation, unsupported=vjp.unsupported(x, [w])):
+    match choose(implementation, unsupported=_unsupported(x, [w], in_fp8)):
         case "tpu" | "interpret" as kernel:
             return vjp.grouped_matmul(x, w, group_sizes, kernel == "interpret")
         case "xla":
-            return xla.grouped_matmul(x, w, group_sizes)
+            return xla.grouped_matmul(x, w, group_sizes, in_fp8)
         case _:
+            x = quantize.round_fp8(x) if in_fp8 else x
             return reference.grouped_matmul_reference(x, w, group_sizes)
 
 
@@ -48,6 +52,7 @@ def grouped_swiglu(
     row_weights: jax.Array,  # [P] float32: routing weight of each row
     *,
     limit: float,
+    in_fp8: bool = False,
     implementation: Implementation = None,
 ) -> jax.Array:  # [P, hidden] in the dtype of x
     """First half of an expert: row_weight * silu(min(gate, limit)) * clip(up, -limit, limit).
@@ -62,13 +67,18 @@ def grouped_swiglu(
     if row_weights.shape != x.shape[:1]:
         raise ValueError(f"row_weights {row_weights.shape} must be [P] with P={x.shape[0]} rows.")
     args = (x, w_gate, w_up, group_sizes, row_weights, limit)
-    match choose(implementation, unsupported=vjp.unsupported(x, [w_gate, w_up])):
+    match choose(implementation, unsupported=_unsupported(x, [w_gate, w_up], in_fp8)):
         case "tpu" | "interpret" as kernel:
             return vjp.grouped_swiglu(*args, kernel == "interpret")
         case "xla":
-            return xla.grouped_swiglu(*args)
+            return xla.grouped_swiglu(*args, in_fp8)
         case _:
-            return reference.grouped_swiglu_reference(*args)
+            x = quantize.round_fp8(x) if in_fp8 else x
+            return reference.grouped_swiglu_reference(x, *args[1:])
+
+
+def _unsupported(x, ws, in_fp8) -> str | None:
+    return "FP8 products have no kernel" if in_fp8 else vjp.unsupported(x, ws)
 
 
 def _check(x, w, group_sizes):

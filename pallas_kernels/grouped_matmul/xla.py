@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul.reference import swiglu
 from pallas_kernels.quantize import QuantizedArray, cast
 
@@ -17,23 +18,23 @@ MAX_TILE = 256
 MIN_TILE = 8
 
 
-@jax.custom_vjp
-def grouped_matmul(x, w, group_sizes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x, w, group_sizes, in_fp8=False):
     """See `ops.grouped_matmul`."""
     tiles = _Tiles(x, group_sizes)
 
     def tile(i, out):
-        return tiles.put(out, i, _dot(tiles.rows(x_p, i), tiles.weight(w, i)))
+        return tiles.put(out, i, tiles.product(tiles.rows(x_p, i), w, i, in_fp8))
 
     x_p = tiles.pad(x)
     return tiles.loop(tile, tiles.empty(w.shape[-1], x.dtype))[: x.shape[0]]
 
 
-def _matmul_fwd(x, w, group_sizes):
-    return grouped_matmul(x, w, group_sizes), (x, w, group_sizes)
+def _matmul_fwd(x, w, group_sizes, in_fp8):
+    return grouped_matmul(x, w, group_sizes, in_fp8), (x, w, group_sizes)
 
 
-def _matmul_bwd(residuals, d_out):
+def _matmul_bwd(in_fp8, residuals, d_out):
     x, w, group_sizes = residuals
     tiles = _Tiles(x, group_sizes)
     x_p, d_out_p = tiles.pad(x), tiles.pad(d_out)
@@ -51,15 +52,15 @@ def _matmul_bwd(residuals, d_out):
 grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, in_fp8=False):
     """See `ops.grouped_swiglu`."""
     tiles = _Tiles(x, group_sizes)
 
     def tile(i, out):
         rows = tiles.rows(x_p, i)
-        gate = cast(_dot(rows, tiles.weight(w_gate, i)), x.dtype)
-        up = cast(_dot(rows, tiles.weight(w_up, i)), x.dtype)
+        gate = cast(tiles.product(rows, w_gate, i, in_fp8), x.dtype)
+        up = cast(tiles.product(rows, w_up, i, in_fp8), x.dtype)
         hidden = tiles.rows(weights_p, i)[:, None] * swiglu(gate, up, limit)
         return tiles.put(out, i, hidden)
 
@@ -67,12 +68,12 @@ def grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit):
     return tiles.loop(tile, tiles.empty(w_gate.shape[-1], x.dtype))[: x.shape[0]]
 
 
-def _swiglu_fwd(x, w_gate, w_up, group_sizes, row_weights, limit):
-    out = grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit)
+def _swiglu_fwd(x, w_gate, w_up, group_sizes, row_weights, limit, in_fp8):
+    out = grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, in_fp8)
     return out, (x, w_gate, w_up, group_sizes, row_weights)
 
 
-def _swiglu_bwd(limit, residuals, d_out):
+def _swiglu_bwd(limit, in_fp8, residuals, d_out):
     x, w_gate, w_up, group_sizes, row_weights = residuals
     tiles = _Tiles(x, group_sizes)
     x_p, weights_p, d_out_p = map(tiles.pad, (x, row_weights, d_out))
@@ -135,6 +136,11 @@ class _Tiles:
 
     def put(self, out, i, rows):
         return jax.lax.dynamic_update_slice_in_dim(out, cast(rows, out.dtype), self.start[i], 0)
+
+    def product(self, rows, w, i, in_fp8):
+        if in_fp8:
+            return fp8_matmul(rows, w[self.expert[i]])
+        return _dot(rows, self.weight(w, i))
 
     def weight(self, w, i):
         w = w[self.expert[i]]

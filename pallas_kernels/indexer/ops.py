@@ -31,7 +31,7 @@ def index_topk(
     """The entries each query attends to. No gradient.
 
     A kernel selects as bits for many queries, and as indices for one per sequence (decoding); the
-    others as indices.
+    others as indices. Packed keys are read as they are by "xla", and unpacked first by the others.
 
     Args:
       topk: most entries of a query; all visible ones are selected where they are no more.
@@ -50,9 +50,9 @@ def index_topk(
         raise ValueError(f"keys {keys.shape} must be [B, S, I] with B and I of q {q.shape}.")
     if topk < 1 or ratio < 1:
         raise ValueError(f"{topk=} and {ratio=} must be positive.")
-    if isinstance(keys, PackedKeys):
-        keys = keys.unpack(q.dtype)
     implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
+    if isinstance(keys, PackedKeys) and implementation != "xla":
+        keys = keys.unpack(q.dtype)
     q, weights, keys = map(jax.lax.stop_gradient, (q, weights, keys))
     num_entries, num_queries = keys.shape[1], q.shape[1]
     topk = min(topk, num_entries)
@@ -91,8 +91,9 @@ def selected_scores(
 
 
 def _unsupported(q, keys) -> str | None:
-    if q.dtype != keys.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"the kernel takes q {q.dtype} and keys {keys.dtype} both in bfloat16 or float32"
+    dtype = q.dtype if isinstance(keys, PackedKeys) else keys.dtype
+    if q.dtype != dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernel takes q {q.dtype} and keys {dtype} both in bfloat16 or float32"
     if q.shape[1] == 1:
         return tpu_decode.unsupported(keys.shape[1])
     return tpu_prefill.unsupported(q.shape[2], keys.shape[1])

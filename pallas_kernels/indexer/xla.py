@@ -7,6 +7,8 @@ one the block can see, so memory is [block, S] and never [T, S].
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.packed_rows import PackedKeys
+
 BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 1024
 
@@ -20,7 +22,7 @@ def all_visible(num_visible: jax.Array, num_entries: int) -> jax.Array:
 def index_topk(
     q: jax.Array,  # [B, T, A, I]
     weights: jax.Array,  # [B, T, A]
-    keys: jax.Array,  # [B, S, I]
+    keys: jax.Array | PackedKeys,  # [B, S, I]; packed ones are unpacked chunk by chunk
     num_visible: jax.Array,  # [B, T] int32, at most S
     topk: int,  # at most S
 ) -> jax.Array:  # [B, T, topk] int32
@@ -36,7 +38,8 @@ def index_topk(
         for x in (q, weights, num_visible)
     )
     chunk = min(BLOCK_ENTRIES, num_entries)
-    keys = jnp.pad(keys, [(0, 0), (0, -num_entries % chunk), (0, 0)])
+    length = num_entries + -num_entries % chunk
+    keys = jax.tree.map(lambda k: jnp.pad(k, [(0, 0), (0, length - num_entries), (0, 0)]), keys)
 
     def select(i):
         q_i, weights_i, visible_i = (
@@ -45,13 +48,17 @@ def index_topk(
         )
 
         def fill(c, scores):
-            keys_c = jax.lax.dynamic_slice_in_dim(keys, c * chunk, chunk, axis=1)
+            keys_c = jax.tree.map(
+                lambda k: jax.lax.dynamic_slice_in_dim(k, c * chunk, chunk, axis=1), keys
+            )
+            if isinstance(keys_c, PackedKeys):
+                keys_c = keys_c.unpack(q.dtype)
             part = scores_of(q_i, weights_i, keys_c, "bsi")
             return jax.lax.dynamic_update_slice_in_dim(scores, part, c * chunk, axis=2)
 
-        scores = jnp.zeros((q.shape[0], block, keys.shape[1]), jnp.float32)
+        scores = jnp.zeros((q.shape[0], block, length), jnp.float32)
         scores = jax.lax.fori_loop(0, -(-jnp.max(visible_i) // chunk), fill, scores)
-        scores = jnp.where(jnp.arange(keys.shape[1]) < visible_i[..., None], scores, -jnp.inf)
+        scores = jnp.where(jnp.arange(length) < visible_i[..., None], scores, -jnp.inf)
         _, index = jax.lax.top_k(scores, topk)
         return jnp.where(index < visible_i[..., None], index, -1)
 

@@ -361,6 +361,19 @@ def test_weights_round_tile_by_tile_as_in_numpy(fmt, rows, cols, shape):
     np.testing.assert_array_equal(dense(packed), expected)
 
 
+@pytest.mark.parametrize("fmt", ["fp8", "fp4"])
+def test_rounding_of_weights_is_unbiased(fmt):
+    # As for activations: uniform, with the largest value of the format in every block.
+    largest = GRIDS[fmt][1]
+    x = np.random.default_rng(2).uniform(-largest, largest, (512, 256)).astype(np.float32)
+    x[::32] = largest
+    rounded = np.asarray(dense(pack(jnp.asarray(x), fmt)))
+    moved = rounded != x
+    bound = 2.5 / math.sqrt(moved.sum())
+    assert abs((rounded > x)[moved].mean() - 0.5) < bound
+    assert abs((np.abs(rounded) > np.abs(x))[moved].mean() - 0.5) < bound
+
+
 def test_scale_may_be_any_float32():
     rng = np.random.default_rng(0)
     values = rng.integers(0, 127, (130, 3)).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)

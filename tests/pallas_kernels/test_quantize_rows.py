@@ -122,7 +122,7 @@ def test_what_cannot_run_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    "width, rope_dim, num_bytes", [(512, 64, 640), (96, 32, 256), (64, 0, 128)]
+    "width, rope_dim, num_bytes", [(512, 64, 584), (96, 32, 136), (64, 0, 72), (24, 24, 48)]
 )
 def test_rounded_rows_survive_packing(width, rope_dim, num_bytes):
     x = jnp.asarray(wide_range(10, width).reshape(2, 5, width), jnp.bfloat16)
@@ -139,18 +139,18 @@ def test_bytes_of_a_packed_row():
     row = np.zeros(512, ml_dtypes.bfloat16)
     row[0], row[64], row[447], row[448], row[511] = 448.0, -3.5, 2.0, 1.0, -1.0
     data = np.asarray(pack_rows(jnp.asarray(row)[None], 64).data[0])
-    assert data[0] == 0x7E and data[448] == 127  # 448 with a scale of one
-    assert data[64] == 0xFE and data[449] == 120  # 3.5 is 448 * 2**-7
-    assert data[447] == 0x78 and data[454] == 120  # 2.0 is 256 * 2**-7
-    assert data[512] == 0x3F and data[576] == 0x80  # 1.0 is 0x3F80
-    assert data[575] == 0xBF and data[639] == 0x80
-    assert not data[455:512].any()
+    assert data[0] == 0x3F and data[64] == 0x80  # 1.0 is 0x3F80
+    assert data[63] == 0xBF and data[127] == 0x80
+    assert data[128] == 0x7E and data[576] == 127  # 448 with a scale of one
+    assert data[192] == 0xFE and data[577] == 120  # 3.5 is 448 * 2**-7
+    assert data[575] == 0x78 and data[582] == 120  # 2.0 is 256 * 2**-7
+    assert data[583] == 0
 
 
 def test_rounded_keys_survive_packing():
     keys = ROUND["fp4"](jnp.asarray(wide_range(10, 128), jnp.bfloat16), 32)
     packed = pack_keys(keys)
-    assert packed.codes.shape == (10, 64) and packed.scale.shape == (10, 4)
+    assert packed.data.shape == (10, 68) and packed.data.dtype == jnp.uint8
     assert packed.shape == keys.shape and packed.ndim == 2
     np.testing.assert_array_equal(unpack(packed), keys)
 
@@ -161,6 +161,15 @@ def test_packed_rows_and_keys_are_pytrees():
         part = jax.tree.map(lambda a: a[1], packed)
         assert part.shape == (4, 96)
         np.testing.assert_array_equal(unpack(part), x[1])
+
+
+def test_empty_rows_and_keys_are_zeros_packed():
+    zeros = jnp.zeros((2, 3, 96), jnp.bfloat16)
+    rows, keys = PackedRows.zeros(zeros.shape, 32), PackedKeys.zeros(zeros.shape)
+    for empty, packed in ((rows, pack_rows(zeros, 32)), (keys, pack_keys(zeros))):
+        assert jax.tree.structure(empty) == jax.tree.structure(packed)
+        assert empty.data.shape == packed.data.shape
+        np.testing.assert_array_equal(unpack(empty), zeros)
 
 
 @pytest.mark.parametrize("rope_dim", [-1, 97])

@@ -161,3 +161,26 @@ def test_the_example_of_the_readme_runs(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--checkpoint", "nowhere", "--prompt", "x"], "error: nowhere does not exist"),
+        (["generate", "--checkpoint", NANO, "--prompt", "x", "--temperature", "-1"], "error: temp"),
+        (["score", "--checkpoint", NANO, "--tokens", "README.md", "--out", "x.npz"], "not a .npy"),
+        (["score", "--checkpoint", NANO, "--text", "README.md", "--decode-from", "3"], "go with"),
+        (["score", "--checkpoint", NANO, "--tokens", "t.npy", "--out", "no/x.npz"], "no folder"),
+        (
+            ["finetune", "--model", "tiny", "--tokens", "t", "--output", "o", "--mesh", "x=2"],
+            "axis",
+        ),
+    ],
+)
+def test_bad_input_ends_with_one_message(arguments, message):
+    process = start(*arguments)
+    _, err = process.communicate(timeout=120)
+
+    assert process.returncode == 2
+    assert message in err
+    assert "Traceback" not in err

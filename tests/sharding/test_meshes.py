@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from sharding import DECODE, TRAIN, AxisRules, make_mesh
-from v4jax import Transformer, tiny
+from v4jax import Transformer, checkpoint, nano_path, tiny
 from v4jax.generate import Generator
 from v4jax.placement import check_mesh
 from v4jax.scoring import Scorer
@@ -21,6 +21,7 @@ from v4jax.train.loop import loss_and_gradients
 from v4jax.train.loss import LossWeights, shifted
 
 LENGTH, BATCH = 136, 8  # past 128 (HCA) and 4 * topk = 64; 136 = 8 * 17
+FAST = {"xla_backend_optimization_level": 0}  # to compile: these programs run once
 TOLERANCE = 1e-4  # of a gradient, relative to its largest value, and of the loss
 
 
@@ -51,7 +52,7 @@ def tokens() -> np.ndarray:
 def _gradients(tokens):
     graphdef, params, fixed = nnx.split(_model(TRAIN), nnx.Param, ...)
     step = loss_and_gradients(graphdef, LossWeights(balance=1.0), TRAIN, remat=False)
-    gradients, metrics = jax.jit(step)(params, fixed, *shifted(tokens))
+    gradients, metrics = jax.jit(step, compiler_options=FAST)(params, fixed, *shifted(tokens))
     named = jax.tree_util.tree_leaves_with_path(gradients)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in named}, metrics
 
@@ -130,6 +131,13 @@ def test_meshes_that_do_not_divide_are_refused(sizes, message):
 def test_parts_of_quantised_weights_must_be_whole_blocks():
     with pytest.raises(ValueError, match=r"expert_dim=64 into 2 parts in multiples of 256"):
         check_mesh(tiny(), TRAIN, sizes=dict(tensor=2), quantized=True)
+
+
+def test_a_device_must_hold_whole_blocks_of_quantised_weights():
+    with jax.set_mesh(make_mesh(tensor=2)):
+        model = checkpoint.load(nano_path(), rules=DECODE)
+        with pytest.raises(ValueError, match=r"tensor=2 cuts .* need blocks of \d+ whole"):
+            Generator(model)
 
 
 def test_a_mesh_is_refused_before_anything_is_compiled(compilations, tokens):

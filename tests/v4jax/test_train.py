@@ -214,7 +214,7 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
         if step == 3:
             saver.save(step, state)
             saver.wait()
-        state, metrics = trainer.step(state, tokens)
+        state, metrics = trainer.step(state, shifted(tokens))
         losses.append(float(metrics.ce))
     assert losses[-1] < 0.8 * losses[0]
 
@@ -223,7 +223,7 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
     saver.close()
     assert step == 3
     for step in range(3, 6):
-        resumed, metrics = other.step(resumed, tokens)
+        resumed, metrics = other.step(resumed, shifted(tokens))
         assert float(metrics.ce) == losses[step]
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)

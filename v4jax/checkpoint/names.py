@@ -2,7 +2,7 @@
 
 A `Slot` ties a parameter of a module to a tensor of the released checkpoints. Matrices are stored
 [out, in] there and [in, out] here, hence `transposed`. Everything else in `v4jax.checkpoint` speaks
-released names; `from_transformers` translates the names that transformers 5 writes.
+released names; `from_transformers` and `to_transformers` translate those that transformers 5 writes.
 
 Source: `inference/convert.py` of the releases; transformers 5.23 `models/deepseek_v4`.
 """
@@ -187,3 +187,23 @@ def from_transformers(name: str) -> str | StackedExperts:
     weight = rest.removesuffix("_scale_inv")
     released = _HF_BLOCK.get(weight, weight)
     return prefix + (released if weight == rest else scale_name(released))
+
+
+_TO_HF = {
+    "embed.weight": "model.embed_tokens.weight",
+    "head.weight": "head.weight",
+    "norm.weight": "model.norm.weight",
+    **{f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in ("fn", "base", "scale")},
+}
+
+
+def to_transformers(name: str) -> str:
+    """Name of a released tensor in a folder that `save_pretrained` of transformers 5 wrote.
+
+    MTP blocks keep their names: transformers has none and leaves `mtp.*` alone.
+    """
+    if name in _TO_HF:
+        return _TO_HF[name]
+    if not _HF_LAYER.fullmatch(name):
+        return name
+    return "model." + name.replace(".attn.kv_norm.weight", ".attn.norm.weight")

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -22,10 +21,11 @@ from pallas_kernels.quantize import (
     FP4_WEIGHT_BLOCK,
     FP8_WEIGHT_BLOCK,
     QuantizedArray,
+    expand_to_fp8,
     fp4_block,
     pack_planes,
 )
-from sharding import AxisRules
+from sharding import AxisRules, fitting
 from v4jax.checkpoint import names
 from v4jax.checkpoint.safetensors import CheckpointError, SafetensorsFile
 from v4jax.config import V4Config, from_hf
@@ -246,28 +246,54 @@ def load(
     rules: AxisRules = AxisRules(),
     *,
     scan_layers: bool = False,
+    expert_format: str | None = None,
 ) -> Transformer:
     """Loads a model; weights keep the format they are stored in (FP4, FP8, bfloat16 ...).
 
     Under a mesh (`with jax.set_mesh(mesh):`) arrays are placed by `rules`, and each process reads
     only the parts that its devices hold.
 
+    Args:
+      scan_layers: stack repeating layers, see `Transformer`.
+      expert_format: "fp8" holds FP4 experts as FP8 with the same values, in twice the memory; they
+        are read and expanded one parameter at a time. None: as stored.
+
     Raises:
       CheckpointError: lists every tensor that is missing, unknown, or has a wrong shape or dtype.
-        Nothing has been loaded then.
+        Nothing has been loaded then. Or names experts that FP8 cannot hold, or that are damaged.
+      ValueError: an `expert_format` that the stored experts cannot take without loss.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     for note in checkpoint.notes:
         _logger.warning("%s: %s", checkpoint.path, note)
+    config, stored = checkpoint.config, checkpoint.config.expert_format
+    if expert_format is not None:
+        if expert_format != stored and (stored, expert_format) != ("fp4", "fp8"):
+            raise ValueError(
+                f"expert_format={expert_format!r}: {checkpoint.path} has experts in "
+                f"{stored or 'a float format'}; expected None, or 'fp8' for experts in fp4 or fp8 "
+                "(scripts.convert_checkpoint converts between all)."
+            )
+        config = dataclasses.replace(config, expert_format=expert_format)
     model = nnx.eval_shape(
-        lambda: Transformer(
-            checkpoint.config, numerics, rules, scan_layers=scan_layers, rngs=nnx.Rngs(0)
-        )
+        lambda: Transformer(config, numerics, rules, scan_layers=scan_layers, rngs=nnx.Rngs(0))
     )
     plan = _check(checkpoint, list(leaves(model)))
     for leaf, read in plan:
         leaf.variable.set_value(read())
     return model
+
+
+def matched_leaves(checkpoint: Checkpoint) -> list[Leaf]:
+    """The parameters of the checkpoint's model, without values, layer by layer.
+
+    Raises:
+      CheckpointError: as `load` does, the tensors do not fit them.
+    """
+    model = nnx.eval_shape(
+        lambda: Transformer(checkpoint.config, scan_layers=False, rngs=nnx.Rngs(0))
+    )
+    return [leaf for leaf, _ in _check(checkpoint, list(leaves(model)))]
 
 
 def _check(
@@ -341,8 +367,23 @@ def _read(
     if tags[0] in ("I8", "F8_E4M3"):
         block = FP4_WEIGHT_BLOCK if tags[0] == "I8" else FP8_WEIGHT_BLOCK
         scale_table = np.vectorize(names.scale_name, otypes=[object])(table)
-        return QuantizedArray(make(table), make(scale_table), block)
+        weight = QuantizedArray(make(table), make(scale_table), block)
+        return _expand(leaf, weight) if weight.is_fp4 and leaf.stored == "fp8" else weight
     return make(table)
+
+
+def _expand(leaf: Leaf, weight: QuantizedArray) -> QuantizedArray:
+    """FP4 experts as FP8, placed as FP8 ones would have been."""
+    try:
+        expanded = expand_to_fp8(weight)
+    except ValueError as error:
+        first = leaf.released_names().flat[0]
+        raise CheckpointError(f"{first} and its likes: {error}") from error
+    sharding = leaf.variable.get_value().sharding
+    if sharding is None:
+        return expanded
+    place = lambda array: jax.device_put(array, _fitting(sharding, array.shape))
+    return dataclasses.replace(expanded, values=place(expanded.values), scale=place(expanded.scale))
 
 
 def _make_array(
@@ -369,7 +410,7 @@ def _make_array(
             data = (
                 _planes(tensor, stored_index) if tensor.tag == "I8" else tensor.view()[stored_index]
             )
-            _refuse_damage(checkpoint.config, name, data)
+            refuse_damage(checkpoint.config, name, data)
             parts[position] = data.T if leaf.slot.transposed else data
         return parts
 
@@ -393,19 +434,14 @@ def _fitting(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sha
     if not isinstance(sharding, jax.NamedSharding):
         return sharding
     mesh = jax.sharding.get_mesh()  # the sharding of an abstract model has an abstract one
-    spec = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
-    for i, axes in enumerate(spec):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        if shape[i] % math.prod(mesh.shape[name] for name in names):
-            spec[i] = None
-    return jax.NamedSharding(mesh, jax.P(*spec))
+    return jax.NamedSharding(mesh, fitting(sharding.spec, shape, dict(mesh.shape)))
 
 
 # Codes that no weight has: NaN in e4m3 (either sign) and in E8M0.
 _NAN_CODES = {"float8_e4m3fn": (0x7F, 0x7F), "float8_e8m0fnu": (0xFF, 0xFF)}
 
 
-def _refuse_damage(config: V4Config, name: str, data: np.ndarray) -> None:
+def refuse_damage(config: V4Config, name: str, data: np.ndarray) -> None:
     """Raises for values that no checkpoint has: NaN codes, and experts that do not exist."""
     if data.dtype.name in _NAN_CODES:
         mask, code = _NAN_CODES[data.dtype.name]

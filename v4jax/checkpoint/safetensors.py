@@ -95,6 +95,11 @@ class SafetensorsFile:
         if problems:
             raise CheckpointError(f"{self.path}:\n  " + "\n  ".join(problems))
 
+    def drop_pages(self) -> None:
+        """Gives the memory of pages read so far back to the system; views stay valid."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def view(self, name: str) -> np.ndarray:
         """The tensor as a read-only array over the mapping (bytes may be unaligned)."""
         info = self.tensors[name]
@@ -167,7 +172,7 @@ def write_safetensors(
                         f"{tensor.name} is {data.dtype}{list(data.shape)}: expected "
                         f"{tensor.tag}{list(tensor.shape)}."
                     )
-                file.write(np.ascontiguousarray(data).tobytes())
+                file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import jax
 import ml_dtypes
@@ -65,11 +65,7 @@ def save(
         metadata = like.files[0].metadata
         order = {name: i for i, name in enumerate(like.tensors)}
         tensors = dict(sorted(tensors.items(), key=lambda t: order.get(t[0], len(order))))
-        for name in sorted(os.listdir(like.path)):
-            source = os.path.join(like.path, name)
-            written = name in ("config.json", INDEX_NAME) or name.endswith(".safetensors")
-            if os.path.isfile(source) and not written:
-                shutil.copyfile(source, os.path.join(path, name))
+        copy_other_files(like, path)
     total = sum(t.nbytes for t in tensors.values())
     if total <= single_file_limit:
         write_safetensors(os.path.join(path, SINGLE_NAME), tensors.values(), metadata)
@@ -78,7 +74,7 @@ def save(
     experts = next(t.tag for name, t in tensors.items() if name.endswith("experts.0.w1.weight"))
     fmt = {"I8": "fp4", "F8_E4M3": "fp8"}.get(experts)
     config = json.dumps(to_hf(dataclasses.replace(model.cfg, expert_format=fmt)), indent=2)
-    _write_text(os.path.join(path, "config.json"), config)
+    write_text(os.path.join(path, "config.json"), config)
 
 
 def _write_shards(
@@ -101,13 +97,23 @@ def _write_shards(
         write_safetensors(os.path.join(path, name), shards[group], metadata)
         weight_map.update({tensor.name: name for tensor in shards[group]})
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_text(os.path.join(path, INDEX_NAME), json.dumps(index, indent=2))
+    write_text(os.path.join(path, INDEX_NAME), json.dumps(index, indent=2))
 
 
-def _write_text(path: str, text: str) -> None:
+def write_text(path: str, text: str) -> None:
+    """Writes a text file, which appears whole or not at all."""
     with open(f"{path}.new", "w", encoding="utf-8") as file:
         file.write(text + "\n")
     os.replace(f"{path}.new", path)
+
+
+def copy_other_files(checkpoint: Checkpoint, path: str, besides: Container[str] = ()) -> None:
+    """Copies what is neither config nor weights: tokenizer, licence ..."""
+    for name in sorted(os.listdir(checkpoint.path)):
+        source = os.path.join(checkpoint.path, name)
+        written = name in ("config.json", INDEX_NAME) or name.endswith(".safetensors")
+        if os.path.isfile(source) and not written and name not in besides:
+            shutil.copyfile(source, os.path.join(path, name))
 
 
 def _tensors(leaf: Leaf, like: Checkpoint | None) -> Iterator[NewTensor]:

@@ -6,6 +6,7 @@ seen.
 
 import os
 
+import jax
 import numpy as np
 
 
@@ -34,7 +35,34 @@ class TokenStream:
 
     def batch(self, step: int, batch_size: int) -> np.ndarray:
         """[batch_size, seq_len + 2] int32 windows of one step."""
+        return self.rows(step, batch_size, slice(None))
+
+    def rows(self, step: int, batch_size: int, rows: slice) -> np.ndarray:
+        """Some rows of `batch`; no other rows are read."""
         rng = np.random.default_rng((self.seed, step))
         width = self.seq_len + 2
-        starts = rng.integers(0, len(self.tokens) - width + 1, batch_size)
+        starts = rng.integers(0, len(self.tokens) - width + 1, batch_size)[rows]
         return np.stack([self.tokens[s : s + width] for s in starts]).astype(np.int32)
+
+    def targets(
+        self, step: int, batch_size: int, sharding: jax.NamedSharding | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A step's inputs, the tokens after them, and those after these, [batch_size, seq_len] each.
+
+        Args:
+          sharding: where they go; every process reads the rows that its devices hold. None: to the
+            default device.
+        """
+        shape = (batch_size, self.seq_len)
+
+        def shifted_by(offset: int) -> jax.Array:
+            def read(index: tuple[slice, ...]) -> np.ndarray:
+                rows, columns = index
+                start, stop, _ = columns.indices(self.seq_len)
+                return self.rows(step, batch_size, rows)[:, start + offset : stop + offset]
+
+            if sharding is None:
+                return jax.device_put(read((slice(None), slice(None))))
+            return jax.make_array_from_callback(shape, sharding, read)
+
+        return shifted_by(0), shifted_by(1), shifted_by(2)

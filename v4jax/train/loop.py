@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -13,7 +14,9 @@ from flax import nnx
 from sharding import TRAIN, AxisRules, spmd
 from v4jax.model import Transformer
 from v4jax.placement import check_mesh, reduce_gradients, specs
-from v4jax.train.loss import LossWeights, Metrics, shifted, training_loss
+from v4jax.quantization import round_to_released
+from v4jax.train.data import TokenStream
+from v4jax.train.loss import LossWeights, Metrics, cross_entropy, training_loss
 from v4jax.train.optimizer import OptimizerConfig, adamw, update_routing_bias
 
 
@@ -34,6 +37,12 @@ class Trainer:
 
     Under a mesh (`with jax.set_mesh(mesh):`, here and around every step) tokens are cut over it by
     `rules`, which must be those the model's parameters were placed by.
+
+    Args:
+      qat: take loss and gradients at the parameters as the released format would hold them, and
+        apply the gradients to the float ones (docs/low_precision.md). Give the model `released`
+        numerics then, so that activations are rounded too.
+      remat: recompute the layers in the backward pass.
     """
 
     def __init__(
@@ -43,19 +52,28 @@ class Trainer:
         weights: LossWeights = LossWeights(),
         rules: AxisRules = TRAIN,
         *,
+        qat: bool = False,
         remat: bool = True,
     ):
         check_mesh(model.cfg, rules)
+        if qat and not model.numerics.is_released:
+            raise ValueError(
+                f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
+                "rounding of activations belongs to the model that is trained for."
+            )
         self.cfg, self.rules = model.cfg, rules
         self.graphdef, self._params, self._fixed = nnx.split(model, nnx.Param, ...)
         self.optimizer = adamw(optimizer)
+        self.computed = round_to_released if qat else lambda params: params
         self.compiled_step = jax.jit(
             functools.partial(
                 _train_step,
-                *(self.graphdef, self.optimizer, weights, optimizer.bias_speed, rules, remat),
+                *(self.graphdef, self.optimizer, weights, optimizer.bias_speed),
+                *(self.computed, rules, remat),
             ),
             donate_argnums=(0,),
         )
+        self._loss = jax.jit(functools.partial(_mean_loss, self.graphdef, self.computed, rules))
 
     def init(self) -> TrainState:
         """The state before the first step. The model's arrays are moved into it."""
@@ -63,15 +81,28 @@ class Trainer:
         self._params = self._fixed = None
         return TrainState(params, fixed, self.optimizer.init(params))
 
-    def step(self, state: TrainState, tokens: np.ndarray) -> tuple[TrainState, Metrics]:
-        """One step on tokens [B, T + 2]. The old state is donated.
+    def batch(self, stream: TokenStream, step: int, batch_size: int) -> tuple[jax.Array, ...]:
+        """Tokens of a step as `step` takes them; every process reads its own rows.
 
         Raises:
-          ValueError: the mesh does not divide B or T.
+          ValueError: the mesh does not divide the batch or the sequences.
         """
-        batch, length = tokens.shape[0], tokens.shape[1] - 2
-        check_mesh(self.cfg, self.rules, batch=batch, length=length)
-        return self.compiled_step(state, *shifted(tokens))
+        check_mesh(self.cfg, self.rules, batch=batch_size, length=stream.seq_len)
+        sharding = None
+        if not jax.sharding.get_abstract_mesh().empty:
+            sharding = jax.NamedSharding(jax.sharding.get_mesh(), self.rules.tokens)
+        return stream.targets(step, batch_size, sharding)
+
+    def step(self, state: TrainState, tokens: Sequence[jax.Array]) -> tuple[TrainState, Metrics]:
+        """One step on inputs, the tokens after them, and those after these, [B, T] each.
+
+        From `batch`, or `loss.shifted` of an array [B, T + 2]. The old state is donated.
+        """
+        return self.compiled_step(state, *tokens)
+
+    def loss(self, state: TrainState, tokens: Sequence[jax.Array]) -> jax.Array:
+        """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
+        return self._loss(state, *tokens[:2])
 
     def model(self, state: TrainState) -> Transformer:
         """The model with the state's arrays."""
@@ -92,16 +123,28 @@ def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: 
     def call(params, fixed, *tokens):
         placed = (specs(params, rules), specs(fixed, rules))
         in_specs = (*placed, *[rules.tokens] * len(tokens))
-        return spmd.per_device(on_device, rules, in_specs, (placed[0], jax.P()))(
-            params, fixed, *tokens
-        )
+        run = spmd.per_device(on_device, rules, in_specs, (placed[0], jax.P()))
+        return run(params, fixed, *tokens)
 
     return call
 
 
-def _train_step(graphdef, optimizer, weights, bias_speed, rules, remat, state, *tokens):
+def _mean_loss(graphdef, computed, rules, state, inputs, following):
+    def on_device(params, fixed, inputs, following):
+        model = nnx.merge(graphdef, params, fixed)
+        losses = cross_entropy(model, model.hidden(model.trunk(inputs)[0]), following)
+        share = jnp.sum(losses) / (losses.size * spmd.size("batch", "seq"))
+        return spmd.total(share, "batch", "seq")
+
+    params = computed(state.params)
+    in_specs = (specs(params, rules), specs(state.fixed, rules), rules.tokens, rules.tokens)
+    run = spmd.per_device(on_device, rules, in_specs, jax.P())
+    return run(params, state.fixed, inputs, following)
+
+
+def _train_step(graphdef, optimizer, weights, bias_speed, computed, rules, remat, state, *tokens):
     gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
-    grads, metrics = gradients_of(state.params, state.fixed, *tokens)
+    grads, metrics = gradients_of(computed(state.params), state.fixed, *tokens)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     model = nnx.merge(graphdef, params, state.fixed)

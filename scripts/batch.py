@@ -1,0 +1,139 @@
+"""Generates for a file of requests; killed and started again, it goes on.
+
+    python -m scripts.batch --checkpoint v4jax/assets/nano --input requests.jsonl \\
+        --output results.jsonl
+
+A request is a JSON object with `messages` or `prompt`; docs/batch.md lists its keys. Lines that are
+no requests are reported in results.jsonl.errors, by number. On several hosts that see one file
+system every process takes a share: give --coordinator, --num-processes and --process-id, or
+--distributed where jax finds these out by itself (TPU pods, Slurm).
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from scripts.generate import add_sampling_arguments
+from scripts.pod import (
+    add_mesh_argument,
+    add_process_arguments,
+    check_process_arguments,
+    on_mesh,
+    start_processes,
+)
+from sharding import DECODE
+from v4jax import Numerics, checkpoint
+from v4jax.batch import Job, JobError, Settings, merge_files
+from v4jax.batch.files import errors_path, fingerprint
+from v4jax.encoding import MODES
+from v4jax.generate import Generator
+from v4jax.tokenizer import Tokenizer
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=pathlib.Path)
+    parser.add_argument("--input", type=pathlib.Path, help="requests, JSON lines")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="results, JSON lines")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--mode", choices=list(MODES), default="non-think")
+    add_sampling_arguments(parser)
+    add_mesh_argument(parser)
+    hosts = add_process_arguments(parser)
+    hosts.add_argument("--merge", action="store_true", help="only join what they have written")
+    args = parser.parse_args()
+    if not args.merge and not (args.checkpoint and args.input):
+        parser.error("--checkpoint and --input are required, except with --merge.")
+    check_process_arguments(parser, args)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: expected at least 1.")
+    names = ("mode", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
+    try:
+        args.settings = Settings(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def run(args: argparse.Namespace, process: int, count: int) -> int:
+    """Does this process's share and returns the number of requests that are still to do."""
+    files = [args.checkpoint / "config.json", args.checkpoint / "tokenizer.json"]
+    files += sorted(args.checkpoint.glob("*.safetensors"))
+    identity = {
+        "checkpoint": fingerprint(files),
+        "dtype": args.dtype,
+        "numerics": args.numerics,
+        "cache": args.cache,
+        "mesh": args.mesh,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        *(args.input, args.output, args.settings),
+        batch_size=args.batch_size,
+        identity=identity,
+        process=process,
+        count=count,
+    )
+    with job:
+        plan, done, tokens = job.plan, job.total - job.remaining, 0
+        name = f"process {process} of {count}: " if count > 1 else ""
+        print(f"{name}{job.total} requests, {done} of them done", file=sys.stderr)
+        if plan.malformed:
+            lines = ", ".join(str(record["line"]) for record in plan.malformed[:10])
+            more = ", ..." if len(plan.malformed) > 10 else ""
+            print(f"{len(plan.malformed)} malformed lines: {lines}{more}", file=sys.stderr)
+        if job.remaining:
+            tokenizer = Tokenizer(args.checkpoint)
+            # Kernels can run: a program is of one device or of a whole mesh.
+            numerics = Numerics(args.numerics, jnp.dtype(args.dtype), ("tpu", "xla"))
+            mesh = on_mesh(args.mesh, jax.local_devices())
+            bar = tqdm(initial=done, total=job.total, unit="request", desc=name[:-2])
+            with mesh, bar:
+                model = checkpoint.load(args.checkpoint, numerics, DECODE)
+                generator = Generator(model, cache=args.cache)
+                started = time.monotonic()
+                for progress in job.run(generator, tokenizer):
+                    tokens += progress.tokens
+                    rate = tokens / (time.monotonic() - started)
+                    bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+                    bar.update(progress.requests)
+            seconds = time.monotonic() - started
+            print(
+                f"{name}{tokens} tokens in {seconds:.1f} s, compilation included: "
+                f"{tokens / seconds:.1f} tokens/s",
+                file=sys.stderr,
+            )
+        return job.finish()
+
+
+def main() -> None:
+    """Runs a share of the job, or merges."""
+    args = parse_args()
+    try:
+        if args.merge:
+            results, errors, left = merge_files(args.output)
+            print(f"{results} results in {args.output}, {errors} errors", file=sys.stderr)
+        else:
+            left = run(args, *start_processes(args))
+    except (JobError, checkpoint.CheckpointError, OSError) as error:
+        raise SystemExit(f"batch: {error}") from error
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    if left:
+        raise SystemExit(
+            f"batch: {left} requests are still to do: their process has ended or was not started. "
+            "Run the same command again."
+        )
+    if (errors := errors_path(args.output)).exists():
+        print(f"errors are in {errors}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

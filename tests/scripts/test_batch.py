@@ -1,0 +1,174 @@
+"""The pod job as a user runs it, and as the world treats it: killed at random, moved to more hosts."""
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.conftest import NANO
+from tests.scripts.test_scripts import run, start
+
+MESSAGE = "She was very {}."
+WORDS = ("happy", "proud", "angry", "young", "kind")
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory):
+    """Twelve requests that need few programs, a broken line, and a prompt that is too long."""
+    path = tmp_path_factory.mktemp("batch") / "requests.jsonl"
+    lines = [{"id": w, "messages": [{"role": "user", "content": MESSAGE.format(w)}]} for w in WORDS]
+    lines += [{**line, "id": f"high-{line['id']}", "mode": "think-high"} for line in lines[:2]]
+    lines += [{"prompt": f"Emma {word}"} for word in WORDS]
+    lines += [{"prompt": "Emma", "max_new_tokens": 200_000}]
+    texts = [json.dumps(line) for line in lines]
+    path.write_text("\n".join([texts[0], "{broken", *texts[1:]]), encoding="utf-8")
+    return path
+
+
+def arguments(requests, output) -> tuple:
+    files = ("--checkpoint", NANO, "--input", requests, "--output", output)
+    return (*files, "--batch-size", 2, "--max-new-tokens", 12)
+
+
+def contents(output) -> list[bytes]:
+    return [path.read_bytes() for path in (output, output.with_name(output.name + ".errors"))]
+
+
+def count(output) -> int:
+    return output.read_bytes().count(b"\n") if output.exists() else 0
+
+
+def kill(process) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def whole(requests):
+    """Files of a run that nobody disturbed, and what it printed."""
+    output = requests.with_name("whole.jsonl")
+    _, err = run("batch", *arguments(requests, output))
+    return contents(output), err
+
+
+def test_a_job_is_done_and_reported(requests, whole):
+    (results, errors), err = whole
+    results, errors = (
+        [json.loads(line) for line in text.splitlines()] for text in (results, errors)
+    )
+
+    assert [r["line"] for r in results] == [1, *range(3, 14)]
+    assert [r["id"] for r in results] == [
+        *WORDS,
+        "high-happy",
+        "high-proud",
+        *map(str, range(9, 14)),
+    ]
+    assert all(1 <= r["completion_tokens"] <= 12 and r["text"] for r in results)
+    assert all((r["line"] < 9) == ("tool_calls" in r) for r in results)
+    assert [bool(r["reasoning_content"]) for r in results[:7]] == 5 * [False] + 2 * [True]
+    assert [r["line"] for r in errors] == [2, 14]
+    assert "1 malformed lines: 2" in err
+    assert "13/13" in err and "tokens/s" in err
+
+
+def test_killed_at_random_moments_it_finishes_with_the_same_files(requests, whole):
+    """Kills at any time from the start on, and at any time after a first new result."""
+    output, rng, unfinished = requests.with_name("killed.jsonl"), random.Random(0), set()
+    for kills in range(4):
+        process = start("batch", *arguments(requests, output))
+        before, deadline = count(output), time.monotonic() + 300
+        if kills == 1:
+            time.sleep(rng.uniform(0, 5))
+        else:
+            while (
+                count(output) == before and process.poll() is None and time.monotonic() < deadline
+            ):
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.1))
+        kill(process)
+        unfinished.add(count(output))
+
+    run("batch", *arguments(requests, output))
+
+    assert len([n for n in unfinished if 0 < n < 12]) >= 2, unfinished
+    assert contents(output) == whole[0]
+
+
+def test_two_processes_take_over_from_one(requests, whole):
+    """The first is killed after its first results; the two find them and give the same files."""
+    output = requests.with_name("shared.jsonl")
+    process, deadline = start("batch", *arguments(requests, output)), time.monotonic() + 300
+    while not count(output) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    kill(process)
+    assert 0 < count(output) < 12
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = ("--coordinator", coordinator, "--num-processes", 2, "--process-id")
+
+    both = [start("batch", *arguments(requests, output), *hosts, i) for i in range(2)]
+    errs = [process.communicate(timeout=600)[1] for process in both]
+
+    assert [process.returncode for process in both] == [0, 0], errs
+    assert all("tokens/s" in err for err in errs)  # both had something to do
+    assert contents(output) == whole[0]
+    assert not list(output.parent.glob(output.name + "*part*"))
+
+
+def test_processes_without_a_coordinator_and_merging_by_hand(requests, whole):
+    output = requests.with_name("apart.jsonl")
+    hosts = ("--num-processes", 2, "--process-id")
+    first = start("batch", *arguments(requests, output), *hosts, 0)
+    _, err = first.communicate(timeout=600)
+    assert first.returncode == 1 and "are still to do" in err
+
+    merging = start("batch", "--output", output, "--merge")
+    _, err = merging.communicate(timeout=600)
+    assert merging.returncode == 1 and "are still to do" in err
+    assert 0 < count(output) < 12
+    run("batch", *arguments(requests, output), *hosts, 1)
+
+    assert contents(output) == whole[0]
+    assert "12 results" in run("batch", "--output", output, "--merge")[1]
+
+
+def test_an_interrupt_leaves_what_was_written(requests, whole):
+    output = requests.with_name("interrupted.jsonl")
+    process, deadline = start("batch", *arguments(requests, output)), time.monotonic() + 300
+    while not count(output) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+
+    assert process.returncode == 130 and "the same command goes on" in err
+    assert set(output.read_bytes().splitlines()) < set(whole[0][0].splitlines())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--output", "x"), "--checkpoint and --input are required"),
+        (("--process-id", 1), "go together"),
+        (("--coordinator", "here:1"), "--coordinator needs"),
+        (("--process-id", 2, "--num-processes", 2), "--process-id below --num-processes"),
+        (("--top-p", 2), "top_p=2.0: expected a number in"),
+        (("--seed", 1), "belongs to another job"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options, message, requests, whole):
+    output = requests.with_name("whole.jsonl")
+    files = () if options[0] == "--output" else arguments(requests, output)
+
+    process = start("batch", *files, *options)
+    _, err = process.communicate(timeout=600)
+
+    assert process.returncode in (1, 2)
+    assert message in err
+    assert contents(output) == whole[0]

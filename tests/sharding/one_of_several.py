@@ -1,0 +1,66 @@
+"""One process of a training and generating job over four devices; test_processes.py starts them.
+
+python -m tests.sharding.one_of_several PORT COUNT NUMBER CHECKPOINT FOLDER
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+PORT, COUNT, NUMBER = (int(x) for x in sys.argv[1:4])
+CHECKPOINT, FOLDER = (pathlib.Path(x) for x in sys.argv[4:6])
+DEVICES = 4
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // COUNT}"
+
+import jax
+import numpy as np
+
+from sharding import DECODE, TRAIN, make_mesh
+from v4jax import checkpoint
+from v4jax.generate import Generator
+from v4jax.train.data import TokenStream
+from v4jax.train.loop import Saver, Trainer
+from v4jax.train.optimizer import OptimizerConfig
+
+STEPS, BATCH, LENGTH = 2, 4, 136
+
+
+def _loss(trainer: Trainer, state, stream: TokenStream) -> float:
+    return float(trainer.loss(state, trainer.batch(stream, STEPS, BATCH)))
+
+
+def main() -> None:
+    if COUNT > 1:
+        jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, NUMBER)
+    assert len(jax.devices()) == DEVICES
+    result = {}
+    with jax.set_mesh(make_mesh(fsdp=2, expert=2)):
+        model = checkpoint.load(CHECKPOINT, rules=TRAIN, scan_layers=True)
+        weight = model.stages[0].blocks[0].moe.w1[...]
+        held = sum(shard.data.nbytes for shard in weight.addressable_shards)
+        result["share held"] = held / weight.nbytes
+        stream = TokenStream(np.random.default_rng(0).integers(2, 256, 5000), LENGTH)
+        trainer = Trainer(model, OptimizerConfig(peak_lr=1e-3, warmup_steps=1, total_steps=STEPS))
+        state = trainer.init()
+        for step in range(STEPS):
+            state, metrics = trainer.step(state, trainer.batch(stream, step, BATCH))
+        result["trained"] = float(metrics.loss)
+        result["after"] = _loss(trainer, state, stream)
+        saver = Saver(FOLDER / "state")
+        saver.save(STEPS, state)
+        saver.wait()
+        blank = jax.tree.map(lambda x: x * 0, state)
+        restored, step = saver.restore(blank)
+        saver.close()
+        result["restored"], result["step"] = _loss(trainer, restored, stream), step
+
+        generator = Generator(checkpoint.load(CHECKPOINT, rules=DECODE), chunks=(16,))
+        completions = generator.generate([[5, 6, 7] * 9, [8] * 12], max_new_tokens=5, stop_ids=(0,))
+        result["tokens"] = [list(c.tokens) for c in completions]
+    (FOLDER / f"{NUMBER}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

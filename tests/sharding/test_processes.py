@@ -1,0 +1,86 @@
+"""Two and four processes compute what one does: training, saving and restoring, generating."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.conftest import ROOT
+from v4jax import Transformer, checkpoint, tiny
+from v4jax.config import LayerSpec
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of a CSA and an HCA layer, one of them hash-routed."""
+    layers = (LayerSpec(compress_ratio=4, hash_routed=True), LayerSpec(compress_ratio=128))
+    cfg = dataclasses.replace(tiny(), layers=layers, mtp_layers=())
+    path = tmp_path_factory.mktemp("several") / "checkpoint"
+    checkpoint.save(jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))(), path)
+    return path
+
+
+def _run(count: int, checkpoint_folder, folder) -> list[dict]:
+    """Runs the job as `count` processes and returns what each of them found."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cache = str(ROOT / ".pytest_cache" / "jax")
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
+    command = [sys.executable, "-m", "tests.sharding.one_of_several", str(port), str(count)]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(open(folder / f"{i}.log", "w+")) for i in range(count)]
+        processes = [
+            subprocess.Popen(
+                [*command, str(i), str(checkpoint_folder), str(folder)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            for i, log in enumerate(logs)
+        ]
+        try:
+            for process in processes:
+                process.wait(timeout=600)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for process, log in zip(processes, logs):
+            log.seek(0)
+            assert process.returncode == 0, log.read()[-4000:]
+    return [json.loads((folder / f"{i}.json").read_text()) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory) -> dict:
+    (result,) = _run(1, folder, tmp_path_factory.mktemp("one") / "run")
+    return result
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_compute_what_one_does(count, folder, alone, tmp_path):
+    results = _run(count, folder, tmp_path / "run")
+
+    for result in results:
+        assert result["share held"] == alone["share held"] / count  # each reads its part alone
+        assert result["step"] == alone["step"]
+        assert result["restored"] == result["after"]
+        assert result["tokens"] == alone["tokens"]
+        for name in ("trained", "after"):
+            np.testing.assert_allclose(result[name], alone[name], rtol=1e-5)
+
+
+def test_a_restored_state_is_the_trained_one(alone):
+    assert alone["restored"] == alone["after"]
+    assert alone["trained"] != alone["after"]

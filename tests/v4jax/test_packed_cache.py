@@ -1,0 +1,137 @@
+"""A packed cache: the same logits bit for bit, in the bytes of the released layout."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_kernels.packed_rows import PackedKeys, PackedRows
+from v4jax import Transformer, costs, flash, nano, plain, pro, released, tiny
+from v4jax.cache import Chunk, append_entries, init_cache, window_rows, write_window
+from v4jax.generate import Generator
+from v4jax.scoring import Scorer
+
+CAPACITY = 320  # 80 entries of CSA layers: more than top-k (16)
+MILLION = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return jax.jit(lambda: Transformer(tiny(), released(), scan_layers=False, rngs=nnx.Rngs(0)))()
+
+
+@pytest.fixture(scope="module")
+def extend(model):
+    graphdef, params = nnx.split(model)
+
+    @functools.partial(jax.jit, donate_argnames=("cache",))
+    def extend(params, tokens, counts, cache):
+        model = nnx.merge(graphdef, params)
+        streams, cache = model.extend(tokens, counts, cache)
+        return model.logits(model.hidden(streams)), cache
+
+    return functools.partial(extend, params)
+
+
+def test_logits_are_those_of_a_float_cache_bit_for_bit(model, extend):
+    """Rows of different length, an odd chunk, one that ends in padding, then decoding."""
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 280)).astype(np.int32)
+    caches = [model.init_cache(2, CAPACITY, format) for format in ("packed", "float")]
+    start = 0
+    for counts in [(131, 77), (131, 131), *[(1, 1)] * 9]:
+        chunk, counts = tokens[:, start : start + max(counts)], np.array(counts, np.int32)
+        logits, caches = zip(*[extend(chunk, counts, cache) for cache in caches])
+        for row, count in enumerate(counts):
+            np.testing.assert_array_equal(logits[0][row, :count], logits[1][row, :count])
+        start += max(counts)
+    for packed, plainly in zip(caches[0].layers, caches[1].layers, strict=True):
+        for name in ("window", "entries", "index_keys"):
+            if getattr(plainly, name) is not None:
+                unpacked = getattr(packed, name).unpack(jnp.bfloat16)
+                np.testing.assert_array_equal(unpacked, getattr(plainly, name))
+
+
+def test_it_is_updated_in_place(model, extend):
+    cache = model.init_cache(1, CAPACITY)
+    assert isinstance(cache.layers[1].entries, PackedRows)
+    args = np.zeros((1, 1), np.int32), jnp.ones(1, jnp.int32), cache
+    compiled = extend.func.lower(*extend.args, *args).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == cache.nbytes
+
+
+@pytest.mark.parametrize("make", [flash, pro], ids=lambda f: f.__name__)
+def test_bytes_of_the_released_models_at_a_million_tokens(make):
+    cfg = make()
+    cache = jax.eval_shape(lambda: init_cache(cfg, released(), 1, MILLION, "packed"))
+
+    def nbytes(name: str) -> int:
+        leaves = jax.tree.leaves([getattr(layer, name) for layer in cache.layers])
+        return sum(x.size * x.dtype.itemsize for x in leaves)
+
+    growing = nbytes("entries") + nbytes("index_keys")
+    assert growing / MILLION == costs.cache_bytes_per_token(cfg)
+    assert growing / MILLION == {"flash": 3514.25, "pro": 5031.4375}[cfg.name]
+    assert nbytes("window") == len(cfg.layers) * cfg.window * 584
+    pools = nbytes("pool") + nbytes("index_pool")
+    assert cache.nbytes == growing + nbytes("window") + pools + 4  # and the length
+
+
+@pytest.mark.parametrize("cfg", [tiny(), nano()], ids=lambda c: c.name)
+def test_small_models_grow_as_the_cost_model_says(cfg):
+    caches = [jax.eval_shape(lambda n=n: init_cache(cfg, released(), 3, n)) for n in (512, 1024)]
+    growth = (caches[1].nbytes - caches[0].nbytes) / 512
+    assert growth == 3 * costs.cache_bytes_per_token(cfg)
+
+
+@pytest.mark.parametrize("capacity", [5, 9])
+def test_nothing_is_written_past_the_end(capacity):
+    """Entries 3.. of 2 and 4 new ones, the rest of which are not complete."""
+    rows = jax.random.normal(jax.random.key(0), (2, capacity, 64), jnp.bfloat16)
+    new = jax.random.normal(jax.random.key(1), (2, 4, 64), jnp.bfloat16)
+    start, counts = jnp.array([3, 3]), jnp.array([2, 4])
+    for pack in (lambda r: PackedRows.pack(r, 16), PackedKeys.pack):
+        packed = append_entries(pack(rows), new, start, counts)
+        expected = np.array(pack(rows).unpack(), np.float32)
+        for row, count in enumerate(counts):
+            stop = min(3 + int(count), capacity)
+            expected[row, 3:stop] = pack(new).unpack()[row, : stop - 3]
+        np.testing.assert_array_equal(packed.unpack(jnp.float32), expected)
+
+
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_the_ring_holds_the_last_tokens(length):
+    kv = jax.random.normal(jax.random.key(0), (2, length, 64), jnp.bfloat16)
+    kv = PackedRows.pack(kv, 16).unpack()
+    start, counts = jnp.array([30, 7]), jnp.array([length, length // 2])
+    chunk = Chunk.make(start, counts, length)
+    before = jax.random.normal(jax.random.key(1), (2, 16, 64), jnp.bfloat16)
+    packed = PackedRows.pack(before, 16)
+    ring = write_window(packed, kv, chunk)
+    expected = write_window(packed.unpack(), kv, chunk)
+    np.testing.assert_array_equal(ring.unpack(), expected)
+    np.testing.assert_array_equal(window_rows(ring, kv, start), window_rows(expected, kv, start))
+
+
+def test_it_is_the_default_where_it_is_exact():
+    for numerics, kind in [(released(), PackedRows), (released("float32"), jax.Array)]:
+        cache = init_cache(tiny(), numerics, 1, 64)
+        assert all(isinstance(layer.window, kind) for layer in cache.layers)
+    assert isinstance(init_cache(tiny(), released(), 1, 64, "float").layers[0].window, jax.Array)
+
+
+@pytest.mark.parametrize("numerics", [plain(), plain("bfloat16"), released("float32")], ids=str)
+def test_other_numerics_refuse_it(numerics):
+    with pytest.raises(
+        ValueError, match=rf'"packed" with {numerics.name} numerics in {numerics.dtype}'
+    ):
+        init_cache(tiny(), numerics, 1, 64, "packed")
+
+
+def test_the_format_reaches_generation_and_scoring(model):
+    with pytest.raises(ValueError, match="format='fp8': expected \"packed\""):
+        Generator(model, cache="fp8").init_cache(1, 64)
+    with pytest.raises(ValueError, match="format='fp8': expected \"packed\""):
+        Scorer(model, cache="fp8").logits(np.zeros((1, 4), int), decode_from=2)
