@@ -197,8 +197,13 @@ def _prefill(model, job, mesh):
 
 
 def _cache_and_logits(model, job):
-    cache = init_cache(model.cfg, model.numerics, job.batch, job.context)
+    cache = _cache(model, job.batch, job.context)
     return cache, jnp.zeros((job.batch, model.cfg.vocab_size), jnp.float32)
+
+
+def _cache(model, batch: int, context: int):
+    """In floats, which is what serving on a TPU uses unless told otherwise."""
+    return init_cache(model.cfg, model.numerics, batch, context, "float")
 
 
 def _leaves(model, job, mesh) -> list[jax.ShapeDtypeStruct]:
@@ -309,7 +314,7 @@ def _estimate(model: Transformer, job: Job, sizes: dict[str, int], parts: "_Part
     """What a device holds."""
     cfg, tokens = model.cfg, _local_tokens(job, sizes)
     if job.kind != "train":
-        cache = jax.eval_shape(lambda: init_cache(cfg, model.numerics, 1, job.context)).nbytes
+        cache = jax.eval_shape(lambda: _cache(model, 1, job.context)).nbytes
         width = 4 * cfg.embed_dim * cfg.num_streams + 8 * cfg.num_heads * cfg.head_dim
         sequences = job.batch / (sizes["fsdp"] * sizes["expert"])
         return Estimate(parts.held, cache=cache * sequences, transient=tokens * width)
