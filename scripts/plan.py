@@ -122,7 +122,8 @@ def memory_of_error(message: str, held: dict[str, float], chip: Chip) -> Memory:
     Raises:
       ValueError: the message is of something else.
     """
-    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    found = re.search(r"total memory required for \D*\(([\d.]+)([KMGT])\) exceeds", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]) of", message)
     if not found:
         raise ValueError(message)
     peak = float(found[1]) * 1024 ** (" KMGT".index(found[2]))
@@ -253,6 +254,7 @@ def main() -> None:
     if args.layers:
         cfg = dataclasses.replace(cfg, layers=cfg.layers[: args.layers])
     try:
+        chip_of(args.topology)
         devices = len(topology_devices(args.topology))
         job = Job(
             kind=args.job,

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from v4jax import costs, flash, nano, pro, tiny
-from v4jax.summary import count_parameters
+from v4jax import Transformer, costs, flash, nano, pro, tiny
+from v4jax.summary import abstract_model, bytes_by_part, count_parameters
 
 MILLION = 10**6
 
@@ -56,3 +59,80 @@ def test_experts_hit_grows_from_the_chosen_ones_to_all():
     assert costs.experts_hit(flash(), 1) == pytest.approx(6)
     assert costs.experts_hit(flash(), 10**5) == pytest.approx(256)
     assert costs.expert_bytes(flash()) == 3 * 4096 * 2048 * 0.53125
+
+
+def test_costs_by_kind_of_layer_add_up_to_the_model():
+    cfg, context = flash(), 131_072
+    kinds = costs.by_kind(cfg, context)
+
+    assert [(kind.kind, kind.layers) for kind in kinds] == [
+        ("window, hash-routed", 2),
+        ("CSA, hash-routed", 1),
+        ("HCA", 20),
+        ("CSA", 20),
+    ]
+    head = costs.head_flops(cfg).total
+    assert costs.decode_flops(cfg, context).total == pytest.approx(
+        head + sum(kind.layers * kind.flops.total for kind in kinds)
+    )
+    assert costs.cache_bytes(cfg, context) == pytest.approx(
+        sum(kind.layers * kind.cache_bytes for kind in kinds)
+    )
+
+
+def test_a_decoded_token_reads_active_weights_and_its_rows():
+    cfg = flash()
+    csa = next(kind for kind in costs.by_kind(cfg, MILLION) if kind.kind == "CSA")
+
+    assert csa.cache_bytes_read == (128 + 512) * 584 + MILLION // 4 * 68
+    wide = costs.by_kind(cfg, MILLION, costs.BFLOAT16)[-1]
+    assert wide.cache_bytes_read == (128 + 512) * 1024 + MILLION // 4 * 256
+    # All that one token reads of the weights, in bfloat16: two bytes for each active parameter.
+    read = costs.decode_bytes(cfg, 0, 1, costs.BFLOAT16)
+    assert read == pytest.approx(2 * count_parameters(cfg).active, rel=0.01)
+    # Two sequences share what is not experts.
+    assert read < costs.decode_bytes(cfg, 0, 2, costs.BFLOAT16) < 2 * read
+
+
+def test_weights_of_all_experts_are_the_released_model_s_bytes():
+    cfg = flash()
+    everything = costs.decode_bytes(cfg, 0, 10**6)
+    model = abstract_model(cfg)
+    parts = bytes_by_part(model)
+    left_out = sum(parts[name] for name in ("embedding", "MTP block"))
+
+    # Not counted: norms, biases, tables of experts by token.
+    assert everything == pytest.approx(sum(parts.values()) - left_out, rel=0.002)
+
+
+def test_training_is_four_forward_passes_with_a_head_for_every_token():
+    cfg = dataclasses.replace(tiny(), mtp_layers=())
+    forward = costs.prefill_flops(cfg, 100) + costs.head_flops(cfg) * 99
+
+    assert costs.training_flops(cfg, 100).total == pytest.approx(4 * forward.total)
+    assert costs.training_flops(cfg, 100, remat=False).total == pytest.approx(3 * forward.total)
+    with_mtp = costs.training_flops(tiny(), 100)
+    assert with_mtp.total > costs.training_flops(cfg, 100).total
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_products_are_those_the_compiler_counts(ratio):
+    """XLA's count of a layer on CPU, which is honest where no loop depends on data.
+
+    So one expert, which one tile of rows goes through; and sizes beside which what the formulas
+    leave out (norms, softmax, the masked part of attention) is small.
+    """
+    spec = next(s for s in tiny().layers if s.compress_ratio == ratio)
+    moe = dataclasses.replace(tiny().moe, num_experts=1, experts_per_token=1, expert_dim=1024)
+    sizes = dict(embed_dim=1024, q_lora_rank=512, o_lora_rank=512, num_heads=2, head_dim=128)
+    cfg = dataclasses.replace(tiny(), layers=(spec,), mtp_layers=(), moe=moe, **sizes)
+    tokens = 128
+    model = nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+    streams = jax.ShapeDtypeStruct((1, tokens, cfg.num_streams * cfg.embed_dim), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+
+    step = jax.jit(lambda model, streams, ids: model.stages[0].blocks[0](streams, ids)[0])
+    counted = step.lower(model, streams, ids).compile().cost_analysis()["flops"]
+
+    formula = costs.prefill_flops(cfg, tokens).total - costs.head_flops(cfg).total
+    assert counted == pytest.approx(formula, rel=0.02)

@@ -1,0 +1,84 @@
+"""scripts/plan.py as a user runs it; needs libtpu, not a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from sharding import make_mesh
+from sharding.hlo import collectives
+from sharding.topology import topology_devices
+from tests.conftest import ROOT
+from v4jax import tiny
+from v4jax.plan import Job, program
+
+pytest.importorskip("libtpu")
+
+
+def _plan(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.plan", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_a_small_decode_is_planned():
+    job = ["--job", "decode", "--context", "512", "--batch", "4"]
+    done = _plan("--model", "tiny", "--layers", "3", "--topology", "v6e:2x2", *job, "--json")
+
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["mesh"] == dict(fsdp=1, expert=4, tensor=1, context=1)
+    assert report["fits"]
+    memory = report["memory"]
+    assert 0 < memory["parameters"] + memory["cache"] + memory["temp"] <= memory["peak"] * 1.01
+    assert memory["peak"] < memory["limit"]
+    assert {c["kind"] for c in report["collectives"]} >= {"all-gather", "all-reduce"}
+    bound = report["roofline"]
+    assert bound["tokens"] == 4
+    assert min(bound["compute"], bound["memory"], bound["links"]) > 0
+    assert "2 of 8 experts on a device" in done.stderr
+    assert "compiled in" in done.stderr
+
+
+def test_wrong_topologies_and_meshes_are_refused_with_what_would_do():
+    job = ["--model", "tiny", "--job", "decode", "--context", "512", "--batch", "4"]
+    unknown = _plan(*job, "--topology", "v9:2x2")
+    assert unknown.returncode == 1
+    assert "expected one of v5e:2x2 .. v5e:16x16" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
+
+    wrong = _plan(*job, "--topology", "v6e:2x2", "--mesh", "tensor=4")
+    assert wrong.returncode == 1
+    assert "tensor=4 cuts o_groups=2 into 4 parts: sizes that would do are 1, 2" in wrong.stderr
+
+    few = _plan(*job, "--topology", "v6e:2x2", "--mesh", "expert=2,data=2")
+    assert (
+        "expected AXIS=SIZE with an axis of ('fsdp', 'expert', 'tensor', 'context')" in few.stderr
+    )
+
+
+def test_decoding_gathers_no_weights_of_experts():
+    """Packed experts are uint8 and their scales float8: nothing of them is ever sent."""
+    cfg = tiny()
+    job = Job(kind="decode", context=512, batch=4)
+    mesh = make_mesh(expert=4, devices=topology_devices("v5e:2x2"))
+    planned = program(cfg, job, mesh)
+    shared = {x.dtype.name for x in jax.tree.leaves(planned.arguments[0])}
+    assert {"uint8", "float8_e8m0fnu"} <= shared
+
+    found = collectives(planned.lower().compile().as_text())
+
+    assert {c.kind for c in found} == {"all-gather", "all-reduce"}
+    for one in found:
+        assert not one.result.startswith(("u8", "f8")), one
+        # Rows of four sequences and their experts; a matrix of one expert has 8192 elements.
+        assert one.sent_bytes / one.count < 4 * cfg.embed_dim * 4 * 2, one

@@ -1,0 +1,73 @@
+"""Reading collectives out of compiled HLO: kinds, sizes, groups, loops."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import P
+
+from sharding import make_mesh
+from sharding.hlo import array_bytes, collectives
+
+
+def _text(fn, *shapes, **sizes) -> str:
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(fn, in_specs=P(("fsdp", "expert")), out_specs=P(), check_vma=False)
+        arrays = [
+            jax.ShapeDtypeStruct(
+                s, jnp.float32, sharding=jax.NamedSharding(mesh, P(("fsdp", "expert")))
+            )
+            for s in shapes
+        ]
+        return jax.jit(mapped).lower(*arrays).compile().as_text()
+
+
+def test_array_bytes():
+    assert array_bytes("bf16[16,4096]") == 131_072
+    assert array_bytes("u8[3]") == array_bytes("f8e4m3fn[3]") == array_bytes("pred[3]") == 3
+    assert array_bytes("u4[6]") == 3
+    assert array_bytes("f32[]") == 4
+
+
+def test_a_gather_is_found_with_its_group_and_bytes():
+    def fn(x):
+        return jax.lax.all_gather(x, "expert", tiled=True)
+
+    (found,) = collectives(_text(fn, (64, 128), fsdp=2, expert=4))
+
+    assert (found.kind, found.group, found.count) == ("all-gather", 4, 1)
+    assert found.sent_bytes == 32 * 128 * 4 * 3 / 4
+
+
+def test_collectives_in_a_loop_count_every_time_it_runs():
+    def fn(x):
+        def body(carry, _):
+            return jax.lax.psum(carry, ("fsdp", "expert")) * 0.1, None
+
+        return jax.lax.scan(body, x, length=7)[0]
+
+    (found,) = collectives(_text(fn, (8, 128), fsdp=2, expert=4))
+
+    assert (found.kind, found.group, found.count) == ("all-reduce", 8, 7)
+    assert found.sent_bytes == pytest.approx(7 * 2 * 128 * 4 * 7 / 8)
+
+
+def test_counts_of_asynchronous_forms_and_ragged_exchanges():
+    text = """HloModule m
+
+%body (p: bf16[8,4]) -> bf16[8,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %s = (bf16[8,4]{1,0}, bf16[16,4]{1,0}) all-gather-start(%p), replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %r = bf16[8,4]{1,0} ragged-all-to-all(%p, %p), replica_groups={{0,1,2,3}}
+}
+
+ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  ROOT %w = bf16[8,4]{1,0} while(%a), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    found = {c.kind: c for c in collectives(text)}
+
+    assert found["all-gather"].count == found["ragged-all-to-all"].count == 5
+    assert found["all-gather"].sent_bytes == 5 * 16 * 4 * 2 / 2
+    assert found["ragged-all-to-all"].sent_bytes == 5 * 8 * 4 * 2 * 3 / 4
