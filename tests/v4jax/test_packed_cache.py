@@ -115,7 +115,7 @@ def test_the_ring_holds_the_last_tokens(length):
     ring = write_window(packed, kv, chunk)
     expected = write_window(packed.unpack(), kv, chunk)
     np.testing.assert_array_equal(ring.unpack(), expected)
-    np.testing.assert_array_equal(window_rows(ring, kv, start), window_rows(expected, kv, start))
+    np.testing.assert_array_equal(window_rows(ring, kv, chunk), window_rows(expected, kv, chunk))
 
 
 def test_decoding_does_not_unpack_the_cache():
