@@ -7,8 +7,9 @@ Assumptions, which every figure below rests on:
 * attention and indexer do only the work that a query sees; kernels that mask do more;
 * experts are hit at random and evenly;
 * memory traffic: weights once per pass (of the experts those that are hit); caches as decoding reads
-  them; in prefill and training the residual streams 12 times a layer and pass; a training step reads
-  and writes parameters and both moments, and writes and reads gradients;
+  them, prefill all of them once; in prefill and training the residual streams 12 times a layer and
+  pass; a training step reads and writes parameters and both moments, writes and reads gradients, and
+  writes and reads gathered weights for each pass;
 * a device sends over all its links at once, at full rate, and exchanges have no congestion.
 """
 
@@ -102,12 +103,15 @@ def _hbm_bytes(cfg: V4Config, job: Job, sizes: dict[str, int], held: dict[str, f
     experts = cfg.moe.num_experts * len(cfg.layers) * costs.expert_bytes(cfg, _recipe(job))
     experts /= group * sizes["tensor"]
     hit = costs.experts_hit(cfg, sequences * sizes["expert"] * job.length) / cfg.moe.num_experts
-    read = weights - experts * (1 - hit)
+    table = (
+        cfg.vocab_size * cfg.embed_dim * 2 / sizes["tensor"]
+    )  # of embeddings: a few rows are read
+    read = weights - experts * (1 - hit) - table
     caches = sum(costs.cache_bytes_read(cfg, s, job.context, _recipe(job)) for s in cfg.layers)
     if job.kind == "decode":
         return read + sequences * caches
     tokens = sequences * job.length / sizes["context"]
-    return read + sequences * held["cache"] / max(sequences, 1) + tokens * streams
+    return read + held["cache"] + tokens * streams
 
 
 def _recipe(job: Job) -> costs.Recipe:

@@ -73,6 +73,9 @@ def collapse(
         static=static,
         sequential=True,
     )
+    # In a scan over layers XLA would fuse the write of the stacked d_fn into the kernel, and forget the
+    # kernel's VMEM limit.
+    d_fn = jax.lax.optimization_barrier(d_fn)
     return d_streams, d_fn.T, jnp.pad(d_affine(d_logits, raw), ((0, e - 8), (0, 0)))
 
 

@@ -8,9 +8,10 @@ import sys
 import jax
 import pytest
 
+from scripts.plan import GiB, memory_of_error
 from sharding import make_mesh
 from sharding.hlo import collectives
-from sharding.topology import topology_devices
+from sharding.topology import CHIPS, topology_devices
 from tests.conftest import ROOT
 from v4jax import tiny
 from v4jax.plan import Job, program
@@ -64,6 +65,21 @@ def test_wrong_topologies_and_meshes_are_refused_with_what_would_do():
     assert (
         "expected AXIS=SIZE with an axis of ('fsdp', 'expert', 'tensor', 'context')" in few.stderr
     )
+
+
+def test_out_of_memory_errors_of_the_compiler_give_the_size():
+    held = {"parameters": 10 * GiB, "optimizer": 20 * GiB}
+    messages = (
+        "the total memory required for HLO temporaries (105.83G) exceeds available HBM (95.74G).",
+        "Ran out of memory in memory space hbm. Used 105.83G of 95.74G hbm.",
+    )
+    for message in messages:
+        memory = memory_of_error(message, held, CHIPS["v5p"])
+        assert memory.peak == pytest.approx(105.83 * GiB)
+        assert memory.temp == pytest.approx(75.83 * GiB)
+        assert not memory.fits
+    with pytest.raises(ValueError, match="Mosaic failed"):
+        memory_of_error("INTERNAL: Mosaic failed to compile", held, CHIPS["v5p"])
 
 
 def test_decoding_gathers_no_weights_of_experts():
