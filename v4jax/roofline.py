@@ -103,7 +103,9 @@ def _hbm_bytes(cfg: V4Config, job: Job, sizes: dict[str, int], held: dict[str, f
     experts = cfg.moe.num_experts * len(cfg.layers) * costs.expert_bytes(cfg, _recipe(job))
     experts /= group * sizes["tensor"]
     hit = costs.experts_hit(cfg, sequences * sizes["expert"] * job.length) / cfg.moe.num_experts
-    table = cfg.vocab_size * cfg.embed_dim * 2 / sizes["tensor"]  # of embeddings: a few rows are read
+    table = (
+        cfg.vocab_size * cfg.embed_dim * 2 / sizes["tensor"]
+    )  # of embeddings: a few rows are read
     read = weights - experts * (1 - hit) - table
     caches = sum(costs.cache_bytes_read(cfg, s, job.context, _recipe(job)) for s in cfg.layers)
     if job.kind == "decode":
