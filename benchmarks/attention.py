@@ -4,8 +4,9 @@
 
 Products counted are those with the keys a query may see: its window, and all its visible entries.
 CSA attends to the selected ones of them, but on a TPU multiplies with all (`selection.py` says
-why). A gradient takes 2.5 times the products of a forward pass and twice its memory traffic (q, out
-and d_out read, d_q written); cases named "gradient" run both.
+why); elsewhere it gathers those of a list, fewer than are counted here. A gradient takes 2.5 times
+the products of a forward pass and twice its memory traffic (q, out and d_out read, d_q written);
+cases named "gradient" run both.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from benchmarks.case import Case, Trips, main
 from pallas_kernels.attention import block_sizes, selected_attention, window_attention
 from pallas_kernels.attention.tpu_prefill import band_size
 from pallas_kernels.selection import ENTRIES_PER_WORD_ROW, Selection
+from sharding.topology import topology_mesh
 from v4jax.config import CSA_RATIO, HCA_RATIO, V4Config, flash, pro
 
 
@@ -39,7 +41,7 @@ class Problem:
         """Entries visible after a number of tokens."""
         return tokens // self.ratio if self.ratio else 0 * tokens
 
-    def make(self) -> tuple:
+    def make(self, has_bits: bool = True) -> tuple:
         """q, window, entries, selection or None, sink, positions."""
         width, heads, size = self.cfg.head_dim, self.cfg.num_heads, self.cfg.window
         keys = jax.random.split(jax.random.key(0), 4)
@@ -56,16 +58,30 @@ class Problem:
         )
         positions = self.start + jnp.arange(self.length, dtype=jnp.int32)[None]
         selection = None
-        if self.ratio == CSA_RATIO:  # a random half of what is visible
-            rows = -(-self.num_entries // ENTRIES_PER_WORD_ROW)
-            bit = jnp.arange(32, dtype=jnp.uint32)[:, None]
-            entry = jnp.arange(rows)[:, None, None] * ENTRIES_PER_WORD_ROW
-            entry += bit.astype(jnp.int32) * 128 + jnp.arange(128)
-            seen = entry < ((positions + 1) // self.ratio)[..., None, None, None]
-            seen = jnp.sum(seen.astype(jnp.uint32) << bit, axis=3, dtype=jnp.uint32)
-            bits = seen & jax.random.bits(keys[3], seen.shape)
-            selection = Selection(None, bits, self.num_entries, self.num_entries)
+        if self.ratio == CSA_RATIO:
+            seen = (positions + 1) // self.ratio
+            selection = (self._bits if has_bits else self._indices)(keys[3], seen)
         return q, window, entries, selection, jnp.zeros(heads), positions
+
+    def _bits(self, key: jax.Array, seen: jax.Array) -> Selection:
+        """A random half of the `seen` [1, T] first entries."""
+        rows = -(-self.num_entries // ENTRIES_PER_WORD_ROW)
+        bit = jnp.arange(32, dtype=jnp.uint32)[:, None]
+        entry = jnp.arange(rows)[:, None, None] * ENTRIES_PER_WORD_ROW
+        entry += bit.astype(jnp.int32) * 128 + jnp.arange(128)
+        visible = entry < seen[..., None, None, None]
+        visible = jnp.sum(visible.astype(jnp.uint32) << bit, axis=3, dtype=jnp.uint32)
+        bits = visible & jax.random.bits(key, visible.shape)
+        return Selection(None, bits, self.num_entries, self.num_entries)
+
+    def _indices(self, key: jax.Array, seen: jax.Array) -> Selection:
+        """As many as a layer selects: all that are seen, or one at random of each K-th of them."""
+        topk = self.cfg.indexer.topk
+        slot, seen = jnp.arange(topk), seen[..., None]
+        at = (slot + jax.random.uniform(key, (*seen.shape[:2], topk))) * seen / topk
+        listed = jnp.where(slot < seen, slot, -1)
+        picked = jnp.minimum(at.astype(jnp.int32), seen - 1)
+        return Selection.of_indices(jnp.where(seen > topk, picked, listed), self.num_entries)
 
     def attend(self, q, window, entries, selection, sink, positions, *, implementation):
         """out and log of the denominator."""
@@ -134,6 +150,7 @@ class Problem:
             shape=name + " gradient" * gradient,
             run=self.gradient if gradient else self.attend,
             make=self.make,
+            make_off_tpu=functools.partial(self.make, has_bits=False),
             flops=self.flops * (3.5 if gradient else 1),
             bytes=self.bytes * (3 if gradient else 1),
             trips=functools.partial(_on_chip, self, gradient),
@@ -142,7 +159,8 @@ class Problem:
 
 def _on_chip(problem: Problem, gradient: bool, chip: str) -> Trips:
     """Trips under the block sizes of a chip."""
-    return problem.gradient_trips() if gradient else problem.forward_trips()
+    with jax.set_mesh(topology_mesh(chip)):
+        return problem.gradient_trips() if gradient else problem.forward_trips()
 
 
 def cases() -> list[Case]:

@@ -31,15 +31,20 @@ class Case:
     bytes: float  # HBM bytes it cannot avoid
     trips: Callable[[str], Trips]  # chip -> loops of the kernels this case runs there
     fp8: bool = False  # both factors of the products are FP8
+    make_off_tpu: Callable[[], tuple] | None = None  # arguments, where the XLA form takes others
 
     @property
     def name(self) -> str:
         """ "attention: Flash prefill 8k"."""
         return f"{self.op}: {self.shape}"
 
-    def arguments(self) -> tuple:
+    def maker(self, platform: str) -> Callable[[], tuple]:
+        """What makes the arguments on a platform: "tpu", "gpu" or "cpu"."""
+        return self.make if platform == "tpu" else self.make_off_tpu or self.make
+
+    def arguments(self, platform: str = "tpu") -> tuple:
         """Shapes and dtypes of the arguments."""
-        return jax.eval_shape(self.make)
+        return jax.eval_shape(self.maker(platform))
 
     def floors(self, chip: Chip) -> tuple[float, float]:
         """Seconds the matrix units and the memory of a chip need at least."""
@@ -49,7 +54,7 @@ class Case:
 
 def measure(case: Case, implementation: str | None, repeats: int) -> tuple[float, float]:
     """Median seconds of a run on the default device, and of compiling."""
-    arguments = jax.jit(case.make)()
+    arguments = jax.jit(case.maker(jax.default_backend()))()
     started = time.perf_counter()
     run = jax.jit(lambda *a: case.run(*a, implementation=implementation))
     compiled = run.lower(*arguments).compile()

@@ -78,7 +78,9 @@ class Schedule:
 def start_dump() -> str:
     """Makes libtpu write its schedules, and returns the folder. Call before libtpu is loaded."""
     folder = tempfile.mkdtemp(prefix="llo-")
-    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    # Of some seventy stages only the last: writing all takes longer than compiling.
+    stages = "--xla_jf_dump_llo_pass_label_regex=final_bundles|final_hlo"
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {stages}"
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
     return folder
 

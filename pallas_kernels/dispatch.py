@@ -7,9 +7,9 @@
 | "xla"       | blockwise jax.numpy, no quadratic buffer                    | anywhere       |
 | "reference" | the specification: dense, small shapes only                 | anywhere       |
 
-A tuple of names is an order of preference: the first that can run does. `None` picks "tpu" where the program is compiled for a TPU and the shapes are the kernel's, else
-"xla". A kernel works on one device's arrays: under a mesh of several devices `None` picks it only
-inside `jax.shard_map`.
+A tuple of names is an order of preference: the first that can run does. `None` picks "tpu" where
+the program is compiled for a TPU and the shapes are the kernel's, else "xla". A kernel works on one
+device's arrays: under a mesh of several devices `None` picks it only inside `jax.shard_map`.
 """
 
 import jax

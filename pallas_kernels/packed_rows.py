@@ -17,13 +17,12 @@ is exact for rows that `quantize.round_fp8` has rounded in blocks of 64.
 
 `PackedKeys`: I channels of e2m1 with one E8M0 scale per 32; 68 bytes for 128 channels:
 
-| bytes  | meaning                                            |
-|--------|----------------------------------------------------|
+| bytes  | meaning                                              |
+|--------|------------------------------------------------------|
 | 0..63  | codes: channel j in the low half, j + 64 in the high |
-| 64..67 | scales                                             |
+| 64..67 | scales                                               |
 
-Exact for keys that `quantize.round_fp4` has rounded in blocks of 32. A TPU pads both to whole lanes
-(640 and 128 bytes).
+Exact for keys that `quantize.round_fp4` has rounded in blocks of 32.
 """
 
 import dataclasses

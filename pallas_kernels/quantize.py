@@ -202,7 +202,13 @@ def _in_blocks(x: jax.Array, block: int) -> jax.Array:
     """[..., D] -> float32 [..., ceil(D / block), block], padded with zeros."""
     pad = -x.shape[-1] % block
     x = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, pad)])
-    return x.reshape(*x.shape[:-1], -1, block)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+
+
+def _out_of_blocks(blocks: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of `_in_blocks`, in the shape and dtype of `like`; there may be no rows."""
+    *batch, count, block = blocks.shape
+    return cast(blocks.reshape(*batch, count * block)[..., : like.shape[-1]], like.dtype)
 
 
 def _scale(blocks: jax.Array, axes: int | tuple[int, ...], largest: float, floor: float):
@@ -226,7 +232,7 @@ def round_fp8(x: jax.Array, block: int = FP8_ACTIVATION_BLOCK) -> jax.Array:
     blocks = _in_blocks(x, block)
     scale = _scale(blocks, -1, E4M3_MAX, FP8_AMAX_FLOOR)
     rounded = round_e4m3(blocks / scale) * scale
-    return cast(rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], x.dtype)
+    return _out_of_blocks(rounded, x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -245,7 +251,7 @@ def round_fp4(x: jax.Array, block: int = 32) -> jax.Array:
     blocks = _in_blocks(x, block)
     scale = _scale(blocks, -1, E2M1_MAX, FP4_AMAX_FLOOR)
     rounded = round_e2m1(blocks / scale) * scale
-    return cast(rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], x.dtype)
+    return _out_of_blocks(rounded, x)
 
 
 @round_fp8.defjvp

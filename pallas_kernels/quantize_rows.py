@@ -94,7 +94,7 @@ def quantize_rows(
     if chosen in ("tpu", "interpret"):
         return _call(x, fmt, block, chosen == "interpret", stored=True)
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % block)])
-    blocks = padded.reshape(*x.shape[:-1], -1, block).astype(jnp.float32)
+    blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block).astype(jnp.float32)
     exponent = _scale_bits(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True), fmt)
     values = _round_to_grid(blocks, exponent, fmt).reshape(padded.shape)[..., :width]
     scale = (exponent[..., 0] >> 23).astype(jnp.uint8)

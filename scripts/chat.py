@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = Tokenizer(args.checkpoint)
-    numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
+    numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
     generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode

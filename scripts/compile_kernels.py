@@ -2,11 +2,17 @@
 
     python -m scripts.compile_kernels --chip v6e --chip v7x --only attention
 
-Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip: seconds to compile; VMEM held
-by the largest kernel; HBM the program needs beside its arguments and results; the compiler's
-static schedule in microseconds beside what the matrix units, the vector unit and the memory need
-for the same work, the ratio of the schedule to the largest floor of the algorithm (matrix units or
-memory), and registers spilled. Waits for memory are not in a schedule.
+Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip:
+
+    compile s       seconds to compile
+    VMEM            MB held by the largest kernel: blocks, buffers, scratch, spilled registers
+    HBM, temp       MB of arguments, results and temporaries; of these the temporaries
+    XLA             MB of the largest array that XLA makes around the kernels (a copy, a pad)
+    schedule        the compiler's static schedule in microseconds; waits for memory are not in it
+    MXU, HBM        microseconds the matrix units and the memory need for the algorithm
+    VALU            microseconds the vector unit needs for what was scheduled
+    ratio           schedule over the larger floor of the algorithm (matrix units or memory)
+    spills          register fills and spills in the code, and how many run in 100 cycles
 """
 
 import argparse
@@ -23,7 +29,7 @@ from benchmarks import schedule
 
 DUMP = schedule.start_dump()  # before libtpu is loaded
 
-from benchmarks import kernel_cases
+from benchmarks import hlo, kernel_cases
 from benchmarks.case import Case
 from sharding.topology import CHIPS, compile_on
 
@@ -35,12 +41,16 @@ class Report:
     case: str
     chip: str
     compile_seconds: float
+    vmem_bytes: int  # of the largest kernel
+    hbm_bytes: int  # arguments, results and temporaries
     temp_bytes: int  # HBM beside arguments and results
+    xla_bytes: int  # of the largest array made outside of the kernels
     schedule_us: float
     mxu_floor_us: float
     hbm_floor_us: float
     vector_us: float  # what the vector unit needs for what was scheduled
-    spills: int
+    spills: int  # fills and spills in the code
+    spills_per_cycle: float  # as often as they run
     bundles: dict[str, int]  # kernel -> static length
 
     @property
@@ -62,34 +72,43 @@ def report(case: Case, chip_name: str) -> Report:
         chip_name, lambda *a: case.run(*a, implementation="tpu"), *case.arguments()
     )
     seconds = time.perf_counter() - started
-    cycles = vector = spills = 0
+    cycles = vector = spills = spills_run = 0
     bundles = {}
     for name, trips in case.trips(chip_name).items():
         for kernel in schedule.read(DUMP, name):
             cycles += kernel.cycles(trips)
             vector += kernel.unit_cycles("VALU", trips)
             spills += kernel.spills()
+            spills_run += kernel.spills(trips)
             bundles[kernel.kernel] = kernel.bundles
     mxu, hbm = case.floors(chip)
     per_us = 1e6 / chip.clock / chip.cores
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temp = memory.temp_size_in_bytes
     return Report(
-        *(case.name, chip_name, round(seconds, 2), compiled.memory_analysis().temp_size_in_bytes),
-        *(cycles * per_us, mxu * 1e6, hbm * 1e6, vector * per_us, spills, bundles),
+        *(case.name, chip_name, round(seconds, 2)),
+        *(max(hlo.vmem_of_kernels(text)), kept + temp, temp, hlo.largest_of_xla(text)),
+        *(cycles * per_us, mxu * 1e6, hbm * 1e6, vector * per_us),
+        *(spills, spills_run / cycles, bundles),
     )
 
 
 HEADER = (
-    f"{'case':46} {'chip':4} {'compile s':>9} {'temp MB':>8} {'schedule':>10} {'MXU':>9} "
-    f"{'HBM':>9} {'VALU':>9} {'ratio':>6} {'spills':>6}   (times in us)"
+    f"{'case':46} {'chip':4} {'compile s':>9} {'VMEM':>6} {'HBM':>8} {'temp':>7} "
+    f"{'XLA':>7} {'schedule':>10} {'MXU':>9} {'HBM':>9} {'VALU':>9} "
+    f"{'ratio':>6} {'spills':>12}   (MB, us)"
 )
 
 
 def line(r: Report) -> str:
     """A row of the table."""
     return (
-        f"{r.case:46} {r.chip:4} {r.compile_seconds:9.1f} {r.temp_bytes / 1e6:8.1f} "
-        f"{r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} {r.hbm_floor_us:9.1f} {r.vector_us:9.1f} "
-        f"{r.ratio:6.2f} {r.spills:6}"
+        f"{r.case:46} {r.chip:4} {r.compile_seconds:9.1f} {r.vmem_bytes / 1e6:6.1f} "
+        f"{r.hbm_bytes / 1e6:8.1f} {r.temp_bytes / 1e6:7.1f} "
+        f"{r.xla_bytes / 1e6:7.1f} {r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} "
+        f"{r.hbm_floor_us:9.1f} {r.vector_us:9.1f} "
+        f"{r.ratio:6.2f} {r.spills:6} {100 * r.spills_per_cycle:5.1f}"
     )
 
 

@@ -3,10 +3,11 @@
     python -m scripts.finetune --model nano --tokens runs/nano/data/tokens.npy --output runs/nano
 
 AdamW over the next token, the token after it (MTP), the indexer's loss and router balance; float32
-throughout. With `--qat` every step computes with the weights and activations rounded as the released
-format and code would round them (docs/low_precision.md). Run the same command again to go on after an interruption: a step's batch depends on
-the seed and the step only. `--output` gets state/ (Orbax), metrics.jsonl, and at the end model/ in
-the released layout, FP4 experts and FP8 linears included (or float32 with `--save float`).
+throughout. With `--qat` every step computes with weights and activations rounded as the released
+format and code round them (docs/low_precision.md). Run the same command again to go on after an
+interruption: a step's batch depends on the seed and the step only. `--output` gets state/ (Orbax),
+metrics.jsonl, and at the end model/ in the released layout, FP4 experts and FP8 linears included (or
+float32 with `--save float`).
 
 Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as scripts/pod.py shows. A model
 that is spread over several hosts stays in state/: run the same command once more on one host, with

@@ -18,6 +18,7 @@ from scripts.errors import one_message
 from v4jax import Numerics, checkpoint
 from v4jax.encoding import BOS, MODES, encode_messages
 from v4jax.generate import Generator
+from v4jax.numerics import RECIPES
 from v4jax.sampling import Greedy, Sampler, Temperature, TopK, TopP
 from v4jax.tokenizer import Tokenizer
 
@@ -31,6 +32,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--numerics", choices=["plain", "released"], default="released")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, help="of released numerics, see v4jax.numerics"
+    )
     parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
 
 
@@ -65,7 +69,8 @@ def main() -> None:
     add_sampling_arguments(parser)
     args = parser.parse_args()
 
-    sampler, numerics = sampler_of(args), Numerics(args.numerics, jnp.dtype(args.dtype))
+    sampler = sampler_of(args)
+    numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
     tokenizer = Tokenizer(args.checkpoint)
     generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     prompt = tokenizer.encode(render(args.prompt, args.mode))

@@ -19,6 +19,7 @@ import numpy as np
 from scripts.errors import one_message
 from v4jax import Numerics, checkpoint
 from v4jax.encoding import BOS
+from v4jax.numerics import RECIPES
 from v4jax.scoring import Scorer
 
 
@@ -32,6 +33,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, help=".npz to write (with --tokens)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--numerics", choices=["plain", "released"], default="released")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, help="of released numerics, see v4jax.numerics"
+    )
     parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
     parser.add_argument("--decode-from", type=int, metavar="N")
     parser.add_argument("--context", type=int, default=512, help="window of the perplexity")
@@ -63,7 +67,7 @@ def read_tokens(path: pathlib.Path) -> np.ndarray:
 def main() -> None:
     """Scores."""
     args = parse_args()
-    numerics = Numerics(args.numerics, jnp.dtype(args.dtype))
+    numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
     tokens = read_tokens(args.tokens) if args.tokens else None
     scorer = Scorer(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     if args.tokens:

@@ -12,7 +12,7 @@ Source: report section 2.3; visibility and sink as in the released `inference/mo
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import checks, dispatch
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
 from pallas_kernels.packed_rows import PackedRows
 from pallas_kernels.selection import Selection
@@ -82,6 +82,8 @@ def selected_attention(
             f"selection, for {selection.shape} queries of {selection.num_entries} entries, must "
             f"be for [B, T] of q {q.shape} and S of entries {entries.shape}."
         )
+    if selection.indices is not None:
+        checks.check_indices(selection.indices, entries.shape[1])
     chosen = dispatch.choose(implementation, unsupported=tpu.unsupported(q, window, entries))
     static = dict(ratio=1, scale=scale)
     if chosen in ("tpu", "interpret"):
@@ -144,6 +146,9 @@ def _check_decode(q, window, entries, indices, sink, positions):
         raise ValueError(f"sink {sink.shape} must be [N] with N={num_heads} heads of q.")
     if positions.shape != (batch,):
         raise ValueError(f"positions {positions.shape} must be {(batch,)}.")
+    checks.check_positions(positions, are_consecutive=False)
+    if indices is not None:
+        checks.check_indices(indices, entries.shape[1])
 
 
 def selected_mass(
@@ -155,6 +160,7 @@ def selected_mass(
     scale: float,
 ) -> jax.Array:  # [B, T, K] float32
     """Attention probability of each selected entry, summed over heads: the indexer's teacher."""
+    checks.check_indices(indices, entries.shape[1])
     return xla.selected_mass(q, entries, indices, log_denominator, scale=scale)
 
 
@@ -181,3 +187,4 @@ def _check(q, window, entries, sink, positions):
         raise ValueError(f"sink {sink.shape} must be [N] with N={num_heads} heads of q.")
     if positions.shape != (batch, num_queries):
         raise ValueError(f"positions {positions.shape} must be {(batch, num_queries)}.")
+    checks.check_positions(positions, are_consecutive=True)

@@ -10,7 +10,7 @@ Source: report section 2.4; clamp and place of the routing weight as in the rele
 
 import jax
 
-from pallas_kernels import quantize
+from pallas_kernels import checks, quantize
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.grouped_matmul import reference, vjp, xla
 from pallas_kernels.quantize import QuantizedArray
@@ -87,3 +87,4 @@ def _check(x, w, group_sizes):
             f"x {x.shape} must be [P, in], weights {w.shape} [E, in, out] and group_sizes "
             f"{group_sizes.shape} [E]."
         )
+    checks.check_group_sizes(group_sizes, x.shape[0])

@@ -1,8 +1,8 @@
 """Grouped matmul in plain XLA: a loop over tiles of rows that belong to one expert.
 
 Only experts that have rows are touched, and only one expert's weights are unpacked at a time. A
-tile's result is written whole; rows past the end of its group are overwritten by the tile of the
-next group, which starts just there, and tiles are visited in row order.
+tile may have rows of other experts after its own, or, where it would reach past the last row and is
+moved up, before them; those keep what the results had there.
 """
 
 import functools
@@ -24,10 +24,9 @@ def grouped_matmul(x, w, group_sizes, in_fp8=False):
     tiles = _Tiles(x, group_sizes)
 
     def tile(i, out):
-        return tiles.put(out, i, tiles.product(tiles.rows(x_p, i), w, i, in_fp8))
+        return tiles.put(out, i, tiles.product(tiles.rows(x, i), w, i, in_fp8))
 
-    x_p = tiles.pad(x)
-    return tiles.loop(tile, tiles.empty(w.shape[-1], x.dtype))[: x.shape[0]]
+    return tiles.loop(tile, jnp.zeros((x.shape[0], w.shape[-1]), x.dtype))
 
 
 def _matmul_fwd(x, w, group_sizes, in_fp8):
@@ -37,16 +36,15 @@ def _matmul_fwd(x, w, group_sizes, in_fp8):
 def _matmul_bwd(in_fp8, residuals, d_out):
     x, w, group_sizes = residuals
     tiles = _Tiles(x, group_sizes)
-    x_p, d_out_p = tiles.pad(x), tiles.pad(d_out)
 
     def tile(i, carry):
         d_x, d_w = carry
-        d_rows = tiles.rows(d_out_p, i)
+        d_rows = tiles.rows(d_out, i)
         d_x = tiles.put(d_x, i, _dot(d_rows, tiles.weight(w, i).T))
-        return d_x, tiles.add_weight(d_w, i, tiles.rows(x_p, i), d_rows)
+        return d_x, tiles.add_weight(d_w, i, tiles.rows(x, i), d_rows)
 
-    d_x, d_w = tiles.loop(tile, (tiles.empty(x.shape[1], x.dtype), _weight_gradient(w)))
-    return d_x[: x.shape[0]], _cast_like(d_w, w), None
+    d_x, d_w = tiles.loop(tile, (jnp.zeros_like(x), _weight_gradient(w)))
+    return d_x, _cast_like(d_w, w), None
 
 
 grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -58,14 +56,13 @@ def grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, in_fp8=Fals
     tiles = _Tiles(x, group_sizes)
 
     def tile(i, out):
-        rows = tiles.rows(x_p, i)
+        rows = tiles.rows(x, i)
         gate = cast(tiles.product(rows, w_gate, i, in_fp8), x.dtype)
         up = cast(tiles.product(rows, w_up, i, in_fp8), x.dtype)
-        hidden = tiles.rows(weights_p, i)[:, None] * swiglu(gate, up, limit)
+        hidden = tiles.rows(row_weights, i)[:, None] * swiglu(gate, up, limit)
         return tiles.put(out, i, hidden)
 
-    x_p, weights_p = tiles.pad(x), tiles.pad(row_weights)
-    return tiles.loop(tile, tiles.empty(w_gate.shape[-1], x.dtype))[: x.shape[0]]
+    return tiles.loop(tile, jnp.zeros((x.shape[0], w_gate.shape[-1]), x.dtype))
 
 
 def _swiglu_fwd(x, w_gate, w_up, group_sizes, row_weights, limit, in_fp8):
@@ -76,17 +73,16 @@ def _swiglu_fwd(x, w_gate, w_up, group_sizes, row_weights, limit, in_fp8):
 def _swiglu_bwd(limit, in_fp8, residuals, d_out):
     x, w_gate, w_up, group_sizes, row_weights = residuals
     tiles = _Tiles(x, group_sizes)
-    x_p, weights_p, d_out_p = map(tiles.pad, (x, row_weights, d_out))
 
     def tile(i, carry):
         d_x, d_gate, d_up, d_weights = carry
-        rows, d_rows = tiles.rows(x_p, i), tiles.rows(d_out_p, i).astype(jnp.float32)
+        rows, d_rows = tiles.rows(x, i), tiles.rows(d_out, i).astype(jnp.float32)
         gate_w, up_w = tiles.weight(w_gate, i), tiles.weight(w_up, i)
         hidden, pull = jax.vjp(
             lambda gate, up: swiglu(gate, up, limit), _dot(rows, gate_w), _dot(rows, up_w)
         )
         d_weights = tiles.put(d_weights, i, jnp.sum(hidden * d_rows, axis=-1))
-        g, u = (d.astype(x.dtype) for d in pull(tiles.rows(weights_p, i)[:, None] * d_rows))
+        g, u = (d.astype(x.dtype) for d in pull(tiles.rows(row_weights, i)[:, None] * d_rows))
         d_x = tiles.put(d_x, i, _dot(g, gate_w.T) + _dot(u, up_w.T))
         d_gate = tiles.add_weight(d_gate, i, rows, g)
         return d_x, d_gate, tiles.add_weight(d_up, i, rows, u), d_weights
@@ -94,48 +90,49 @@ def _swiglu_bwd(limit, in_fp8, residuals, d_out):
     d_x, d_gate, d_up, d_weights = tiles.loop(
         tile,
         (
-            tiles.empty(x.shape[1], x.dtype),
+            jnp.zeros_like(x),
             _weight_gradient(w_gate),
             _weight_gradient(w_up),
-            jnp.zeros(weights_p.shape, row_weights.dtype),
+            jnp.zeros_like(row_weights),
         ),
     )
     d_gate, d_up = _cast_like(d_gate, w_gate), _cast_like(d_up, w_up)
-    return d_x[: x.shape[0]], d_gate, d_up, None, d_weights[: x.shape[0]]
+    return d_x, d_gate, d_up, None, d_weights
 
 
 grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 class _Tiles:
-    """Row tiles of the groups: each has one expert, a first row and a number of valid rows."""
+    """Row tiles of the groups: each has one expert, a first row and a range of rows of its own."""
 
     def __init__(self, x, group_sizes):
         num_rows, num_groups = x.shape[0], group_sizes.shape[0]
         mean = max(num_rows // num_groups, 1)
-        self.size = min(MAX_TILE, max(MIN_TILE, 1 << (mean - 1).bit_length()))
-        per_group = -(-group_sizes // self.size)
+        size = min(MAX_TILE, max(MIN_TILE, 1 << (mean - 1).bit_length()))
+        self.size = min(size, num_rows)
+        per_group = -(-group_sizes // max(self.size, 1))
         last_tile, last_row = jnp.cumsum(per_group), jnp.cumsum(group_sizes)
         self.count = last_tile[-1]
-        index = jnp.arange(-(-num_rows // self.size) + num_groups)
+        index = jnp.arange(-(-num_rows // max(self.size, 1)) + num_groups)
         expert = jnp.searchsorted(last_tile, index, side="right")
         self.expert = jnp.minimum(expert, num_groups - 1)
         nth = index - (last_tile - per_group)[self.expert]
-        self.start = (last_row - group_sizes)[self.expert] + nth * self.size
-        self.valid = last_row[self.expert] - self.start
-        self.num_rows = num_rows
+        self.own = (last_row - group_sizes)[self.expert] + nth * self.size
+        self.end = last_row[self.expert]
+        self.start = jnp.minimum(self.own, num_rows - self.size)
 
-    def pad(self, x):
-        return jnp.pad(x, [(0, self.size)] + [(0, 0)] * (x.ndim - 1))
+    def rows(self, x, i):
+        return jax.lax.dynamic_slice_in_dim(x, self.start[i], self.size)
 
-    def empty(self, width, dtype):
-        return jnp.zeros((self.num_rows + self.size, width), dtype)
-
-    def rows(self, x_padded, i):
-        return jax.lax.dynamic_slice_in_dim(x_padded, self.start[i], self.size)
+    def is_own(self, i):
+        row = self.start[i] + jnp.arange(self.size)
+        return (row >= self.own[i]) & (row < self.end[i])
 
     def put(self, out, i, rows):
-        return jax.lax.dynamic_update_slice_in_dim(out, cast(rows, out.dtype), self.start[i], 0)
+        is_own = self.is_own(i).reshape(-1, *[1] * (rows.ndim - 1))
+        rows = jnp.where(is_own, cast(rows, out.dtype), self.rows(out, i))
+        return jax.lax.dynamic_update_slice_in_dim(out, rows, self.start[i], 0)
 
     def product(self, rows, w, i, in_fp8):
         if in_fp8:
@@ -149,8 +146,7 @@ class _Tiles:
     def add_weight(self, d_w, i, rows, d_rows):
         if d_w is None:
             return None
-        valid = jnp.arange(self.size) < self.valid[i]
-        d_rows = jnp.where(valid[:, None], d_rows, 0)
+        d_rows = jnp.where(self.is_own(i)[:, None], d_rows, 0)
         return d_w.at[self.expert[i]].add(_dot(rows.T, d_rows))
 
     def loop(self, body, init):

@@ -12,7 +12,7 @@ Source: report section 2.3.1 (eqs. 15-17); released `inference/model.py` (Indexe
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import checks, dispatch
 from pallas_kernels.indexer import reference, tpu_decode, tpu_prefill, xla
 from pallas_kernels.packed_rows import PackedKeys
 from pallas_kernels.selection import Selection
@@ -50,6 +50,7 @@ def index_topk(
         raise ValueError(f"keys {keys.shape} must be [B, S, I] with B and I of q {q.shape}.")
     if topk < 1 or ratio < 1:
         raise ValueError(f"{topk=} and {ratio=} must be positive.")
+    checks.check_positions(positions, are_consecutive=False)
     implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
     if isinstance(keys, PackedKeys) and implementation != "xla":
         keys = keys.unpack(q.dtype)
@@ -87,6 +88,7 @@ def selected_scores(
     indices: jax.Array,  # [B, T, K] int32 (-1: none)
 ) -> jax.Array:  # [B, T, K] float32, -inf where the index is -1
     """Scores of the selected entries, differentiable: what the indexer is trained through."""
+    checks.check_indices(indices, keys.shape[1])
     return xla.selected_scores(q, weights, keys, indices)
 
 

@@ -103,6 +103,15 @@ def test_gradient_is_exactly_the_identity():
     assert_same_bits(vjp(d)[0], d)
 
 
+@pytest.mark.parametrize("fmt, block", [("fp8", 128), ("fp4", 32)])
+def test_no_rows_at_all(fmt, block):
+    x = np.zeros((2, 0, 200), np.float32)
+    assert round_rows(x, fmt, block).shape == x.shape
+    values, scale = quantize_rows(x, fmt, block)
+    assert scale.shape == (2, 0, -(-200 // block))
+    assert dequantize_rows(values, scale, fmt, block).shape == x.shape
+
+
 def test_what_cannot_run_is_refused_by_name():
     x = np.zeros((2, 96), np.float32)
     with pytest.raises(ValueError, match="fmt='int8': expected"):

@@ -13,6 +13,8 @@ import sys
 
 import pytest
 
+from benchmarks.hlo import largest_of_xla
+from sharding.topology import CHIPS
 from tests.conftest import ROOT
 
 pytest.importorskip("libtpu")
@@ -56,6 +58,33 @@ def test_every_case_compiles_for_every_chip(reports):
 
 def test_no_large_buffer_beside_arguments_and_results(reports):
     assert {r["case"]: r["temp_bytes"] for r in reports if r["temp_bytes"] > MAX_TEMP_BYTES} == {}
+
+
+def test_xla_copies_no_packed_weights_and_makes_no_scores_around_the_kernels(reports):
+    """Read from the compiled HLO, where a copy may reuse memory that is counted anyway."""
+    assert {r["case"]: r["xla_bytes"] for r in reports if r["xla_bytes"] > MAX_TEMP_BYTES} == {}
+
+
+def test_memory_is_what_kernels_hold_and_packed_arguments_take(reports):
+    for r in reports:
+        assert 0 < r["vmem_bytes"] <= CHIPS[r["chip"]].vmem
+    weights = 2 * 32 * 4096 * 2048 * (1 / 2 + 1 / 32)  # gate and up of 32 experts, e2m1 and scales
+    rows = 256 * 32 * (4096 + 2048) * 2
+    for r in reports:
+        if r["case"] == "grouped_swiglu: Flash FP4, 256 rows":
+            assert weights + rows <= r["hbm_bytes"] <= weights + rows + MAX_TEMP_BYTES
+
+
+def test_the_largest_array_of_xla_is_found():
+    hlo = """
+ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %copy.1 = u8[32,128]{1,0:T(8,128)(4,1)} copy(%w)
+  %copy.2 = f32[32,128]{1,0:T(8,128)S(1)} copy(%w)
+  %call = (f32[8,8]{1,0}, bf16[9,9]{1,0}) custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %fusion = bf16[32,16]{1,0:T(8,128)(2,1)} fusion(%x), kind=kLoop
+}"""
+    assert largest_of_xla(hlo) == 32 * 128
 
 
 def test_schedules_are_no_worse_than_they_were(reports):

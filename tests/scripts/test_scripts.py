@@ -184,3 +184,21 @@ def test_bad_input_ends_with_one_message(arguments, message):
     assert process.returncode == 2
     assert message in err
     assert "Traceback" not in err
+
+
+def test_finetune_with_the_rounding_in_the_loop(tmp_path):
+    """From a released-format checkpoint; what comes out is one again, and other weights."""
+    tokens = np.random.default_rng(0).integers(3, 1280, 1000).astype(np.uint16)
+    np.save(tmp_path / "tokens.npy", tokens)
+
+    run(
+        *("finetune", "--checkpoint", NANO, "--qat", "--tokens", tmp_path / "tokens.npy"),
+        *("--steps", 2, "--seq-len", 70, "--batch-size", 1, "--lr", 1e-3, "--warmup", 1),
+        *("--output", tmp_path / "run"),
+    )
+
+    before, after = (checkpoint.load(d).stages[1].blocks[0] for d in (NANO, tmp_path / "run/model"))
+    old, new = before.moe.w1[...], after.moe.w1[...]
+    assert new.is_fp4 and new.shape == old.shape
+    assert 0 < np.mean(np.asarray(old.values) != np.asarray(new.values)) < 0.5
+    assert not np.array_equal(old.dequantize(), new.dequantize())

@@ -46,7 +46,9 @@ def _model(rules: AxisRules) -> Transformer:
 
 @pytest.fixture(scope="module")
 def tokens() -> np.ndarray:
-    return np.random.default_rng(1).integers(2, 256, (BATCH, LENGTH + 2)).astype(np.int32)
+    # Of this seed the closest choice between two experts or entries has a margin of 4e-5, and so no
+    # other order of a float32 sum decides it.
+    return np.random.default_rng(36).integers(2, 256, (BATCH, LENGTH + 2)).astype(np.int32)
 
 
 def _gradients(tokens):

@@ -1,6 +1,7 @@
 """A packed cache: the same logits bit for bit, in the bytes of the released layout."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.attention import decode_attention
+from pallas_kernels.indexer import index_topk
 from pallas_kernels.packed_rows import PackedKeys, PackedRows
 from v4jax import Transformer, costs, flash, nano, plain, pro, released, tiny
 from v4jax.cache import Chunk, append_entries, init_cache, window_rows, write_window
@@ -112,7 +115,32 @@ def test_the_ring_holds_the_last_tokens(length):
     ring = write_window(packed, kv, chunk)
     expected = write_window(packed.unpack(), kv, chunk)
     np.testing.assert_array_equal(ring.unpack(), expected)
-    np.testing.assert_array_equal(window_rows(ring, kv, start), window_rows(expected, kv, start))
+    np.testing.assert_array_equal(window_rows(ring, kv, chunk), window_rows(expected, kv, chunk))
+
+
+def test_decoding_does_not_unpack_the_cache():
+    """A CSA layer of 65,536 entries: temporaries are far smaller than its rows in bfloat16."""
+    cache = jax.eval_shape(lambda: init_cache(flash(), released(), 1, 1 << 18, "packed"))
+    layer = next(x for x in cache.layers if x.index_keys is not None)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    position = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    @jax.jit
+    def attend(q, window, entries, indices, position):
+        sink, static = jnp.zeros(4), dict(ratio=4, scale=0.1)
+        return decode_attention(q, window, entries, indices, sink, position, **static)
+
+    @jax.jit
+    def select(q, keys, position):
+        found = index_topk(q, jnp.ones((1, 1, 4)), keys, position[:, None], topk=512, ratio=4)
+        return found.indices
+
+    indices = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    attended = attend.lower(shape((1, 4, 512)), layer.window, layer.entries, indices, position)
+    selected = select.lower(shape((1, 1, 4, 128)), layer.index_keys, position)
+    for lowered, rows in ((attended, layer.entries), (selected, layer.index_keys)):
+        temporaries = lowered.compile().memory_analysis().temp_size_in_bytes
+        assert temporaries < math.prod(rows.shape) * 2 / 4, temporaries
 
 
 def test_it_is_the_default_where_it_is_exact():

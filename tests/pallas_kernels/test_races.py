@@ -1,0 +1,101 @@
+"""Kernels that issue their own copies, in the interpreter that models them: no race, same result.
+
+Reading before a copy has arrived, or overwriting what is still read, gives right numbers in plain
+interpret mode. Other kernels leave all copies to `pallas_call`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.attention import (
+    block_sizes,
+    decode_attention,
+    selected_attention,
+    tpu,
+    tpu_decode,
+)
+from pallas_kernels.selection import Selection
+from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
+
+RACES = pltpu.InterpretParams(detect_races=True)
+FOUND = "RACE DETECTED"  # what the interpreter prints; it has no public flag
+N, H, SIZE, SCALE = 8, 128, 16, 0.1
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of queries, and of entries for each."""
+    for table in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(block_sizes, table, {"v6e": (128, 64, 128)})
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_prefill_and_its_gradients(small_blocks, capfd):
+    num_queries, num_entries = 32, 300
+    args = (
+        normal(0, 1, num_queries, N, H),
+        normal(1, 1, SIZE + num_queries, H),
+        normal(2, 1, num_entries, H),
+        jnp.linspace(-1.0, 1.0, N),
+    )
+    picked = np.random.default_rng(0).random((1, num_queries, num_entries)) < 0.1
+    selection = Selection.of_mask(jnp.asarray(picked), num_entries)
+    positions = 900 + jnp.arange(num_queries, dtype=jnp.int32)[None]
+
+    def kernel(q, window, entries, sink):
+        static = dict(ratio=1, scale=SCALE, interpret=RACES)
+        return tpu.attention(q, window, entries, selection.bits, sink, positions, **static)[0]
+
+    def xla(q, window, entries, sink):
+        static = dict(scale=SCALE, implementation="xla")
+        return selected_attention(q, window, entries, selection, sink, positions, **static)[0]
+
+    out, grads = jax.value_and_grad(lambda a: jnp.sum(kernel(*a) ** 2))(args)
+    assert FOUND not in capfd.readouterr().out
+    expected, expected_grads = jax.value_and_grad(lambda a: jnp.sum(xla(*a) ** 2))(args)
+    assert_close(out, expected, FLOAT32)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, GRADIENT_FLOAT32)
+
+
+class AsFloat32:
+    """A ref of words that passes for float32: this interpreter's copies know no `bitcast`."""
+
+    dtype = jnp.float32
+
+    def __init__(self, words):
+        self.words = words
+
+    def bitcast(self, dtype):
+        assert dtype == self.words.dtype
+        return self.words
+
+
+def test_decoding_with_copies_one_by_one(monkeypatch, capfd):
+    gather = tpu_decode._gather_kernel
+
+    def on_words(*refs, scale):
+        gather(*refs[:4], AsFloat32(refs[4]), *refs[5:], scale=scale)
+
+    monkeypatch.setattr(tpu_decode, "_gather_kernel", on_words)
+    monkeypatch.setattr(tpu_decode, "GATHER_RATIO", dict.fromkeys(tpu_decode.GATHER_RATIO, 0))
+    num_entries, num_picked = 512, 256
+    rng = np.random.default_rng(0)
+    indices = np.stack([rng.permutation(num_entries)[:num_picked] for _ in range(2)])
+    args = (
+        *(normal(0, 2, N, H), normal(1, 2, SIZE, H), normal(2, 2, num_entries, H)),
+        *(jnp.asarray(indices, jnp.int32), jnp.linspace(-1.0, 1.0, N)),
+        jnp.array([2000, 5000], jnp.int32),
+    )
+    static = dict(ratio=4, scale=SCALE)
+    assert tpu_decode.gathers(args[2], num_picked, "v6e")
+    words = jax.lax.bitcast_convert_type(args[2], jnp.uint32)
+    out = tpu_decode.decode_attention(*args[:2], words, *args[3:], interpret=RACES, **static)
+    assert FOUND not in capfd.readouterr().out
+    assert_close(out, decode_attention(*args, implementation="xla", **static), FLOAT32)
