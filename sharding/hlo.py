@@ -5,8 +5,9 @@ R bytes (n - 1) / n R, of an all-reduce twice that, of a reduce-scatter to r byt
 exchange (n - 1) / n of the buffer, of a permutation all of it. A ragged exchange counts with its
 whole result buffer, which is more than the rows that exist.
 
-Bodies of loops count as often as the compiler says they run; loops whose trips depend on data
-(rounds of the expert exchange) count once.
+Bodies of loops count as often as they run: what the compiler says, or the bound that the condition
+compares its counter with (a scan counts from 0). Loops whose trips depend on data (rounds of the
+expert exchange) count once.
 """
 
 import collections
@@ -28,6 +29,7 @@ _CALLED = re.compile(
     r"=%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -84,11 +86,11 @@ def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     calls = {name: [] for name in bodies}
     for name, lines in bodies.items():
         for line in lines:
-            trips = _TRIPS.search(line)
+            trips = _trips(line, bodies)
             for one, several in _CALLED.findall(line):
                 for called in [one] if one else re.findall(r"[\w.\-]+", several):
                     if called in bodies:
-                        calls[name].append((called, int(trips[1]) if trips else 1))
+                        calls[name].append((called, trips))
     times: dict[str, int] = collections.Counter()
     # HLO prints what is called before its callers, so callers come first in reverse.
     times[entry] = 1
@@ -96,6 +98,16 @@ def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
         for called, trips in calls[name]:
             times[called] += times[name] * trips
     return times
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often an instruction runs what it calls; 1 where that is not known."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    condition = re.search(r" while\(.* condition=%?([\w.\-]+)", line)
+    lines = bodies.get(condition[1], []) if condition else []
+    bounds = [match[1] for text in lines if (match := _BOUND.search(text))]
+    return int(bounds[0]) if len(bounds) == 1 else 1
 
 
 def _group_size(line: str) -> int:

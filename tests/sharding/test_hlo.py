@@ -71,3 +71,41 @@ ENTRY %main (a: bf16[8,4]) -> bf16[8,4] {
     assert found["all-gather"].count == found["ragged-all-to-all"].count == 5
     assert found["all-gather"].sent_bytes == 5 * 16 * 4 * 2 / 2
     assert found["ragged-all-to-all"].sent_bytes == 5 * 8 * 4 * 2 * 3 / 4
+
+
+def test_loops_without_a_stated_count_run_to_their_condition_s_bound():
+    """As TPU programs state it; a loop without a constant bound depends on data."""
+    text = """HloModule m
+
+%bounded (s: (s32[], s32[])) -> pred[] {
+  %s = (s32[], s32[]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %n = s32[]{:T(128)} constant(20)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+%free (s: (s32[], s32[])) -> pred[] {
+  %s = (s32[], s32[]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %n = s32[]{:T(128)} get-tuple-element(%s), index=1
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+%inner (s: (s32[], s32[])) -> (s32[], s32[]) {
+  %s = (s32[], s32[]) parameter(0)
+  %x = bf16[8,4]{1,0} all-reduce(%s), replica_groups={{0,1}}, to_apply=%add
+}
+
+%outer (s: (s32[], s32[])) -> (s32[], s32[]) {
+  %s = (s32[], s32[]) parameter(0)
+  %w = (s32[], s32[]) while(%s), condition=%free, body=%inner
+}
+
+ENTRY %main (a: (s32[], s32[])) -> (s32[], s32[]) {
+  %a = (s32[], s32[]) parameter(0)
+  ROOT %w = (s32[], s32[]) while(%a), condition=%bounded, body=%outer
+}
+"""
+    (found,) = collectives(text)
+
+    assert found.count == 20
