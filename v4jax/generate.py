@@ -144,6 +144,7 @@ class Generator:
             check_mesh(model.cfg, one)
         check_mesh(model.cfg, rules[0], length=math.gcd(*self.chunks))
         self._batch_parts = num_batch_parts(rules[1])
+        self._place_keys = jax.jit(jax.random.wrap_key_data, out_shardings=self._by_row())
         self._init_cache = jax.jit(
             functools.partial(model.init_cache, format=cache),
             static_argnums=(0, 1),
@@ -253,7 +254,7 @@ class Generator:
         longest = max((len(p) for p in prompts), default=0)
         cache = self.init_cache(len(prompts), longest + max_new_tokens)
         cache, logits = self.prefill(prompts, cache)
-        keys = jax.device_put(jnp.stack([jax.random.key(s) for s in seeds]), self._by_row())
+        keys = self._place_keys(np.stack([jax.random.key_data(jax.random.key(s)) for s in seeds]))
         done = jnp.zeros(len(prompts), bool, device=self._by_row())
         state = DecodeState(cache, logits, keys, done, jnp.zeros((), jnp.int32))
         ended = np.zeros(batch, bool)

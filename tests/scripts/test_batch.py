@@ -156,7 +156,7 @@ def test_an_interrupt_leaves_what_was_written(requests, whole):
         (("--output", "x"), "--checkpoint and --input are required"),
         (("--process-id", 1), "go together"),
         (("--coordinator", "here:1"), "--coordinator needs"),
-        (("--process-id", 2, "--num-processes", 2), "--process-id below --num-processes"),
+        (("--process-id", 2, "--num-processes", 2), "expected less than --num-processes"),
         (("--top-p", 2), "top_p=2.0: expected a number in"),
         (("--seed", 1), "belongs to another job"),
     ],

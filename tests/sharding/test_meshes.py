@@ -22,7 +22,10 @@ from v4jax.train.loss import LossWeights, shifted
 
 LENGTH, BATCH = 136, 8  # past 128 (HCA) and 4 * topk = 64; 136 = 8 * 17
 FAST = {"xla_backend_optimization_level": 0}  # to compile: these programs run once
-TOLERANCE = 1e-4  # of a gradient, relative to its largest value, and of the loss
+TOLERANCE = 1e-4  # of logits and gradients, and of the loss relative to it
+# Gradients reach 0.05. Those of a few parameters are sums of 1,088 tokens that nearly cancel: of such
+# sums another order moves up to a thousandth. A sum over devices that is missing moves halves.
+RELATIVE_TOLERANCE = 5e-3
 
 
 def _allowed() -> list[dict[str, int]]:
@@ -80,11 +83,10 @@ def test_loss_and_gradients_are_those_of_one_device(shape, tokens, one_device):
     for old, new in zip(*map(jax.tree.leaves, (expected_metrics, metrics)), strict=True):
         np.testing.assert_allclose(new, old, rtol=TOLERANCE)
     assert gradients.keys() == expected.keys()
-    worst = {
-        name: float(np.abs(gradients[name] - old).max() / np.abs(old).max())
-        for name, old in expected.items()
-    }
-    assert {name: value for name, value in worst.items() if value > TOLERANCE} == {}
+    for name, old in expected.items():
+        difference = np.abs(gradients[name] - old).max()
+        assert difference <= TOLERANCE, name
+        assert difference <= RELATIVE_TOLERANCE * np.abs(old).max(), name
 
 
 PROMPTS = [np.random.default_rng(n).integers(2, 256, n).tolist() for n in (150, 37, 201)]

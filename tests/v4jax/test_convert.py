@@ -42,6 +42,8 @@ from v4jax.config import from_hf
 from v4jax.quantization import to_float, to_released
 from v4jax.scoring import Scorer
 
+WIDTH = ("fsdp", "context")  # where the model width of parameters is cut
+
 E8M0, E4M3, BF16 = ml_dtypes.float8_e8m0fnu, ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -235,8 +237,8 @@ def test_expanding_under_a_mesh_gives_the_same_arrays_spread_over_it():
         model = load(OFFICIAL, expert_format="fp8", scan_layers=True)
     assert_same_parameters(parameters(model), expected)
     w1 = model.stages[1].blocks[0].moe.w1.get_value()
-    assert w1.values.sharding.spec == jax.P(None, "expert", "fsdp", "tensor")
-    assert w1.scale.sharding.spec == jax.P(None, "expert", "fsdp", None)  # 1 block of outputs
+    assert w1.values.sharding.spec == jax.P(None, "expert", WIDTH, "tensor")
+    assert w1.scale.sharding.spec == jax.P(None, "expert", WIDTH, None)  # 1 block of outputs
 
 
 def test_fp8_experts_become_the_fp4_ones_they_were(tmp_path, as_fp8):

@@ -108,7 +108,7 @@ def training_loss(
     balance = sum(jnp.sum(b.router.balance_loss) for b in blocks) / max(num_scored, 1)
     loss = ce + weights.mtp * mtp_ce + weights.balance * balance + weights.indexer * indexer
     counts = tuple(tuple(block.router.counts for block in stage) for stage in stats)
-    terms = spmd.total(jnp.stack([loss, ce, mtp_ce, indexer, balance]), "batch", "seq")
+    terms = spmd.leave(jnp.stack([loss, ce, mtp_ce, indexer, balance]), "batch", "seq")
     return loss, Metrics(*terms, counts)
 
 
