@@ -23,9 +23,11 @@ from v4jax.train.loss import LossWeights, shifted
 LENGTH, BATCH = 136, 8  # past 128 (HCA) and 4 * topk = 64; 136 = 8 * 17
 FAST = {"xla_backend_optimization_level": 0}  # to compile: these programs run once
 TOLERANCE = 1e-4  # of logits and gradients, and of the loss relative to it
-# Gradients reach 0.05. Those of a few parameters are sums of 1,088 tokens that nearly cancel: of such
-# sums another order moves up to a thousandth. A sum over devices that is missing moves halves.
-RELATIVE_TOLERANCE = 5e-3
+# Gradients reach 0.05, those of some parameters only 1e-5, so they are held relative to their largest
+# value too. Sums of 1,088 tokens that nearly cancel move by a thousandth in another order, and a choice
+# between two experts that float32 rounding decides moved one layer's experts by 1.1 %. A sum over
+# devices that is missing or done twice moves an eighth at least.
+RELATIVE_TOLERANCE = 5e-2
 
 
 def _allowed() -> list[dict[str, int]]:
