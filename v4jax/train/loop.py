@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -16,7 +15,7 @@ from v4jax.model import Transformer
 from v4jax.placement import check_mesh, reduce_gradients, specs
 from v4jax.quantization import round_to_released
 from v4jax.train.data import TokenStream
-from v4jax.train.loss import LossWeights, Metrics, cross_entropy, training_loss
+from v4jax.train.loss import LossWeights, Metrics, cross_entropy, mean_share, training_loss
 from v4jax.train.optimizer import OptimizerConfig, adamw, update_routing_bias
 
 
@@ -133,8 +132,7 @@ def _mean_loss(graphdef, computed, rules, state, inputs, following):
     def on_device(params, fixed, inputs, following):
         model = nnx.merge(graphdef, params, fixed)
         losses = cross_entropy(model, model.hidden(model.trunk(inputs)[0]), following)
-        share = jnp.sum(losses) / (losses.size * spmd.size("batch", "seq"))
-        return spmd.total(share, "batch", "seq")
+        return spmd.total(mean_share(losses), "batch", "seq")
 
     params = computed(state.params)
     in_specs = (specs(params, rules), specs(state.fixed, rules), rules.tokens, rules.tokens)

@@ -93,12 +93,12 @@ def training_loss(
       device's share, and shares add up to the loss; metrics are of all tokens.
     """
     streams, stats = model.trunk(inputs, remat=remat)
-    ce = _share(cross_entropy(model, model.hidden(streams), following))
+    ce = mean_share(cross_entropy(model, model.hidden(streams), following))
     blocks = [block for stage in stats for block in stage]
     mtp_ce = jnp.zeros(())
     if model.mtp:
         hidden, mtp_stats = model.mtp_hidden(streams, following)
-        mtp_ce = _share(cross_entropy(model, hidden, after))
+        mtp_ce = mean_share(cross_entropy(model, hidden, after))
         mtp_stats = jax.tree.map(lambda x: x[None], mtp_stats)
         blocks.append(mtp_stats)
         stats = (*stats, (mtp_stats,))
@@ -112,6 +112,6 @@ def training_loss(
     return loss, Metrics(*terms, counts)
 
 
-def _share(losses: jax.Array) -> jax.Array:
+def mean_share(losses: jax.Array) -> jax.Array:
     """This device's share of the mean over all tokens."""
     return jnp.sum(losses) / (losses.size * spmd.size("batch", "seq"))
