@@ -163,7 +163,7 @@ def _query_kernel(
         def visit_entries(k, keys):
             visit(keys, lambda r: mask.entries(r, k, first, bits_ref), is_first=False)
 
-        stream_entries(entries_ref, b, counts_ref[b, i], stream, visit_window, visit_entries)
+        stream_entries(entries_ref, b, 0, counts_ref[b, i], stream, visit_window, visit_entries)
     else:
         visit_window()
     d_q_ref[0] = total[...].astype(d_q_ref.dtype)

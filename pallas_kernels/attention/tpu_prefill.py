@@ -55,7 +55,11 @@ def forward(
     mine = pl.BlockSpec((1, rows, width), lambda b, i, *_: (b, i, 0))
     in_specs = [mine, band_spec(band, width, blocks)]
     args = [q, window]
+    is_streamed = entries is not None and entries.shape[1] > blocks.entries
     if entries is not None:
+        in_specs.append(pl.BlockSpec((1, blocks.entries, width), lambda b, i, *_: (b, 0, 0)))
+        args.append(entries)
+    if is_streamed:
         in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
         args.append(in_hbm(entries, interpret))
     if bits is not None:
@@ -68,6 +72,7 @@ def forward(
         mask=Mask(num_heads, size, band, num_entries, ratio, blocks),
         scale=scale,
         has_entries=entries is not None,
+        is_streamed=is_streamed,
         has_bits=bits is not None,
     )
     keys_per_query = band + (0 if entries is None else entries.shape[1])
@@ -85,7 +90,7 @@ def forward(
                 pltpu.VMEM((rows, 128), jnp.float32),
                 pltpu.VMEM((rows, 128), jnp.float32),
                 pltpu.VMEM((rows, width), jnp.float32),
-                *stream_scratch(entries, blocks),
+                *stream_scratch(entries if is_streamed else None, blocks),
             ],
         ),
         out_shape=[
@@ -105,30 +110,47 @@ def forward(
     )(start, counts, *args)
 
 
-def _kernel(start_ref, counts_ref, q_ref, window_ref, *refs, mask, scale, has_entries, has_bits):
+def _kernel(
+    start_ref,
+    counts_ref,
+    q_ref,
+    window_ref,
+    *refs,
+    mask,
+    scale,
+    has_entries,
+    is_streamed,
+    has_bits,
+):
     refs = list(refs)
-    entries_ref = refs.pop(0) if has_entries else None
+    first_entries_ref = refs.pop(0) if has_entries else None
+    entries_ref = refs.pop(0) if is_streamed else None
     bits_ref = refs.pop(0) if has_bits else None
     sink_ref, out_ref, lse_ref, peak, weight, total, *stream = refs
     b, i = pl.program_id(0), pl.program_id(1)
     first = start_ref[b] + i * mask.blocks.queries
     num_chunks, rows = mask.blocks.queries // mask.blocks.chunk, mask.chunk_rows
 
-    def visit(keys, bias, *, is_first: bool):
-        """One part of the keys: the scores of chunk r + 1 are formed beside the softmax of r."""
+    def visit(parts, *, is_first: bool):
+        """Parts (keys, bias): the scores of chunk r + 1 are formed beside the softmax of r."""
 
         def scores(r):
-            return dot(q_ref[0, r * rows : (r + 1) * rows], keys, "nt")
+            q = q_ref[0, r * rows : (r + 1) * rows]
+            return [dot(q, keys, "nt") for keys, _ in parts]
 
         following = scores(0)
         for r in range(num_chunks):
-            s, following = following, scores(r + 1) if r + 1 < num_chunks else None
+            formed, following = following, scores(r + 1) if r + 1 < num_chunks else None
             mine = slice(r * rows, (r + 1) * rows)
-            s = mask.add(scale * LOG2_E * s, bias(r))
+            s = [mask.add(scale * LOG2_E * x, bias(r)) for x, (_, bias) in zip(formed, parts)]
+            s = s[0] if len(s) == 1 else jnp.concatenate(s, axis=1)
             old = mask.per_head(sink_ref[...]) if is_first else peak[mine]
             new = jnp.maximum(old, jnp.max(fold_lanes(s, jnp.maximum), axis=1, keepdims=True))
             p = jnp.exp2(s - repeat_lanes(new, s.shape[1]))
-            product = dot(p.astype(keys.dtype), keys, "nn")
+            product, at = 0.0, 0
+            for keys, _ in parts:
+                product += dot(p[:, at : at + keys.shape[0]].astype(keys.dtype), keys, "nn")
+                at += keys.shape[0]
             if is_first:
                 weight[mine] = fold_lanes(p, jnp.add)
                 total[mine] = product
@@ -138,17 +160,24 @@ def _kernel(start_ref, counts_ref, q_ref, window_ref, *refs, mask, scale, has_en
                 total[mine] = repeat_lanes(fade, product.shape[1]) * total[mine] + product
             peak[mine] = new
 
-    def visit_window():
-        visit(window_ref[0], lambda r: mask.window(r, first), is_first=True)
+    def entries(k, keys):
+        return keys, lambda r: mask.entries(r, k, first, bits_ref)
 
-    if has_entries:
+    def visit_first():
+        window = window_ref[0], lambda r: mask.window(r, first)
+        visit(
+            [window, *([entries(jnp.int32(0), first_entries_ref[0])] if has_entries else [])],
+            is_first=True,
+        )
+
+    if is_streamed:
 
         def visit_entries(k, keys):
-            visit(keys, lambda r: mask.entries(r, k, first, bits_ref), is_first=False)
+            visit([entries(k, keys)], is_first=False)
 
-        stream_entries(entries_ref, b, counts_ref[b, i], stream, visit_window, visit_entries)
+        stream_entries(entries_ref, b, 1, counts_ref[b, i], stream, visit_first, visit_entries)
     else:
-        visit_window()
+        visit_first()
 
     for r in range(num_chunks):
         mine = slice(r * rows, (r + 1) * rows)
@@ -252,8 +281,8 @@ def in_hbm(entries: jax.Array, interpret: bool) -> jax.Array:
     return entries if interpret else pltpu.with_memory_space_constraint(entries, pltpu.HBM)
 
 
-def stream_entries(entries_ref, b, count, scratch, before, visit):
-    """`before()`, then `visit(k, keys)` for the first `count` blocks, each copied in time."""
+def stream_entries(entries_ref, b, begin, end, scratch, before, visit):
+    """`before()`, then `visit(k, keys)` for blocks `begin` to `end`, each copied in time."""
     buffer, semaphore = scratch
     size = buffer.shape[1]
 
@@ -261,15 +290,15 @@ def stream_entries(entries_ref, b, count, scratch, before, visit):
         rows = entries_ref.at[b, pl.ds(k * size, size)]
         return pltpu.make_async_copy(rows, buffer.at[k % 2], semaphore.at[k % 2])
 
-    pl.when(count > 0)(lambda: copy(0).start())
+    pl.when(begin < end)(lambda: copy(begin).start())
     before()
 
     def body(k, _):
         copy(k).wait()
-        pl.when(k + 1 < count)(lambda: copy(k + 1).start())
+        pl.when(k + 1 < end)(lambda: copy(k + 1).start())
         visit(k, buffer[k % 2])
 
-    jax.lax.fori_loop(0, count, body, None)
+    jax.lax.fori_loop(begin, end, body, None)
 
 
 def dot(a, b, form: str):
