@@ -14,11 +14,15 @@ Weights are kept as `QuantizedArray`s with logical shape [..., in, out]:
 
 FP4 codes are sign, two exponent bits, one mantissa bit: codes 0..7 are 0, .5, 1, 1.5, 2, 3, 4, 6,
 codes 8..15 their negatives. Inputs lie in blocks of `fp4_block(in)`: 256, or all of them where 256
-does not divide `in`. Byte row r of a block holds the block's input r in its low nibble and its input
-r + block / 2 in its high nibble, so that a kernel unpacks a block into two halves that are whole
-rows, and nothing is interleaved. Checkpoints hold inputs 2r and 2r + 1 in byte r: `pack_planes` and
-`unpack_planes` turn one into the other. Where the `in` axis is cut over devices, a device's part
-must be whole blocks.
+does not divide `in`. Byte row r of a block holds the block's inputs r and r + block / 2, so that a
+kernel unpacks a block into two halves that are whole rows, and nothing is interleaved. From its
+highest bit, with the sign s and the other bits eem of the first and of the second code, a byte is
+
+    s1  eem2  eem1  s2
+
+so that the bits of the first are where e5m2 has them, and one mask makes e5m2 of four bytes.
+Checkpoints hold inputs 2r and 2r + 1 in byte r, as nibbles: `pack_planes` and `unpack_planes` turn
+one into the other. Where the `in` axis is cut over devices, a device's part must be whole blocks.
 
 Source: the released `inference/kernel.py` (act_quant, fp4_act_quant); report section 5.2.1.
 """
@@ -102,6 +106,16 @@ def fp4_block(num_inputs: int) -> int:
     return FP4_PLANES_BLOCK if num_inputs % FP4_PLANES_BLOCK == 0 else num_inputs
 
 
+def join_codes(first, second):
+    """Two arrays of e2m1 codes 0..15 -> bytes as above, in the arrays' integer dtype."""
+    return (first & 8) << 4 | (second & 7) << 4 | (first & 7) << 1 | second >> 3
+
+
+def split_codes(packed):
+    """The inverse of `join_codes`."""
+    return packed >> 4 & 8 | packed >> 1 & 7, (packed & 1) << 3 | packed >> 4 & 7
+
+
 def _dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
     values = unpack_fp4(w.values) if w.is_fp4 else w.values.astype(jnp.float32)
     *_, rows, cols = values.shape
@@ -116,30 +130,35 @@ def unpack_fp4(packed: jax.Array) -> jax.Array:
     *batch, rows, cols = packed.shape
     half = fp4_block(2 * rows) // 2
     packed = packed.reshape(*batch, rows // half, half, cols)
-    codes = jnp.concatenate([packed & 0xF, packed >> 4], axis=-2)
+    codes = jnp.concatenate(split_codes(packed), axis=-2)
     return decode_e2m1(codes.reshape(*batch, rows * 2, cols))
 
 
 def pack_planes(interleaved: np.ndarray) -> np.ndarray:
     """uint8 [..., in / 2] as in checkpoints (inputs 2r, 2r + 1 in byte r) -> planes, as above."""
-    pairs = _in_fp4_blocks(interleaved)
-    first, second = np.split(pairs, 2, axis=-1)  # the block's first and second half of inputs
-    planes = np.empty_like(pairs)
-    planes[..., 0::2] = (first & 0xF) | (second << 4)
-    planes[..., 1::2] = (first >> 4) | (second & 0xF0)
-    return planes.reshape(interleaved.shape)
+    *batch, width = interleaved.shape
+    half = fp4_block(2 * width) // 4  # bytes of a half of a block's inputs
+    first, second = np.split(interleaved.reshape(*batch, -1, 2 * half), 2, axis=-1)
+    planes = _plane_pairs()[0][first.astype(np.uint16) | second.astype(np.uint16) << 8]
+    return planes.view(np.uint8).reshape(interleaved.shape)
 
 
 def unpack_planes(planes: np.ndarray) -> np.ndarray:
     """The inverse of `pack_planes`."""
-    blocks = _in_fp4_blocks(planes)
-    even, odd = blocks[..., 0::2], blocks[..., 1::2]
-    first, second = (even & 0xF) | (odd << 4), (even >> 4) | (odd & 0xF0)
-    return np.concatenate([first, second], axis=-1).reshape(planes.shape)
+    *batch, width = planes.shape
+    half = fp4_block(2 * width) // 4
+    pairs = _plane_pairs()[1][np.ascontiguousarray(planes).view("<u2")].reshape(*batch, -1, half)
+    halves = [(pairs & 0xFF).astype(np.uint8), (pairs >> 8).astype(np.uint8)]
+    return np.concatenate(halves, axis=-1).reshape(planes.shape)
 
 
-def _in_fp4_blocks(packed: np.ndarray) -> np.ndarray:
-    return packed.reshape(*packed.shape[:-1], -1, fp4_block(2 * packed.shape[-1]) // 2)
+@functools.cache
+def _plane_pairs() -> tuple[np.ndarray, np.ndarray]:
+    """A stored byte of the first half (low) and one of the second -> two bytes of planes; back."""
+    pairs = np.arange(1 << 16)
+    first, second = pairs & 0xFF, pairs >> 8
+    planes = join_codes(first & 0xF, second & 0xF) | join_codes(first >> 4, second >> 4) << 8
+    return planes.astype("<u2"), np.argsort(planes).astype("<u2")
 
 
 def decode_e2m1(code: jax.Array) -> jax.Array:
@@ -332,7 +351,7 @@ def _quantize_weight(weight: jax.Array, fmt: str) -> QuantizedArray:
             half = fp4_block(rows) // 2
             code = encode_e2m1(round_e2m1(groups / scale))
             code = code.reshape(*batch, rows // (2 * half), 2, half, cols)
-            packed = code[..., 0, :, :] | code[..., 1, :, :] << 4
+            packed = join_codes(code[..., 0, :, :], code[..., 1, :, :])
             return QuantizedArray(
                 packed.reshape(*batch, rows // 2, cols).astype(jnp.uint8),
                 scale[..., 0, :].astype(jnp.float8_e8m0fnu),

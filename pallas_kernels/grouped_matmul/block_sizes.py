@@ -16,7 +16,7 @@ COLUMNS = (2048, 1536, 1024, 768, 512, 384, 256, 128)
 GRADIENT_BLOCKS = (1024, 768, 512, 384, 256, 128)  # of both axes of a gradient
 # A step of the loop within a block takes about so many weights: the more, the more of the unpacking
 # is hidden under products, and the rarer the matrix unit runs dry between steps; the code grows.
-STEP_WEIGHTS = {"v5e": 1 << 20, "v5p": 1 << 20, "v6e": 1 << 21, "v7x": 1 << 21}
+STEP_WEIGHTS = {"v5e": 1 << 20, "v5p": 1 << 20, "v6e": 1 << 22, "v7x": 1 << 22}
 STEPS = (1024, 512, 256, 128)
 
 

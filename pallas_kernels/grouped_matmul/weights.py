@@ -1,8 +1,8 @@
 """Weights as the kernels see them: what is copied to VMEM, and how it becomes matrices there.
 
-Packed FP4. A 32-bit word of packed bytes has four rows of a block's first half in its low nibbles
-and four of the second half in its high ones. Moving bits makes e5m2 of them, four to a word, times
-2**-14 (code 1, one half, becomes an e5m2 subnormal): nine operations for eight weights of each of
+Packed FP4. A 32-bit word of packed bytes (`quantize.py` says how) has the codes of four rows of a
+block's first half and of four of its second. Moving bits makes e5m2 of them, four to a word, times
+2**-14 (code 1, one half, becomes an e5m2 subnormal): six operations for eight weights of each of
 1024 positions. The factor 2**14 goes into the scale.
 
 Scales become one row per group of inputs (32 for FP4, 128 for FP8, whose scales are repeated along
@@ -154,11 +154,11 @@ def codes(fmt: Format, values_ref, first, num_inputs: int, columns) -> list[jax.
 
 
 def _halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """uint8 [r, n] of two codes each -> e5m2 [r, n] of the low ones and of the high ones."""
+    """uint8 [r, n] of two codes each -> e5m2 [r, n] of the first ones and of the second."""
     word = pltpu.bitcast(packed, jnp.uint32)
-    low = ((word & 0x08080808) << 4) | ((word & 0x07070707) << 1)
-    high = (word & jnp.uint32(0x80808080)) | ((word >> 3) & jnp.uint32(0x0E0E0E0E))
-    return pltpu.bitcast(low, jnp.float8_e5m2), pltpu.bitcast(high, jnp.float8_e5m2)
+    first = word & jnp.uint32(0x8E8E8E8E)
+    second = ((word << 7) & jnp.uint32(0x80808080)) | ((word >> 3) & 0x0E0E0E0E)
+    return pltpu.bitcast(first, jnp.float8_e5m2), pltpu.bitcast(second, jnp.float8_e5m2)
 
 
 def dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int] = (1, 0)) -> jax.Array:

@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu, visits
 from pallas_kernels.quantize import quantize_weight
+from tests.reference.fp4 import two_codes
 from tests.tolerances import BFLOAT16, FLOAT32, GRADIENT_FLOAT32, assert_close
 
 P, IN, HIDDEN, LIMIT = 43, 64, 10, 2.0
@@ -80,7 +81,7 @@ def dense(packed) -> np.ndarray:
     if values.dtype == np.uint8:
         half = min(values.shape[1], 128)
         blocks = [values[:, i : i + half] for i in range(0, values.shape[1], half)]
-        out = np.concatenate([E2M1[b] for v in blocks for b in (v & 15, v >> 4)], axis=1)
+        out = np.concatenate([E2M1[b] for v in blocks for b in two_codes(v)], axis=1)
     else:
         out = values.astype(np.float64)
     rows, cols = packed.block

@@ -23,6 +23,7 @@ from pallas_kernels.quantize import (
     unpack_fp4,
     unpack_planes,
 )
+from tests.reference.fp4 import two_codes
 from tests.tolerances import FLOAT32, assert_close
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -267,8 +268,9 @@ def test_every_e4m3_code_dequantizes_to_its_value_times_the_scale():
     assert_same_bits(np.signbit(weight), (codes & 0x80) != 0)
 
 
-def test_low_nibbles_are_the_first_half_of_the_inputs():
-    unpacked = unpack_fp4(jnp.array([[0x21, 0xF0], [0x9A, 0x07]], jnp.uint8))
+def test_first_codes_are_the_first_half_of_the_inputs():
+    # Codes (1, 2), (0, 15), (10, 9), (7, 0).
+    unpacked = unpack_fp4(jnp.array([[0x22, 0x71], [0x95, 0x0E]], jnp.uint8))
     expected = np.array([[0.5, 0.0], [-1.0, 6.0], [1.0, -6.0], [-0.5, 0.0]], np.float32)
     np.testing.assert_array_equal(unpacked, expected)
 
@@ -277,7 +279,7 @@ def test_fp4_packs_two_inputs_per_byte():
     column = np.zeros((32, 1), np.float32)
     column[[0, 16, 1, 17], 0] = [0.5, 1.0, -2.0, 6.0]  # codes 1, 2, 12, 7 under a scale of one
     packed = pack(jnp.asarray(column), "fp4")
-    np.testing.assert_array_equal(packed.values[:, 0], [0x21, 0x7C] + [0] * 14)
+    np.testing.assert_array_equal(packed.values[:, 0], [0x22, 0xF8] + [0] * 14)
     np.testing.assert_array_equal(packed.scale.astype(jnp.float32), [[1.0]])
 
 
@@ -296,8 +298,9 @@ def test_planes_of_checkpoint_bytes(num_inputs, block):
     for start in range(0, num_inputs, block):
         rows = planes[:, start // 2 : (start + block) // 2]
         half = block // 2
-        np.testing.assert_array_equal(rows & 15, codes[:, start : start + half])
-        np.testing.assert_array_equal(rows >> 4, codes[:, start + half : start + block])
+        first, second = two_codes(rows)
+        np.testing.assert_array_equal(first, codes[:, start : start + half])
+        np.testing.assert_array_equal(second, codes[:, start + half : start + block])
     np.testing.assert_array_equal(unpack_planes(planes), stored)
     np.testing.assert_array_equal(unpack_fp4(jnp.asarray(planes.T)).T, E2M1[codes])
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.quantize import QuantizedArray
+from tests.reference.fp4 import two_codes, two_codes_joined
 from tests.reference.official import read_tensors
 from v4jax.model import Transformer
 
@@ -171,7 +172,7 @@ def fp4_codes(values: np.ndarray) -> np.ndarray:
     """Codes [..., in, out] of packed FP4 as it lies in memory: blocks of 256 inputs, in halves."""
     half = min(values.shape[-2], 128)
     blocks = np.split(values, values.shape[-2] // half, axis=-2)
-    return np.concatenate([b for v in blocks for b in (v & 15, v >> 4)], axis=-2)
+    return np.concatenate([b for v in blocks for b in two_codes(v)], axis=-2)
 
 
 def fp4_in_memory(stored: np.ndarray) -> np.ndarray:
@@ -179,7 +180,7 @@ def fp4_in_memory(stored: np.ndarray) -> np.ndarray:
     codes = np.stack([stored & 15, stored >> 4], axis=-1).reshape(len(stored), -1).T
     half = min(len(codes) // 2, 128)
     halves = np.split(codes, len(codes) // half)
-    return np.concatenate([a | b << 4 for a, b in zip(halves[0::2], halves[1::2])])
+    return np.concatenate([two_codes_joined(*pair) for pair in zip(halves[0::2], halves[1::2])])
 
 
 def expected_parameters(tensors: Tensors, blocks: dict[str, list[int]] | None = None) -> Parameters:
