@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from benchmarks.case import Case, Trips, main
 from pallas_kernels import hyper_connections
 from pallas_kernels.hyper_connections import block_sizes, phases, tpu_backward
+from pallas_kernels.hyper_connections.block_sizes import LANES
 from v4jax.config import flash, pro
 
 M, ITERS = 4, 20
@@ -108,7 +109,7 @@ def _backward(op: str, shape: str, batch: int, length: int, d: int) -> Case:
 def _trips(chip: str, *, op: str, tokens: int, d: int) -> Trips:
     mixes, collapses = op in ("hc_post", "hc_post_pre"), op != "hc_post"
     rows = 8 if op == "hc_head" else ROWS
-    per_token = d * 2 * _ROWS[op] + mixes * 4 * ROWS + collapses * 4 * (rows + 8)
+    per_token = d * 2 * _ROWS[op] + mixes * _maps_bytes(M, 1 + M) + collapses * 4 * (rows + 8)
     constant = (3 * rows * M * d * 2 + rows * 8) * collapses
     blocks, groups = _blocks(chip, tokens, per_token, constant)
     loops = ()
@@ -136,10 +137,10 @@ def _gradient_trips(chip: str, *, op: str, tokens: int, d: int) -> Trips:
         steps = (_coefficient_blocks(tokens), ITERS - 1, ITERS - 1)
         found["hc_grad_coefficients"] = _loops(*steps)
     if op in ("hc_post", "hc_post_pre"):
-        per_token = d * 2 * _GRADIENT_ROWS["hc_post"] + 4 * 2 * ROWS
+        per_token = d * 2 * _GRADIENT_ROWS["hc_post"] + _maps_bytes(1 + M, M) + 4 * LANES // 2
         blocks, groups = _blocks(chip, tokens, per_token, 0)
         mix = groups * _steps(d, tpu_backward.MIX_CHANNELS)
-        found["hc_grad_post"] = _loops(blocks, mix)
+        found["hc_grad_post"] = _loops(blocks, mix, groups)
     # jax names a kernel of a gradient after how it was reached.
     return {f"transpose_jvp_{name}": loops for name, loops in found.items()}
 
@@ -156,6 +157,12 @@ def _blocks(chip: str, tokens: int, per_token: int, constant: int) -> tuple[int,
     """Blocks of tokens, and groups of tokens in one."""
     block = block_sizes.block_tokens(chip, tokens, per_token, constant)
     return -(-tokens // block), -(-min(block, tokens) // phases.GROUP)
+
+
+def _maps_bytes(num_out: int, num_in: int) -> int:
+    """Of a token's coefficients as the kernels read them."""
+    maps = jax.ShapeDtypeStruct((num_in, num_out, phases.GROUP), jnp.float32)
+    return jax.eval_shape(lambda c: phases.maps(c, DTYPE).array, maps).size * 4 // phases.GROUP
 
 
 def _steps(channels: int, limit: int) -> int:

@@ -39,7 +39,8 @@ class Operand(NamedTuple):
     """An argument or a result of a kernel, and which axis its tokens are on."""
 
     array: jax.Array | jax.ShapeDtypeStruct
-    tokens: int | None  # 0: [N, channels]; 1: [rows, N]; None: every program sees all of it
+    tokens: int | None  # 0: [N / a, channels]; 1: [rows, N]; None: every program sees all of it
+    tokens_per_row: int = 1  # a
 
     def num_bytes(self) -> int:
         """Of the whole array."""
@@ -49,7 +50,7 @@ class Operand(NamedTuple):
         """The block of one program."""
         shape = self.array.shape
         if self.tokens == 0:
-            return pl.BlockSpec((tokens, shape[1]), lambda i: (i, 0))
+            return pl.BlockSpec((tokens // self.tokens_per_row, shape[1]), lambda i: (i, 0))
         if self.tokens == 1:
             return pl.BlockSpec((shape[0], tokens), lambda i: (0, i))
         return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
@@ -129,6 +130,59 @@ def fold(x: jax.Array) -> jax.Array:
     return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
 
 
+def loader(tokens: int, num_tokens: int) -> Callable:
+    """`load(ref, rows, start, size)`: a piece as it is, but zero behind the last token.
+
+    Products over the tokens of a group need that: zero times what memory holds may be a NaN.
+    """
+    real = num_tokens - pl.program_id(0) * tokens
+
+    def load(ref, rows, start, size: int) -> jax.Array:
+        x = ref[rows, pl.ds(start, size)]
+        if num_tokens % GROUP == 0:
+            return x
+        token = rows.start + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        return jnp.where(token < real, x.astype(jnp.float32), 0).astype(x.dtype)
+
+    return load
+
+
+def maps(
+    coefficients: jax.Array,  # [I, O, N] float32: a linear map of I streams to O for each token
+    dtype: jax.typing.DTypeLike,
+) -> Operand:
+    """The maps as `mapped` takes them, for streams of `dtype`.
+
+    Row g has the tokens of group g: for each output, for each part of the coefficients (three
+    bfloat16 numbers that sum to them, or themselves), for each input, 16 tokens.
+    """
+    num_in, num_out, n = coefficients.shape
+    parts = jnp.stack(cut(coefficients, 3) if dtype == jnp.bfloat16 else [coefficients])
+    parts = jnp.pad(parts, ((0, 0), (0, 0), (0, 0), (0, -n % GROUP)))
+    parts = parts.reshape(len(parts), num_in, num_out, -1, GROUP).transpose(3, 2, 0, 1, 4)
+    rows = parts.reshape(*parts.shape[:2], -1)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % LANES)))
+    return Operand(rows.reshape(len(rows), -1), 0, GROUP)
+
+
+def mapped(maps_ref, rows, streams: Sequence[jax.Array], num_out: int) -> list[jax.Array]:
+    """float32 [16, size] of each output: the maps of a group applied to a piece of the streams.
+
+    One product of the matrix unit with a matrix that is zero between different tokens. Fifteen of
+    sixteen of its products are with zeros, and still it takes less than half the time of the vector
+    unit. Exact in the coefficients, as their parts go side by side.
+    """
+    width = maps_ref.shape[1] // num_out
+    right = jnp.concatenate(list(streams) * (3 if streams[0].dtype == jnp.bfloat16 else 1))
+    token = jax.lax.broadcasted_iota(jnp.int32, (GROUP, width), 0)
+    is_own = jax.lax.broadcasted_iota(jnp.int32, (GROUP, width), 1) % GROUP == token
+    row = maps_ref[pl.ds(rows.start // GROUP, 1), :]
+    left = [jnp.where(is_own, row[:, i * width : (i + 1) * width], 0.0) for i in range(num_out)]
+    left = jnp.concatenate(left).astype(right.dtype)[:, : right.shape[0]]
+    out = dot(left, right, 1, 0)
+    return [out[i * GROUP : (i + 1) * GROUP] for i in range(num_out)]
+
+
 def spread(
     rows: jax.Array,  # [R, tokens] float32, R a multiple of 8
     out_ref,  # [R, tokens, 128]
@@ -177,17 +231,15 @@ def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 # The phases ---------------------------------------------------------------------------------------
 
 
-def mix(spread_ref, f_ref, x_ref, y_ref, *, m: int, worked: int) -> None:
+def mix(maps_ref, f_ref, x_ref, y_ref, *, m: int, worked: int, num_tokens: int) -> None:
     """streams'[k] = post[k] * f + sum_j comb[j, k] * streams[j]."""
     d = f_ref.shape[1]
+    load = loader(f_ref.shape[0], num_tokens)
 
     def body(rows, start, size):
-        f = read(f_ref, rows, start, size)
-        x = [read(x_ref, rows, j * d + start, size) for j in range(m)]
-        for k in range(m):
-            y = tile(spread_ref[m + k, rows], size) * f
-            for j in range(m):
-                y += tile(spread_ref[2 * m + m * j + k, rows], size) * x[j]
+        x = [load(f_ref, rows, start, size)]
+        x += [load(x_ref, rows, j * d + start, size) for j in range(m)]
+        for k, y in enumerate(mapped(maps_ref, rows, x, m)):
             y_ref[rows, pl.ds(k * d + start, size)] = y.astype(y_ref.dtype)
 
     pieces(worked, d, MIX_CHANNELS, body)

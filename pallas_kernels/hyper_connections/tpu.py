@@ -65,10 +65,10 @@ def mix(
 ) -> jax.Array:  # [N, M * D]
     """The new streams."""
     (mixed,) = phases.launch(
-        *(_mix_kernel, "hc_post"),
-        [Operand(f, 0), Operand(streams, 0), Operand(coefficients, 1)],
+        *(functools.partial(_mix_kernel, num_tokens=len(f)), "hc_post"),
+        [Operand(f, 0), Operand(streams, 0), _maps(coefficients, streams, static)],
         [Operand(jax.ShapeDtypeStruct(streams.shape, streams.dtype), 0)],
-        lambda tokens: [_spread(coefficients.shape[0], tokens)],
+        lambda tokens: [],
         flops_per_byte=static.num_streams,
         static=static,
     )
@@ -87,19 +87,16 @@ def mix_collapse(
     """The new streams, and what `collapse` makes of them."""
     parts = _projection(fn, streams.dtype)
     mixed, u, raw = phases.launch(
-        *(_mix_collapse_kernel, "hc_fused"),
+        *(functools.partial(_mix_collapse_kernel, num_tokens=len(f)), "hc_fused"),
         [
-            *(Operand(f, 0), Operand(streams, 0), Operand(coefficients, 1)),
+            *(Operand(f, 0), Operand(streams, 0), _maps(coefficients, streams, static)),
             *(Operand(parts, None), Operand(affine, None)),
         ],
         [
             Operand(jax.ShapeDtypeStruct(streams.shape, streams.dtype), 0),
             *_collapse_results(streams, fn, static),
         ],
-        lambda tokens: [
-            _spread(coefficients.shape[0], tokens),
-            *_collapse_scratch(tokens, parts),
-        ],
+        lambda tokens: _collapse_scratch(tokens, parts),
         flops_per_byte=fn.shape[1],
         static=static,
     )
@@ -122,20 +119,21 @@ def _collapse_results(streams, fn, static):
 
 def _collapse_scratch(tokens, parts):
     return [
-        _spread(8, tokens),
+        pltpu.VMEM((8, tokens, LANES), jnp.float32),
         pltpu.VMEM((tokens, LANES), jnp.float32),
         pltpu.VMEM((parts.shape[0], tokens), jnp.float32),
     ]
 
 
-def _spread(rows: int, tokens: int):
-    return pltpu.VMEM((rows, tokens, LANES), jnp.float32)
-
-
-def _mix_kernel(f_ref, x_ref, coefficients_ref, y_ref, spread_ref, *, static, worked):
+def _maps(coefficients, streams, static) -> Operand:
+    """From f and the streams to the new streams."""
     m = static.num_streams
-    phases.spread(coefficients_ref[...], spread_ref, range(m, (2 + m) * m))
-    phases.mix(spread_ref, f_ref, x_ref, y_ref, m=m, worked=worked)
+    return phases.maps(coefficients[m:].reshape(1 + m, m, -1), streams.dtype)
+
+
+def _mix_kernel(f_ref, x_ref, maps_ref, y_ref, *, static, worked, num_tokens):
+    sizes = dict(m=static.num_streams, worked=worked, num_tokens=num_tokens)
+    phases.mix(maps_ref, f_ref, x_ref, y_ref, **sizes)
 
 
 def _collapse_kernel(
@@ -162,25 +160,11 @@ def _collapse_kernel(
 
 
 def _mix_collapse_kernel(
-    f_ref,
-    x_ref,
-    coefficients_ref,
-    fn_ref,
-    affine_ref,
-    y_ref,
-    u_ref,
-    raw_ref,
-    mix_spread_ref,
-    *scratch,
-    static,
-    worked,
+    f_ref, x_ref, maps_ref, fn_ref, affine_ref, y_ref, *refs, static, worked, num_tokens
 ):
-    _mix_kernel(
-        *(f_ref, x_ref, coefficients_ref, y_ref, mix_spread_ref), static=static, worked=worked
-    )
-    _collapse_kernel(
-        *(y_ref, fn_ref, affine_ref, u_ref, raw_ref, *scratch), static=static, worked=worked
-    )
+    options = dict(static=static, worked=worked)
+    _mix_kernel(f_ref, x_ref, maps_ref, y_ref, num_tokens=num_tokens, **options)
+    _collapse_kernel(y_ref, fn_ref, affine_ref, *refs, **options)
 
 
 def _collapse_fwd(streams, fn, affine, static):

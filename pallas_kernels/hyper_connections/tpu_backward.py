@@ -31,7 +31,7 @@ from pallas_kernels.hyper_connections.tpu_sinkhorn import d_affine
 # Channels of one step.
 FIRST_CHANNELS = 1024
 SECOND_CHANNELS = 512  # of one stream
-MIX_CHANNELS = 512
+MIX_CHANNELS = 2048
 
 
 def collapse(
@@ -87,20 +87,25 @@ def mix(
     static: Static,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of the three arguments of `tpu.mix`."""
-    e = coefficients.shape[0]
-    return tuple(
-        phases.launch(
-            *(_mix_kernel, "hc_grad_post"),
-            [Operand(a, 0) for a in (f, streams, d_mixed)] + [Operand(coefficients, 1)],
-            [
-                *(Operand(jax.ShapeDtypeStruct(a.shape, a.dtype), 0) for a in (f, streams)),
-                Operand(jax.ShapeDtypeStruct(coefficients.shape, jnp.float32), 1),
-            ],
-            lambda tokens: [pltpu.VMEM((e, tokens, LANES), jnp.float32)] * 2,
-            flops_per_byte=2 * static.num_streams,
-            static=static,
-        )
+    n, m = len(f), static.num_streams
+    groups, backwards = pl.cdiv(n, GROUP), coefficients[m:].reshape(1 + m, m, n).swapaxes(0, 1)
+    d_f, d_streams, sums = phases.launch(
+        *(functools.partial(_mix_kernel, num_tokens=n), "hc_grad_post"),
+        [
+            *(Operand(a, 0) for a in (f, streams, d_mixed)),
+            phases.maps(backwards, streams.dtype),
+        ],
+        [
+            *(Operand(jax.ShapeDtypeStruct(a.shape, a.dtype), 0) for a in (f, streams)),
+            Operand(jax.ShapeDtypeStruct((groups * 8, LANES), jnp.float32), 0, GROUP // 8),
+        ],
+        lambda tokens: [pltpu.VMEM(((1 + m) * tokens, m * GROUP), jnp.float32)],
+        flops_per_byte=2 * m,
+        static=static,
     )
+    sums = sums.reshape(groups, 8, LANES)[:, : 1 + m, : m * GROUP]
+    sums = sums.reshape(groups, 1 + m, m, GROUP).transpose(1, 2, 0, 3)
+    return d_f, d_streams, jnp.pad(sums.reshape((1 + m) * m, -1)[:, :n], ((m, 0), (0, 0)))
 
 
 def _sum_lanes(ref) -> list[jax.Array]:
@@ -196,35 +201,46 @@ def _mix_kernel(
     f_ref,  # [tokens, D]
     x_ref,  # [tokens, M * D]
     d_y_ref,  # [tokens, M * D]
-    coefficients_ref,  # [E, tokens]
+    maps_ref,  # from the cotangents of the new streams to those of f and the streams
     d_f_ref,  # [tokens, D]
     d_x_ref,  # [tokens, M * D]
-    d_coefficients_ref,  # [E, tokens]
-    spread_ref,  # [E, tokens, 128]
-    sums_ref,  # [E, tokens, 128]
+    sums_ref,  # [tokens / 2, 128]: 8 rows a group, of which 1 + M: inputs; lanes: M outputs, token
+    products_ref,  # [(1 + M) * tokens, M * 16]: <input, d_output> of all tokens of a group
     *,
     static: Static,
     worked: int,
+    num_tokens: int,
 ):
     m, d = static.num_streams, f_ref.shape[1]
-    phases.spread(coefficients_ref[...], spread_ref, range(m, (2 + m) * m))
-    sums_ref[...] = jnp.zeros_like(sums_ref)
+    height = (1 + m) * GROUP
+    load = phases.loader(f_ref.shape[0], num_tokens)
+    products_ref[...] = jnp.zeros_like(products_ref)
 
     def body(rows, start, size):
-        f = phases.read(f_ref, rows, start, size)
-        d_y = [phases.read(d_y_ref, rows, k * d + start, size) for k in range(m)]
-        d_f = sum(phases.tile(spread_ref[m + k, rows], size) * d_y[k] for k in range(m))
+        d_y = [load(d_y_ref, rows, k * d + start, size) for k in range(m)]
+        d_f, *d_x = phases.mapped(maps_ref, rows, d_y, 1 + m)
         d_f_ref[rows, pl.ds(start, size)] = d_f.astype(d_f_ref.dtype)
-        for k in range(m):
-            sums_ref[m + k, rows] += phases.fold(d_y[k] * f)
         for j in range(m):
-            x = phases.read(x_ref, rows, j * d + start, size)
-            comb = [2 * m + m * j + k for k in range(m)]
-            d_x = sum(phases.tile(spread_ref[comb[k], rows], size) * d_y[k] for k in range(m))
-            d_x_ref[rows, pl.ds(j * d + start, size)] = d_x.astype(d_x_ref.dtype)
-            for k in range(m):
-                sums_ref[comb[k], rows] += phases.fold(d_y[k] * x)
+            d_x_ref[rows, pl.ds(j * d + start, size)] = d_x[j].astype(d_x_ref.dtype)
+        x = [load(f_ref, rows, start, size)]
+        x += [load(x_ref, rows, j * d + start, size) for j in range(m)]
+        products = phases.dot(jnp.concatenate(x), jnp.concatenate(d_y), 1, 1)
+        products_ref[_group(rows.start, height), :] += products
 
     phases.pieces(worked, d, MIX_CHANNELS, body)
-    for row, sums in enumerate(_sum_lanes(sums_ref)):
-        d_coefficients_ref[row : row + 1] = sums[:1]
+
+    def own(i, _):
+        products = products_ref[_group(i * GROUP, height), :]
+        row, lane = (jax.lax.broadcasted_iota(jnp.int32, products.shape, axis) for axis in (0, 1))
+        products = jnp.where(row % GROUP == lane % GROUP, products, 0.0)
+        sums = jnp.sum(products.reshape(1 + m, GROUP, -1), axis=1)
+        sums = jnp.pad(sums, ((0, 7 - m), (0, LANES - m * GROUP)))
+        sums_ref[pl.ds(pl.multiple_of(i * 8, 8), 8), :] = sums
+        return 0
+
+    jax.lax.fori_loop(0, worked // GROUP, own, 0)
+
+
+def _group(token, height: int):
+    """Rows of the group that begins with `token`, if each has `height`."""
+    return pl.ds(pl.multiple_of(token // GROUP * height, GROUP), height)
