@@ -62,14 +62,13 @@ class Indexer(nnx.Module):
     def select(
         self, queries: jax.Array, weights: jax.Array, keys: jax.Array, positions: jax.Array
     ) -> Selection:
-        """The entries each query attends to."""
-        cfg = self.cfg.indexer
+        """The entries each query attends to: all that are visible where there are few."""
         return index_topk(
             queries,
             weights,
             keys,
             positions,
-            topk=cfg.topk,
+            topk=min(self.cfg.indexer.topk, keys.shape[1]),
             ratio=self.compressor.ratio,
             implementation=self.numerics.implementation,
         )
@@ -84,8 +83,8 @@ def indexer_loss(
 ) -> jax.Array:
     """Mean over queries of KL(attention mass || softmax of scores), both over the selected set.
 
-    With tokens cut over devices, this device's share of it: shares add up to the mean. Queries that see fewer than two entries have nothing to learn and do not count. `mass` is
-    detached.
+    With tokens cut over devices, this device's share of it: shares add up to the mean. Queries that
+    see fewer than two entries have nothing to learn and do not count. `mass` is detached.
     """
     chosen = indices >= 0
     counted = jnp.sum(chosen, axis=-1) > 1

@@ -53,7 +53,7 @@ def from_first_rows(group_sizes: jax.Array, num_rows: int, rows: int) -> Visits:
     """
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
-    counts = -(-group_sizes // rows)
+    counts = jnp.asarray(-(-group_sizes // rows))
     counts = counts.at[0].add(jnp.where(ends[-1] == 0, 1, 0))  # the grid must not be empty
     size = max_visits(num_rows, group_sizes.shape[0], rows)
     return _listed(counts, starts, rows, starts, ends, size)

@@ -34,12 +34,14 @@ def index_topk(
     others as indices. Packed keys are read as they are by "xla", and unpacked first by the others.
 
     Args:
-      topk: most entries of a query; all visible ones are selected where they are no more.
+      topk: most entries of a query, no more than there are; all that are visible are selected where
+        these are no more.
       ratio: tokens per entry.
       implementation: see `dispatch.choose`.
 
     Raises:
-      ValueError: shapes do not agree, or `implementation` is unknown or cannot run.
+      ValueError: shapes do not agree, `topk` is not in 1 .. S, or `implementation` is unknown or
+        cannot run.
     """
     if q.ndim != 4 or weights.shape != q.shape[:3] or positions.shape != q.shape[:2]:
         raise ValueError(
@@ -48,15 +50,19 @@ def index_topk(
         )
     if keys.ndim != 3 or keys.shape[0] != q.shape[0] or keys.shape[2] != q.shape[3]:
         raise ValueError(f"keys {keys.shape} must be [B, S, I] with B and I of q {q.shape}.")
-    if topk < 1 or ratio < 1:
-        raise ValueError(f"{topk=} and {ratio=} must be positive.")
+    num_entries, num_queries = keys.shape[1], q.shape[1]
+    if not min(1, num_entries) <= topk <= num_entries:
+        raise ValueError(
+            f"{topk=}: expected 1 to {num_entries}, as there are {num_entries} entries in keys "
+            f"{keys.shape}. To select all of few entries, pass min(topk, {num_entries})."
+        )
+    if ratio < 1:
+        raise ValueError(f"{ratio=} must be positive.")
     checks.check_positions(positions, are_consecutive=False)
     implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
     if isinstance(keys, PackedKeys) and implementation != "xla":
         keys = keys.unpack(q.dtype)
     q, weights, keys = map(jax.lax.stop_gradient, (q, weights, keys))
-    num_entries, num_queries = keys.shape[1], q.shape[1]
-    topk = min(topk, num_entries)
     num_visible = jnp.minimum((positions + 1) // ratio, num_entries)
     if not num_entries or (num_entries == topk and num_queries == 1):
         return Selection.of_indices(xla.all_visible(num_visible, num_entries), num_entries)

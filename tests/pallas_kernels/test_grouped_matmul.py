@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu, visits
-from pallas_kernels.quantize import quantize_weight
+from pallas_kernels.quantize import QuantizedArray, quantize_weight
 from tests.reference.fp4 import two_codes
 from tests.tolerances import BFLOAT16, FLOAT32, GRADIENT_FLOAT32, assert_close
 
@@ -161,6 +162,25 @@ def test_bfloat16_rows(kind, implementation):
     out = activate(x, *pair, sizes, row_weights, limit=LIMIT, implementation=implementation)
     assert out.dtype == jnp.bfloat16
     assert_close(out, swiglu_loop(x, *pair_dense, GROUP_SIZES[1], row_weights), BFLOAT16)
+
+
+@pytest.mark.parametrize("num_rows", [8, 128])  # the kernel for few rows, and that for many
+@pytest.mark.parametrize("chip", ["v6e", "v7x"])  # they make bfloat16 of e4m3 in different ways
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+def test_kernels_read_every_code(kind, chip, num_rows, monkeypatch):
+    monkeypatch.setattr(dispatch, "target_chip", lambda: chip)
+    codes = np.arange(128 * 128).reshape(1, 128, 128) % 256
+    if kind == "fp8":
+        codes[codes % 128 == 127] = 0  # NaN
+        values = codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+        w = QuantizedArray(jnp.asarray(values), jnp.ones((1, 1, 1), jnp.float8_e8m0fnu), (128, 128))
+    else:
+        scale = jnp.ones((1, 4, 128), jnp.float8_e8m0fnu)
+        w = QuantizedArray(jnp.asarray(codes[:, :64].astype(np.uint8)), scale, (32, 1))
+    x = np.roll(np.eye(128, dtype=ml_dtypes.bfloat16), 3, axis=1)[:num_rows]
+    sizes = np.array([num_rows], np.int32)
+    out = grouped_matmul(x, w, sizes, implementation="interpret")
+    np.testing.assert_array_equal(np.float64(out), np.float64(x) @ dense(w)[0])
 
 
 @pytest.mark.parametrize("num_rows, group_sizes", [(0, (0, 0)), (1, (0, 1)), (5, (3, 2))])

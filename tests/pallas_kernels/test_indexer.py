@@ -116,12 +116,19 @@ def test_selected_entries_of_real_scores_are_the_largest(blocks):
         assert scores[b, t, actual[b, t]].min() >= scores[b, t, rest].max() - margin
 
 
-@pytest.mark.parametrize("num_entries, topk", [(5, 5), (5, 9), (0, 4)])
+@pytest.mark.parametrize("num_entries, topk", [(5, 5), (1, 1), (0, 0)])
 def test_every_visible_entry_is_selected_when_there_are_no_more_than_topk(num_entries, topk):
     q, weights, keys, positions = inputs(12, num_entries, (0, 30))
     actual = index_topk(q, weights, keys, positions, topk=topk, ratio=4)
     expected = selection(np.zeros((2, 12, num_entries)), positions, topk, 4)
     np.testing.assert_array_equal(np.sort(actual, axis=-1), expected)
+
+
+@pytest.mark.parametrize("num_entries, topk", [(5, 6), (5, 0), (5, -1), (0, 4)])
+def test_more_picks_than_entries_are_refused(num_entries, topk):
+    args = inputs(12, num_entries)
+    with pytest.raises(ValueError, match=rf"topk={topk}: expected 1 to {num_entries}, as there"):
+        index_topk(*args, topk=topk, ratio=4)
 
 
 @pytest.mark.parametrize("kind", ["zero keys", "negative dots", "equal keys"])
@@ -176,7 +183,7 @@ KERNEL_CASES = [  # queries, entries, topk, ratio, first positions
     (50, 21, 6, 4, (0, 37)),  # fewer queries than a block, fewer entries than a chunk
     (150, 300, 16, 4, (0, 900)),  # two blocks, two chunks
     (70, 8, 3, 128, (100, 900)),
-    (12, 5, 9, 4, (0, 30)),  # nothing is left out
+    (12, 5, 5, 4, (0, 30)),  # nothing is left out
 ]
 
 
@@ -196,12 +203,12 @@ def test_kernel_equals_stable_sort(num_queries, num_entries, topk, ratio, starts
             count = np.sum(row >= 0)
             assert (np.diff(row[:count]) > 0).all() and (row[count:] == -1).all()
     else:
-        assert actual.bits.dtype == np.uint32 and actual.topk == min(topk, num_entries)
+        assert actual.bits.dtype == np.uint32 and actual.topk == topk
 
 
 @pytest.mark.parametrize(
     "num_queries, num_entries, topk, ratio, starts",
-    [(1, 30, 4, 4, (2, 77)), (50, 21, 6, 4, (0, 37)), (12, 5, 9, 4, (0, 30))],
+    [(1, 30, 4, 4, (2, 77)), (50, 21, 6, 4, (0, 37)), (12, 5, 5, 4, (0, 30))],
 )
 def test_reference_equals_stable_sort(num_queries, num_entries, topk, ratio, starts):
     args = inputs(num_queries, num_entries, starts)
