@@ -48,15 +48,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import packed_append
+from pallas_kernels.packed_append import LINE
 from pallas_kernels.quantize_rows import dequantize_rows, quantize_rows
 
 ROW_BLOCK = 64  # channels per scale of a row
 KEY_BLOCK = 32  # of a key
-LINE = 128  # words
 # In which a chip multiplies numbers by their scales in the least time. Exact in both.
 PRODUCTS = {"v5e": jnp.float32, "v5p": jnp.float32, "v6e": jnp.bfloat16, "v7x": jnp.bfloat16}
 _ALIGNMENT = 8  # bytes a row is padded to
-_MANY_LINES = 1024
 _TILE = 8  # lines
 
 
@@ -108,7 +108,7 @@ class PackedRows:
         """
         *batch, length, width = shape
         nope_dim = _nope_dim(width, rope_dim)
-        lines = _whole_tiles(-(-length * row_bytes(nope_dim, rope_dim) // (4 * LINE)), 1)
+        lines = -(-length * row_bytes(nope_dim, rope_dim) // (4 * LINE))
         return PackedRows(_no_words(batch, lines), length, nope_dim, rope_dim)
 
     def unpack(self, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
@@ -146,9 +146,8 @@ class PackedRows:
 
     def append(self, words: jax.Array, start: jax.Array, counts: jax.Array) -> "PackedRows":
         """The first `counts` [B] of rows [B, n, W], as words, put at rows `start` [B]; none past S."""
-        counts, size = jnp.clip(counts, 0, self.length - start), self.num_words
-        words = words.reshape(words.shape[0], -1, 1)
-        data = _append(self.data, words, start * size, counts * size)
+        counts = jnp.clip(counts, 0, self.length - start)
+        data = packed_append.append(self.data, words, start, counts, on_lanes=False)
         return dataclasses.replace(self, data=data)
 
     def _from_words(self, words: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -168,7 +167,7 @@ def row_bytes(nope_dim: int, rope_dim: int) -> int:
 class _OnLanes:
     """Items on lanes: what `PackedColumns` and `PackedKeys` have in common."""
 
-    data: jax.Array  # uint32 [..., ceil(S / 128) * W, 128]
+    data: jax.Array  # uint32 [..., lines, 128], of which ceil(S / 128) * W are used
     length: int  # S
 
     @property
@@ -178,23 +177,31 @@ class _OnLanes:
 
     def holding(self, words: jax.Array):
         """Like these, of other words [..., S, W]."""
-        padding = self.data.shape[-2] // self.num_words * LINE - words.shape[-2]
-        words = jnp.pad(words, [(0, 0)] * (words.ndim - 2) + [(0, padding), (0, 0)])
-        return dataclasses.replace(self, data=_to_lanes(words))
+        nothing = [(0, 0)] * (words.ndim - 2)
+        words = jnp.pad(words, [*nothing, (0, -self.length % LINE), (0, 0)])
+        data = packed_append.on_lanes(words)
+        padding = self.data.shape[-2] - data.shape[-2]
+        return dataclasses.replace(self, data=jnp.pad(data, [*nothing, (0, padding), (0, 0)]))
 
     def append(self, words: jax.Array, start: jax.Array, counts: jax.Array):
         """The first `counts` [B] of items [B, n, W], as words, put at items `start` [B]; none past S."""
         counts = jnp.clip(counts, 0, self.length - start)
-        return dataclasses.replace(self, data=_append(self.data, words, start, counts))
+        data = packed_append.append(self.data, words, start, counts, on_lanes=True)
+        return dataclasses.replace(self, data=data)
 
     def unpack(self, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
         """Channels [..., S, H] or [..., S, I]."""
-        return self._channels_of(self.data, dtype)[..., : self.length, :]
+        return self._from_words(self.words(), dtype)
 
-    def _channels_of(self, data: jax.Array, dtype) -> jax.Array:
+    def words(self) -> jax.Array:
+        """[..., S, W] uint32."""
+        return self._words_of(self.data)[..., : self.length, :]
+
+    def _words_of(self, data: jax.Array) -> jax.Array:
+        data = data[..., : data.shape[-2] // self.num_words * self.num_words, :]
         words = data.reshape(*data.shape[:-2], -1, self.num_words, LINE)
         words = jnp.swapaxes(words, -1, -2)
-        return self._from_words(words.reshape(*words.shape[:-3], -1, self.num_words), dtype)
+        return words.reshape(*words.shape[:-3], -1, self.num_words)
 
 
 @functools.partial(
@@ -206,7 +213,7 @@ class _OnLanes:
 class PackedColumns(_OnLanes):
     """Rows [..., S, H] in e4m3 and bfloat16, for reading them all."""
 
-    data: jax.Array  # uint32 [..., ceil(S / 128) * W, 128]
+    data: jax.Array  # uint32 [..., lines, 128], of which ceil(S / 128) * W are used
     length: int  # S
     nope_dim: int  # channels in e4m3
     rope_dim: int  # channels in bfloat16, the last ones
@@ -240,7 +247,7 @@ class PackedColumns(_OnLanes):
         """
         *batch, length, width = shape
         nope_dim = _nope_dim(width, rope_dim)
-        lines = _lines_of_items(length, row_bytes(nope_dim, rope_dim) // 4)
+        lines = -(-length // LINE) * row_bytes(nope_dim, rope_dim) // 4
         return PackedColumns(_no_words(batch, lines), length, nope_dim, rope_dim)
 
     def words_of(self, rows: jax.Array) -> jax.Array:
@@ -264,7 +271,7 @@ class PackedColumns(_OnLanes):
 class PackedKeys(_OnLanes):
     """Keys [..., S, I] in e2m1."""
 
-    data: jax.Array  # uint32 [..., ceil(S / 128) * W, 128]
+    data: jax.Array  # uint32 [..., lines, 128], of which ceil(S / 128) * W are used
     length: int  # S
     width: int  # I
 
@@ -298,14 +305,14 @@ class PackedKeys(_OnLanes):
         *batch, length, width = shape
         if width not in (8, 16, 32) and width % (2 * KEY_BLOCK):
             raise ValueError(f"keys of {width} channels: expected 8, 16, 32 or a multiple of 64.")
-        lines = _lines_of_items(length, key_words(width))
+        lines = -(-length // LINE) * key_words(width)
         return PackedKeys(_no_words(batch, lines), length, width)
 
     def unpack_groups(self, first: jax.Array, count: int, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Keys [B, 128 * count, I]: those of groups `first` .. first + count - 1."""
         words = self.num_words
         data = jax.lax.dynamic_slice_in_dim(self.data, first * words, count * words, axis=1)
-        return self._channels_of(data, dtype)
+        return self._from_words(self._words_of(data), dtype)
 
     def words_of(self, keys: jax.Array) -> jax.Array:
         """Keys [..., n, I] in this format: [..., n, W] uint32."""
@@ -344,18 +351,10 @@ def _nope_dim(width: int, rope_dim: int) -> int:
     return width - rope_dim
 
 
-def _lines_of_items(length: int, words: int) -> int:
-    return _whole_tiles(-(-length // LINE), words)
-
-
-def _whole_tiles(count: int, words: int) -> int:
-    """Lines of `count` times `words`; if many, a multiple of 8, or XLA would transpose them."""
-    if count * words >= _MANY_LINES:
-        count = -(-count // _TILE) * _TILE
-    return count * words
-
-
 def _no_words(batch: list[int], lines: int) -> jax.Array:
+    """If lines are many, whole tiles of them, or XLA would transpose the array on a TPU."""
+    if lines > LINE:
+        lines = -(-lines // _TILE) * _TILE
     return jnp.zeros((*batch, lines, LINE), jnp.uint32)
 
 
@@ -373,41 +372,6 @@ def _rows(values, rope, scale, dtype) -> jax.Array:
     scale = scale[..., : -(-values.shape[-1] // ROW_BLOCK)]
     nope = dequantize_rows(_bitcast(values, jnp.float8_e4m3fn), scale, "fp8", ROW_BLOCK, dtype)
     return jnp.concatenate([nope, _bitcast(rope, jnp.bfloat16).astype(dtype)], axis=-1)
-
-
-def _append(data: jax.Array, items: jax.Array, start: jax.Array, counts: jax.Array) -> jax.Array:
-    """`counts` [B] of items [B, n, W] put at items `start` [B] of data [B, lines, 128].
-
-    Item i is lane i % 128 of lines W * (i // 128) + 0 .. W - 1.
-
-    One sequence at a time, by a slice that is read, changed and written: XLA does that in place on
-    every platform, where a scatter makes it transpose all of `data` on a TPU.
-    """
-    batch, num_items, words = items.shape
-    num_groups = data.shape[1] // words
-    changed = min((num_items + LINE - 2) // LINE + 1, num_groups)
-    first = jnp.clip(start // LINE, 0, num_groups - changed)
-    offset = start - LINE * first
-    shape = (changed * words, LINE)
-    place = LINE * (jax.lax.broadcasted_iota(jnp.int32, shape, 0) // words)
-    place += jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-
-    def put(b, data):
-        at = (b, first[b] * words, 0)
-        old = jax.lax.dynamic_slice(data, at, (1, *shape))
-        new = jnp.zeros((changed * LINE + num_items, words), data.dtype)
-        new = jax.lax.dynamic_update_slice(new, items[b], (offset[b], 0))[: changed * LINE]
-        written = (place >= offset[b]) & (place < offset[b] + counts[b])
-        return jax.lax.dynamic_update_slice(data, jnp.where(written, _to_lanes(new), old), at)
-
-    return jax.lax.fori_loop(0, batch, put, data)
-
-
-def _to_lanes(words: jax.Array) -> jax.Array:
-    """[..., 128 n, W] -> [..., n * W, 128]"""
-    *batch, length, size = words.shape
-    groups = jnp.swapaxes(words.reshape(*batch, length // LINE, LINE, size), -1, -2)
-    return groups.reshape(*batch, length // LINE * size, LINE)
 
 
 def _join(values: jax.Array) -> jax.Array:

@@ -65,7 +65,7 @@ class OpenPool:
 class LayerCache:
     """State of one layer. Fields that its kind of layer does not have are None."""
 
-    window: jax.Array | PackedRows
+    window: jax.Array | PackedColumns
     entries: jax.Array | PackedRows | PackedColumns | None = None
     pool: OpenPool | None = None
     index_keys: jax.Array | PackedKeys | None = None
@@ -153,7 +153,7 @@ def init_cache(
         raise ValueError(f"capacity={capacity}: expected 1..{cfg.max_length} (max_length).")
     is_packed = _is_packed(format, numerics)
 
-    def rows(length: int, packing=PackedRows) -> Rows:
+    def rows(length: int, packing=PackedColumns) -> Rows:
         shape = (batch, length, cfg.head_dim)
         if is_packed:
             return packing.zeros(shape, cfg.rope_head_dim)
@@ -168,7 +168,7 @@ def init_cache(
         if not spec.compress_ratio:
             return LayerCache(window)
         num_entries = -(-capacity // spec.compress_ratio)
-        entries = rows(num_entries, PackedRows if spec.is_csa else PackedColumns)
+        entries = rows(num_entries, PackedRows if spec.is_csa else PackedColumns)  # picked, or all
         pool = init_pool(batch, cfg.head_dim, overlap=spec.is_csa)
         if not spec.is_csa:
             return LayerCache(window, entries, pool)
@@ -223,7 +223,7 @@ def unpacked(rows: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
     return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
 
 
-def window_rows(ring: jax.Array | PackedRows, kv: jax.Array, chunk: Chunk) -> jax.Array:
+def window_rows(ring: jax.Array | PackedColumns, kv: jax.Array, chunk: Chunk) -> jax.Array:
     """The C rows before a chunk, oldest first, then the chunk's own: [B, C + T, H]."""
     size = ring.shape[1]
     before = spmd.rows_before(kv, size, "seq")  # of other devices' parts of the chunk
@@ -234,11 +234,13 @@ def window_rows(ring: jax.Array | PackedRows, kv: jax.Array, chunk: Chunk) -> ja
 
 
 def write_window(
-    ring: jax.Array | PackedRows, kv: jax.Array, chunk: Chunk
-) -> jax.Array | PackedRows:
+    ring: jax.Array | PackedColumns, kv: jax.Array, chunk: Chunk
+) -> jax.Array | PackedColumns:
     """The ring after the chunk's valid tokens, kv [B, T, H] of this device, have been written."""
     size, num_columns = ring.shape[1], kv.shape[1]
     start = chunk.whole_start
+    if isinstance(ring, PackedColumns) and num_columns * spmd.size("seq") == 1:
+        return ring.append(ring.words_of(kv), start % size, chunk.counts)
     last = start + chunk.whole_counts - 1
     # Newest token of each row of the ring; before `start` means that the row keeps its content.
     token = last[:, None] - (last[:, None] - jnp.arange(size)) % size
@@ -250,6 +252,6 @@ def write_window(
         new = jnp.where(mine, jnp.take_along_axis(kv, column, axis=1), 0)
         return jnp.where((token >= start[:, None])[..., None], spmd.total(new, "seq"), ring)
 
-    if isinstance(ring, PackedRows):
+    if isinstance(ring, PackedColumns):
         return ring.holding(put(ring.words(), ring.words_of(kv)))
     return put(ring, kv.astype(ring.dtype))

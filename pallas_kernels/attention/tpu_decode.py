@@ -53,7 +53,7 @@ def decode_attention(q, window, entries, indices, sink, positions, *, ratio, sca
     if indices is not None and not indices.shape[1]:
         entries, indices = jnp.zeros((q.shape[0], 0, q.shape[2]), q.dtype), None
     ring_rows = jnp.minimum(positions + 1, window.shape[1])
-    if not isinstance(window, jax.Array):
+    if isinstance(window, PackedRows) or not _is_kernel_s(window):
         window = window.unpack(q.dtype)
     call = functools.partial(_call, q, window, sink, scale=scale, interpret=interpret)
     num_entries = entries.shape[1]
@@ -92,6 +92,13 @@ def unsupported(q, window, entries, indices) -> str | None:
     return None
 
 
+def _is_kernel_s(window) -> bool:
+    """Whether the kernel can take a ring as it is."""
+    if isinstance(window, jax.Array):
+        return True
+    return (window.nope_dim, window.rope_dim) == tpu_packed.CHANNELS
+
+
 def gathers(entries: jax.Array | PackedRows, num_picked: int, chip: str) -> bool:
     """Whether picked rows are copied one by one."""
     if isinstance(entries, PackedRows):
@@ -106,6 +113,7 @@ def _call(q, window, sink, entries, indices, lengths, *, block, scale, interpret
     """Entries are streamed in blocks of `block`; 0: gathered by `indices`, or there are none."""
     batch, num_heads, width = q.shape
     ring = window.shape[1]
+    window = window.data if isinstance(window, PackedColumns) else window
     is_packed = isinstance(entries, PackedRows | PackedColumns)
     rows = entries.data if is_packed else entries
     if is_packed and not interpret:  # or XLA moves a short cache to VMEM, and all of it back
@@ -121,7 +129,7 @@ def _call(q, window, sink, entries, indices, lengths, *, block, scale, interpret
     in_specs = [
         pl.BlockSpec((None, num_heads, width), row),
         pl.BlockSpec((num_heads, 1), lambda b, k, *_: (0, 0)),
-        pl.BlockSpec((None, ring, width), row),
+        pl.BlockSpec((None, *window.shape[1:]), row),
     ]
     args = [q, sink.astype(jnp.float32)[:, None] * _LOG2E, window]
     scratch = [
@@ -222,6 +230,16 @@ class _Softmax:
         self.total[...] = decay * self.total[...] + _dot(p.astype(keys.dtype), keys, 1 - channels)
         self.peak[...] = jnp.broadcast_to(peak, self.peak.shape)
 
+    def visit_ring(self, ring_ref, num_written):
+        """The ring, of which so many rows are written."""
+        is_packed = ring_ref.dtype == jnp.uint32
+        if is_packed:
+            keys = tpu_packed.keys_of_columns(ring_ref, self.q_ref.dtype)
+        else:
+            keys = ring_ref[...]
+        size = keys.shape[1 if is_packed else 0]
+        self.visit(keys, _below(num_written, size), is_transposed=is_packed)
+
     def finish(self, out_ref):
         """Divides by the denominator, the sink's share included."""
         weight = jnp.sum(self.weight[...], axis=1, keepdims=True)
@@ -258,7 +276,7 @@ def _below(limit, size: int, start=0):
 def _ring_kernel(ring_rows, q_ref, sink_ref, ring_ref, out_ref, *state, scale):
     softmax = _Softmax(q_ref, sink_ref, *state, scale)
     softmax.start()
-    softmax.visit(ring_ref[...], _below(ring_rows[pl.program_id(0)], ring_ref.shape[0]))
+    softmax.visit_ring(ring_ref, ring_rows[pl.program_id(0)])
     softmax.finish(out_ref)
 
 
@@ -267,7 +285,7 @@ def _stream_kernel(
     wanted,  # [B] no wanted entry is beyond
     q_ref,  # [N, H]
     sink_ref,  # [N, 1]
-    ring_ref,  # [C, H]
+    ring_ref,  # [C, H], or lines of words
     entries_ref,  # [block, H], or lines of words
     *refs,  # [1, K] indices if masked; out [N, H]; peak, weight, total; [S / 128, 128] if masked
     num_entries: int,
@@ -287,7 +305,7 @@ def _stream_kernel(
     @pl.when(k == 0)
     def _():
         softmax.start()
-        softmax.visit(ring_ref[...], _below(ring_rows[b], ring_ref.shape[0]))
+        softmax.visit_ring(ring_ref, ring_rows[b])
         if masked:
             mask_ref[...] = _mask_of(indices_ref[...], mask_ref.shape[0])
 
@@ -327,7 +345,7 @@ def _gather_kernel(
     ring_rows,  # [B]
     q_ref,  # [N, H]
     sink_ref,  # [N, 1]
-    ring_ref,  # [C, H]
+    ring_ref,  # [C, H], or lines of words
     entries_ref,  # [B, S, H] in HBM, or lines of words
     copies_ref,  # [K] in SMEM: the group of rows, or the line, that each copy begins with
     picked_ref,  # [1, group * K] bias: zero for the row of each copy that was picked
@@ -356,7 +374,7 @@ def _gather_kernel(
 
     softmax = _Softmax(q_ref, sink_ref, *state, scale)
     softmax.start()
-    softmax.visit(ring_ref[...], _below(ring_rows[b], ring_ref.shape[0]))
+    softmax.visit_ring(ring_ref, ring_rows[b])
     group = picked_ref.shape[1] // copies_ref.shape[0]
     for c in range(arrived.shape[0]):
         part = rows_ref.at[pl.ds(c * turns, turns)]

@@ -40,10 +40,9 @@ def keys_of_copies(lines: list[jax.Array], offset: jax.Array, dtype) -> jax.Arra
 
 def keys_of_columns(lines_ref, dtype) -> jax.Array:
     """Keys [512, S], transposed, of whole groups of 128 columns: lines [S * 146 / 128, 128]."""
-    groups = range(0, lines_ref.shape[0], WORDS)
-    return jnp.concatenate([_keys_of_group(lines_ref, first) for first in groups], axis=1).astype(
-        dtype
-    )
+    groups = lines_ref.shape[0] // WORDS
+    keys = [_keys_of_group(lines_ref, group * WORDS) for group in range(groups)]
+    return jnp.concatenate(keys, axis=1).astype(dtype)
 
 
 def _keys_of_group(lines_ref, first: int) -> jax.Array:

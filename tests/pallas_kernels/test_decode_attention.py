@@ -158,13 +158,16 @@ def test_packed_columns_equal_the_rows_they_hold(num_entries):
         np.testing.assert_array_equal(run(implementation, packed, positions), expected)
 
 
-def test_packed_window():
-    args = packed_inputs(20, None)
-    ring = args[2][:, :16]
-    packed = [args[0], pack(ring, 64), *args[2:]]
-    for implementation in IMPLEMENTATIONS:
-        expected = run(implementation, [args[0], ring, *args[2:]], (10, 80))
-        np.testing.assert_array_equal(run(implementation, packed, (10, 80)), expected)
+@pytest.mark.parametrize("size", [16, 128])
+def test_packed_window(size):
+    """As columns, which the kernel reads, and as rows, which are unpacked before."""
+    args = packed_inputs(256, None)
+    ring, entries = args[2][:, :size], args[2][:, :20]
+    for kind in (pack_columns, pack):
+        packed = [args[0], kind(ring, 64), entries, *args[3:]]
+        for implementation in IMPLEMENTATIONS:
+            expected = run(implementation, [args[0], ring, entries, *args[3:]], (10, 80))
+            assert_close(run(implementation, packed, (10, 80)), expected, BFLOAT16)
 
 
 def test_a_sequence_does_not_depend_on_its_batch():

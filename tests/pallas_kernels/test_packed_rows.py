@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.indexer import index_topk
+from pallas_kernels.packed_append import append
 from pallas_kernels.packed_rows import PackedColumns, PackedKeys, PackedRows
 from pallas_kernels.quantize import round_fp4, round_fp8
 
@@ -82,6 +83,25 @@ def test_appending(kind, length, new, start, counts):
         stop = min(first + count, length)
         expected[b, first:stop] = added[b, : max(stop - first, 0)]
     np.testing.assert_array_equal(packed.unpack(jnp.float32), expected)
+
+
+@pytest.mark.parametrize("on_lanes, words", [(False, 146), (False, 34), (True, 146), (True, 17)])
+def test_the_kernel_appends_one_item_as_xla_does(on_lanes, words):
+    """Nine sequences, two programs: at the beginning, over borders of lines and at the end."""
+    num_items = 640
+    shape = (9, num_items // 128 * words, 128)
+    data = jax.random.bits(jax.random.key(0), shape, jnp.uint32)
+    new = jax.random.bits(jax.random.key(1), (9, 1, words), jnp.uint32)
+    start = jnp.array([0, 1, 63, 127, 128, 500, 638, 639, 639])
+    counts = jnp.array([1, 1, 1, 1, 1, 0, 1, 1, 1])
+
+    def run(implementation):
+        options = dict(on_lanes=on_lanes, implementation=implementation)
+        return jax.jit(lambda *a: append(*a, **options))(data, new, start, counts)
+
+    changed = run("xla")
+    assert np.count_nonzero(changed != data) <= 8 * words
+    np.testing.assert_array_equal(run("interpret"), changed)
 
 
 @KINDS
