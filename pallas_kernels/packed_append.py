@@ -11,6 +11,7 @@ all of `data`.)
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,9 @@ def _call(data, new, start, counts, num_lines, on_lanes, interpret):
     )(*scalars, new, data if interpret else pltpu.with_memory_space_constraint(data, pltpu.HBM))
 
 
-def _kernel(first_ref, offset_ref, counts_ref, new_ref, _, data_ref, lines_ref, arrived, *, words, merge):
+def _kernel(
+    first_ref, offset_ref, counts_ref, new_ref, _, data_ref, lines_ref, arrived, *, words, merge
+):
     def each(do):
         for i in range(TOGETHER):
             b = pl.program_id(0) * TOGETHER + i
@@ -156,7 +159,7 @@ def _in_order(old, new, offset, words: int):
     shift = offset & (LINE - 1)
     turned = [pltpu.roll(new[:, i : i + LINE], shift, 1) for i in range(0, new.shape[1], LINE)]
     lines = [turned[0]]
-    lines += [jnp.where(lane < shift, *pair) for pair in zip(turned, turned[1:])]
+    lines += [jnp.where(lane < shift, *pair) for pair in itertools.pairwise(turned)]
     lines.append(turned[-1])
     later = [lines[0], *lines[:-1]]
     lines = jnp.where(offset >= LINE, jnp.concatenate(later), jnp.concatenate(lines))

@@ -35,7 +35,6 @@ from pallas_kernels.indexer import block_sizes, threshold
 from pallas_kernels.indexer.threshold import LANES, MISSING
 from pallas_kernels.packed_rows import KEY_BLOCK, PRODUCTS, PackedKeys, key_words
 
-
 PACKED_WIDTH = 128  # channels of packed keys
 PACKED_WORDS = key_words(PACKED_WIDTH)
 

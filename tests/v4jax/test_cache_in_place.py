@@ -25,6 +25,15 @@ BATCH, CAPACITY = 8, 1 << 17
 RINGS = BATCH * CFG.window * CFG.head_dim * 2  # bytes of all windows in bfloat16
 
 
+@pytest.fixture(autouse=True)
+def not_kept():
+    """Programs for absent devices can be kept on disk, but not be read again."""
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
 def compiled_step(chip: str, fn, *shapes) -> jax.stages.Compiled:
     """`fn` for one device of a chip; its first argument is given up."""
     mesh = topology_mesh(chip)
