@@ -73,7 +73,7 @@ def cases() -> list[Case]:
     sizes += [("CSA", 8, 128 << 10), ("CSA", 64, 128 << 10), ("CSA", 8, 1 << 20)]
     sizes += [("HCA", 8, 128 << 10), ("HCA", 1, 1 << 20), ("HCA", 8, 1 << 20), ("HCA", 64, 1 << 20)]
     found = [_case(flash, *size) for size in [*sizes, ("window", 8, 128 << 10)]]
-    found += [_case(flash, *size, is_packed=True) for size in [sizes[3], sizes[8]]]
+    found += [_case(flash, *size, is_packed=True) for size in (sizes[3], sizes[6], sizes[8])]
     return found + [_case(pro, *size) for size in [sizes[0], sizes[3], sizes[8]]]
 
 
