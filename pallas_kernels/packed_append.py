@@ -3,11 +3,11 @@
 Items of W words lie one after another, or on lanes: item s is lane s % 128 of the W lines from
 W * (s // 128) on.
 
-One item per sequence, which is decoding, is a Pallas kernel on a TPU: it fetches the few lines an item
-lies in, puts it there and writes them back, for eight sequences at once. Sequences whose item is not
-complete cost nothing. As XLA has it, a loop over the sequences, it takes some seven operations for
-each, which are longer to start than to run. (A scatter is one operation, but before it XLA transposes
-all of `data`.)
+One item per sequence, which is decoding, is a Pallas kernel on a TPU: it fetches the few lines an
+item lies in, puts it there and writes them back, for eight sequences at once. Sequences whose item
+is not complete cost nothing. As XLA has it, a loop over the sequences, it takes some seven operations
+for each, which are longer to start than to run. (A scatter is one operation, but before it XLA
+transposes all of `data`.)
 """
 
 import functools
@@ -53,7 +53,7 @@ def append(
     return _one_by_one(data, new.reshape(new.shape[0], -1, 1), start * size, counts * size)
 
 
-def on_lanes(words: jax.Array) -> jax.Array:
+def to_lanes(words: jax.Array) -> jax.Array:
     """[..., 128 n, W] -> [..., n * W, 128]"""
     *batch, length, size = words.shape
     groups = jnp.swapaxes(words.reshape(*batch, length // LINE, LINE, size), -1, -2)
@@ -77,7 +77,7 @@ def _one_by_one(data, items, start, counts):
         new = jnp.zeros((changed * LINE + num_items, words), data.dtype)
         new = jax.lax.dynamic_update_slice(new, items[b], (offset[b], 0))[: changed * LINE]
         written = (place >= offset[b]) & (place < offset[b] + counts[b])
-        return jax.lax.dynamic_update_slice(data, jnp.where(written, on_lanes(new), old), at)
+        return jax.lax.dynamic_update_slice(data, jnp.where(written, to_lanes(new), old), at)
 
     return jax.lax.fori_loop(0, batch, put, data)
 
@@ -111,7 +111,6 @@ def _call(data, new, start, counts, num_lines, on_lanes, interpret):
         ),
         out_shape=jax.ShapeDtypeStruct(data.shape, data.dtype),
         input_output_aliases={4: 0},
-        compiler_params=pltpu.CompilerParams(has_side_effects=True),
         interpret=interpret,
         name="append",
     )(*scalars, new, data if interpret else pltpu.with_memory_space_constraint(data, pltpu.HBM))

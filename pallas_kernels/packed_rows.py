@@ -4,11 +4,11 @@ All are 32-bit words in lines of 128, a TPU's lanes, so that the array of a cach
 there, is what the kernels take, and is written to in place (`append`). Arrays of bytes are none of
 these: XLA holds u8[B, S, 584] with rows on lanes, where a kernel wants them on sublanes.
 
-| what          | of                          | W for V4 | item s is                                      |
-|---------------|-----------------------------|----------|------------------------------------------------|
-| PackedRows    | rows that are picked (CSA)  | 146      | words s * W .. of the lines, one after another |
-| PackedColumns | rows that are all read (HCA)| 146      | lane s % 128 of W lines, from W * (s // 128) on|
-| PackedKeys    | the indexer's keys          | 17       | the same                                       |
+| what          | of                 | W for V4 | item s is                                   |
+|---------------|--------------------|----------|---------------------------------------------|
+| PackedRows    | rows to pick from  | 146      | words s * W .. s * W + W - 1 of all lines   |
+| PackedColumns | rows to read whole | 146      | lane s % 128 of W lines from W * (s // 128) |
+| PackedKeys    | the indexer's keys | 17       | the same                                    |
 
 A row has H channels, of which the last `rope_dim` are bfloat16 and the others e4m3 with one E8M0
 scale per 64, and is padded to 8 bytes: 584 bytes for 448 + 64 channels (bfloat16: 1024). Packing is
@@ -16,9 +16,9 @@ exact for rows that `quantize.round_fp8` has rounded in blocks of 64. A key has 
 with one E8M0 scale per 32, and is padded to 4 bytes: 68 for 128 channels. Exact for keys that
 `quantize.round_fp4` has rounded in blocks of 32.
 
-`PackedRows`: a section of n bytes is n / 4 words, byte i being byte i // (n / 4) of word i % (n / 4).
-So the bytes of a word are of channels far apart, and the channels of all words' first bytes are 128
-consecutive ones, in the lanes they are wanted in.
+`PackedRows`: a section of n bytes is n / 4 words, byte i being byte i // (n / 4) of word
+i % (n / 4). So the bytes of a word are of channels far apart, and the channels of all words' first
+bytes are 128 consecutive ones, in the lanes they are wanted in.
 
 | section | words    | bytes                                                              |
 |---------|----------|--------------------------------------------------------------------|
@@ -145,7 +145,7 @@ class PackedRows:
         return jnp.concatenate([_join(x) for x in sections], axis=-1)
 
     def append(self, words: jax.Array, start: jax.Array, counts: jax.Array) -> "PackedRows":
-        """The first `counts` [B] of rows [B, n, W], as words, put at rows `start` [B]; none past S."""
+        """The first `counts` [B] of rows [B, n, W], as words, put at `start` [B]; none past S."""
         counts = jnp.clip(counts, 0, self.length - start)
         data = packed_append.append(self.data, words, start, counts, on_lanes=False)
         return dataclasses.replace(self, data=data)
@@ -179,12 +179,12 @@ class _OnLanes:
         """Like these, of other words [..., S, W]."""
         nothing = [(0, 0)] * (words.ndim - 2)
         words = jnp.pad(words, [*nothing, (0, -self.length % LINE), (0, 0)])
-        data = packed_append.on_lanes(words)
+        data = packed_append.to_lanes(words)
         padding = self.data.shape[-2] - data.shape[-2]
         return dataclasses.replace(self, data=jnp.pad(data, [*nothing, (0, padding), (0, 0)]))
 
     def append(self, words: jax.Array, start: jax.Array, counts: jax.Array):
-        """The first `counts` [B] of items [B, n, W], as words, put at items `start` [B]; none past S."""
+        """The first `counts` [B] of items [B, n, W], as words, put at `start` [B]; none past S."""
         counts = jnp.clip(counts, 0, self.length - start)
         data = packed_append.append(self.data, words, start, counts, on_lanes=True)
         return dataclasses.replace(self, data=data)

@@ -11,8 +11,9 @@ Entries come in one of two ways:
              entry s is element [s // 128, s % 128] of the product of two one-hot matrices
              [S / 128, K] x [K, 128].
     gather   one copy per index from HBM, all of them under way at once. A copy takes whole 32-bit
-             words, that is the pair of bfloat16 rows an entry lies in; the other row is masked. Issuing a copy takes about 8 cycles, so the gather
-             is worth it from `GATHER_RATIO` entries per index on.
+             words, that is the pair of bfloat16 rows an entry lies in; the other row is masked.
+             Issuing a copy takes about 8 cycles, so the gather is worth it from `GATHER_RATIO`
+             entries per index on.
 
 Packed rows are unpacked in VMEM (`tpu_packed.py`): `PackedRows` are gathered, whatever their number,
 and a copy takes the three lines that a row lies in; `PackedColumns` are streamed.
@@ -53,7 +54,7 @@ def decode_attention(q, window, entries, indices, sink, positions, *, ratio, sca
     if indices is not None and not indices.shape[1]:
         entries, indices = jnp.zeros((q.shape[0], 0, q.shape[2]), q.dtype), None
     ring_rows = jnp.minimum(positions + 1, window.shape[1])
-    if isinstance(window, PackedRows) or not _is_kernel_s(window):
+    if not (isinstance(window, jax.Array) or _are_columns_it_reads(window)):
         window = window.unpack(q.dtype)
     call = functools.partial(_call, q, window, sink, scale=scale, interpret=interpret)
     num_entries = entries.shape[1]
@@ -92,11 +93,9 @@ def unsupported(q, window, entries, indices) -> str | None:
     return None
 
 
-def _is_kernel_s(window) -> bool:
-    """Whether the kernel can take a ring as it is."""
-    if isinstance(window, jax.Array):
-        return True
-    return (window.nope_dim, window.rope_dim) == tpu_packed.CHANNELS
+def _are_columns_it_reads(window) -> bool:
+    channels = window.nope_dim, window.rope_dim
+    return isinstance(window, PackedColumns) and channels == tpu_packed.CHANNELS
 
 
 def gathers(entries: jax.Array | PackedRows, num_picked: int, chip: str) -> bool:
