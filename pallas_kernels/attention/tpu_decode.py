@@ -64,7 +64,9 @@ def decode_attention(q, window, entries, indices, sink, positions, *, ratio, sca
         wanted = jnp.minimum((positions + 1) // ratio, num_entries)
     else:
         if gathers(entries, indices.shape[1], chip):
-            missing = -indices.shape[1] % LANES
+            # What a block of a one-dimensional array may be: a power of two, or so many 1024s.
+            size = max(LANES, min(1024, pl.next_power_of_2(indices.shape[1])))
+            missing = -indices.shape[1] % size
             indices = jnp.pad(indices, ((0, 0), (0, missing)), constant_values=-1)
             return call(entries, indices, [ring_rows], block=0)
         wanted = jnp.minimum(jnp.max(indices, axis=1) + 1, num_entries)
@@ -144,7 +146,9 @@ def _call(q, window, sink, entries, indices, lengths, *, block, scale, interpret
             _stream_kernel, num_entries=entries.shape[1], is_packed=is_packed
         )
         name = "decode_stream"
-        lines = block * tpu_packed.WORDS // LANES if is_packed else block
+        lines = block
+        if is_packed:  # those of 128 columns are no multiple of 8: one block has all lines
+            lines = block // LANES * tpu_packed.WORDS if num_blocks > 1 else rows.shape[1]
         in_specs.append(pl.BlockSpec((None, lines, rows.shape[2]), visited))
         args.append(rows)
         num_keys += entries.shape[1]
@@ -298,7 +302,7 @@ def _stream_kernel(
     b, k = pl.program_id(0), pl.program_id(1)
     block = entries_ref.shape[0]
     if is_packed:
-        block = block * LANES // tpu_packed.WORDS
+        block = block // tpu_packed.WORDS * LANES
     softmax = _Softmax(q_ref, sink_ref, *state, scale)
 
     @pl.when(k == 0)

@@ -43,15 +43,15 @@ def compiled_step(chip: str, fn, *shapes) -> jax.stages.Compiled:
         return jax.jit(fn, donate_argnums=0).lower(*args).compile()
 
 
-def layer_of(kind: str) -> LayerCache:
-    cache = jax.eval_shape(lambda: init_cache(CFG, released(), BATCH, CAPACITY))
+def layer_of(kind: str, batch: int = BATCH, capacity: int = CAPACITY) -> LayerCache:
+    cache = jax.eval_shape(lambda: init_cache(CFG, released(), batch, capacity))
     found = next(c for c in cache.layers[2:] if (c.index_keys is not None) == (kind == "CSA"))
     return dataclasses.replace(found, pool=None, index_pool=None)
 
 
 def step(cache: LayerCache, q, row, index_q, key, start):
     """What decoding does with a layer's cache: writes to it, then reads it."""
-    positions, counts = start[:, None], jnp.ones(BATCH, jnp.int32)
+    positions, counts = start[:, None], jnp.ones_like(start)
     is_csa = cache.index_keys is not None
     ratio = 4 if is_csa else 128
     place = start // ratio, (start + 1) % ratio == 0
@@ -68,19 +68,25 @@ def step(cache: LayerCache, q, row, index_q, key, start):
     return cache, out
 
 
+def compiled_decoding(chip: str, cache: LayerCache) -> jax.stages.Compiled:
+    batch, indexer = cache.window.shape[0], CFG.indexer
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct((batch, *sizes), jnp.bfloat16)
+
+    return compiled_step(
+        *(chip, step, cache, shape(CFG.num_heads, CFG.head_dim), shape(1, CFG.head_dim)),
+        *(shape(1, indexer.num_heads, indexer.head_dim), shape(1, indexer.head_dim)),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("kind", ["CSA", "HCA"])
 def test_a_decoding_step_moves_nothing_of_the_cache(kind, chip):
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct((BATCH, *sizes), jnp.bfloat16)
-
-    cache, indexer = layer_of(kind), CFG.indexer
+    cache = layer_of(kind)
     assert isinstance(cache.entries, PackedRows if kind == "CSA" else PackedColumns)
-    compiled = compiled_step(
-        *(chip, step, cache, shape(CFG.num_heads, CFG.head_dim), shape(1, CFG.head_dim)),
-        *(shape(1, indexer.num_heads, indexer.head_dim), shape(1, indexer.head_dim)),
-        jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-    )
+    compiled = compiled_decoding(chip, cache)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text.count("tpu_custom_call") >= (2 if kind == "CSA" else 1)  # the kernels read it
     assert memory.alias_size_in_bytes == sum(x.size * 4 for x in jax.tree.leaves(cache))
@@ -88,6 +94,14 @@ def test_a_decoding_step_moves_nothing_of_the_cache(kind, chip):
     assert largest_of_xla(text) < RINGS / 2
     for held in jax.tree.leaves(cache):
         assert moves(text, held.shape) == []
+
+
+@pytest.mark.parametrize("capacity", [40, 2600])
+@pytest.mark.parametrize("kind", ["CSA", "HCA"])
+def test_caches_of_any_size_are_read_by_the_kernels(kind, capacity):
+    text = compiled_decoding("v6e", layer_of(kind, 3, capacity)).as_text()
+    assert "decode_gather" in text if kind == "CSA" else "decode_stream" in text
+    assert "append" in text
 
 
 def moves(text: str, shape: tuple[int, ...]) -> list[str]:
