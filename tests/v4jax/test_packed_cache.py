@@ -12,6 +12,8 @@ from flax import nnx
 from pallas_kernels.attention import decode_attention
 from pallas_kernels.indexer import index_topk
 from pallas_kernels.packed_rows import PackedColumns, PackedKeys, PackedRows
+from sharding import make_mesh, spmd
+from sharding.rules import PREFILL
 from v4jax import Transformer, costs, flash, nano, plain, pro, released, tiny
 from v4jax.cache import Chunk, append_entries, init_cache, window_rows, write_window
 from v4jax.generate import Generator
@@ -105,6 +107,30 @@ def test_nothing_is_written_past_the_end(capacity):
             stop = min(3 + int(count), capacity)
             expected[row, 3:stop] = pack(new).unpack()[row, : stop - 3]
         np.testing.assert_array_equal(packed.unpack(jnp.float32), expected)
+
+
+@pytest.mark.parametrize("kind", [PackedRows, PackedColumns, PackedKeys])
+def test_entries_of_all_devices_are_written(kind):
+    """A prompt cut over two devices, which complete different numbers of entries."""
+    new = jax.random.normal(jax.random.key(0), (2, 8, 64), jnp.bfloat16)
+    pack = kind.pack if kind is PackedKeys else functools.partial(kind.pack, rope_dim=16)
+    start, counts = jnp.array([[3, 9], [7, 11]]), jnp.array([[4, 2], [3, 4]])  # [device, B]
+
+    def write(entries, new, start, counts):
+        return append_entries(entries, new, start[0], counts[0])
+
+    parts, empty = (
+        (jax.P(), jax.P(None, "context"), *[jax.P("context")] * 2),
+        jnp.zeros((2, 40, 64)),
+    )
+    with jax.set_mesh(make_mesh(context=2)):
+        written = jax.jit(spmd.per_device(write, PREFILL, parts, jax.P()))
+        written = written(pack(empty), new, start, counts).unpack()
+    expected = np.zeros(written.shape, written.dtype)
+    for device, b in np.ndindex(2, 2):
+        first, count = start[device, b], counts[device, b]
+        expected[b, first : first + count] = pack(new).unpack()[b, 4 * device :][:count]
+    np.testing.assert_array_equal(written, expected)
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])
