@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
 from pallas_kernels.attention import decode_attention, tpu_decode
-from pallas_kernels.packed_rows import PackedRows
+from pallas_kernels.packed_rows import PackedColumns, PackedRows
 from v4jax import config
 
 ROPE = config.flash().rope_head_dim
@@ -27,7 +27,7 @@ def _make(cfg: config.V4Config, batch: int, num_entries: int, ratio: int, is_pac
     return (
         rows(keys[0], (batch, cfg.num_heads, cfg.head_dim)),
         rows(keys[1], (batch, cfg.window, cfg.head_dim)),
-        PackedRows.pack(entries, ROPE) if is_packed else entries,
+        (PackedRows if picks else PackedColumns).pack(entries, ROPE) if is_packed else entries,
         jnp.argsort(jax.random.uniform(keys[3], (batch, num_entries)))[:, :picks]
         if picks
         else None,
@@ -36,11 +36,11 @@ def _make(cfg: config.V4Config, batch: int, num_entries: int, ratio: int, is_pac
     )
 
 
-def _trips(batch: int, num_entries: int, num_picked: int, chip: str) -> Trips:
+def _trips(batch: int, num_entries: int, num_picked: int, is_packed: bool, chip: str) -> Trips:
     if not num_entries:
         return {"decode_ring": (batch,)}
     shape = jax.ShapeDtypeStruct((batch, num_entries, 512), jnp.bfloat16)
-    if num_picked and tpu_decode.gathers(shape, num_picked, chip):
+    if num_picked and (is_packed or tpu_decode.gathers(shape, num_picked, chip)):
         turns = [tpu_decode.LANES // tpu_decode.GATHER_UNROLL] * (num_picked // tpu_decode.LANES)
         return {"decode_gather": (batch, *turns) if batch > 1 else tuple(turns)}
     blocks = -(-num_entries // min(tpu_decode.BLOCK_ENTRIES[chip], num_entries))
@@ -62,7 +62,7 @@ def _case(cfg, kind: str, batch: int, context: int, is_packed: bool = False) -> 
         make=functools.partial(_make, cfg, batch, num_entries, ratio, is_packed),
         flops=4.0 * heads * (cfg.window + num_used),
         bytes=4.0 * heads + batch * (1024 * cfg.window + ROW_BYTES[is_packed] * num_used),
-        trips=functools.partial(_trips, batch, num_entries, num_picked),
+        trips=functools.partial(_trips, batch, num_entries, num_picked, is_packed),
     )
 
 
@@ -73,7 +73,7 @@ def cases() -> list[Case]:
     sizes += [("CSA", 8, 128 << 10), ("CSA", 64, 128 << 10), ("CSA", 8, 1 << 20)]
     sizes += [("HCA", 8, 128 << 10), ("HCA", 1, 1 << 20), ("HCA", 8, 1 << 20), ("HCA", 64, 1 << 20)]
     found = [_case(flash, *size) for size in [*sizes, ("window", 8, 128 << 10)]]
-    found += [_case(flash, *size, is_packed=True) for size in [sizes[3], sizes[8]]]
+    found += [_case(flash, *size, is_packed=True) for size in (sizes[3], sizes[6], sizes[8])]
     return found + [_case(pro, *size) for size in [sizes[0], sizes[3], sizes[8]]]
 
 

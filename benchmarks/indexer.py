@@ -15,21 +15,23 @@ import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
 from pallas_kernels.indexer import block_sizes, index_topk, threshold
+from pallas_kernels.packed_rows import PackedKeys, key_words
 from v4jax import config
 
 RATIO = 4
 PASSES = {"prefill": 20, "decode": 14}
 
 
-def _make(cfg: config.V4Config, batch: int, num_queries: int, context: int):
+def _make(cfg: config.V4Config, batch: int, num_queries: int, context: int, is_packed: bool):
     heads, width = cfg.indexer.num_heads, cfg.indexer.head_dim
     keys = jax.random.split(jax.random.key(0), 3)
     start = context - num_queries
     positions = start + jnp.arange(num_queries, dtype=jnp.int32)
+    entries = jax.random.normal(keys[2], (batch, context // RATIO, width), jnp.bfloat16)
     return (
         jax.random.normal(keys[0], (batch, num_queries, heads, width), jnp.bfloat16),
         jax.random.normal(keys[1], (batch, num_queries, heads)),
-        jax.random.normal(keys[2], (batch, context // RATIO, width), jnp.bfloat16),
+        PackedKeys.pack(entries) if is_packed else entries,
         jnp.broadcast_to(positions, (batch, num_queries)),
     )
 
@@ -77,7 +79,7 @@ def _decode_trips(cfg, batch: int, num_queries: int, context: int, chip: str) ->
     return {"index_list": (*grid, *inner)}
 
 
-def _case(cfg, batch: int, num_queries: int, context: int) -> Case:
+def _case(cfg, batch: int, num_queries: int, context: int, is_packed: bool = False) -> Case:
     heads, width, topk = cfg.indexer.num_heads, cfg.indexer.head_dim, cfg.indexer.topk
     seen = [p // RATIO for p in range(context - num_queries + 1, context + 1)]
     scored = sum(n for n in seen if n > topk)
@@ -90,14 +92,16 @@ def _case(cfg, batch: int, num_queries: int, context: int) -> Case:
     else:
         shape = f"prefill {length}" + (f" of {total}" if total != length else "")
         out_bytes, trips = 512 * -(-num_entries // 4096), _prefill_trips
+    shape += " packed" * is_packed
+    key_bytes = 4 * key_words(width) if is_packed else 2 * width
     per_query = heads * (2 * width + 4) + out_bytes
     return Case(
         op="indexer",
         shape=f"{cfg.name.capitalize()} {shape}",
         run=functools.partial(index_topk, topk=topk, ratio=RATIO),
-        make=functools.partial(_make, cfg, batch, num_queries, context),
+        make=functools.partial(_make, cfg, batch, num_queries, context, is_packed),
         flops=2.0 * batch * heads * width * scored,
-        bytes=float(batch * (num_queries * per_query + 2 * width * num_entries)),
+        bytes=float(batch * (num_queries * per_query + key_bytes * num_entries)),
         trips=functools.partial(trips, cfg, batch, num_queries, context),
     )
 
@@ -110,6 +114,7 @@ def cases() -> list[Case]:
     decodes += [(1, 1, 1024 * k), (8, 1, 1024 * k)]
     flash, pro = config.flash(), config.pro()
     found = [_case(flash, *size) for size in prefills + decodes]
+    found += [_case(flash, *size, is_packed=True) for size in (decodes[3], decodes[5])]
     return found + [_case(pro, *size) for size in [*prefills[:3], decodes[3], decodes[4]]]
 
 

@@ -22,17 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dispatch import target_platform
 from pallas_kernels.gated_pool import Pool
-from pallas_kernels.packed_rows import PackedKeys, PackedRows
+from pallas_kernels.packed_rows import PackedColumns, PackedKeys, PackedRows
 from sharding import spmd
 from v4jax.config import LayerSpec, V4Config
 from v4jax.numerics import Numerics
 
 # "packed": rows in e4m3 and bfloat16 (584 bytes for 512 channels), keys in e2m1. "float": both in the
-# activations' dtype. None: packed where that changes no number and is not slower, else float.
+# activations' dtype. None: packed where that changes no number, else float.
 CacheFormat = Literal["packed", "float"] | None
-Rows = jax.Array | PackedRows | PackedKeys  # [B, S, W]
+Rows = jax.Array | PackedRows | PackedColumns | PackedKeys  # [B, S, W]
 
 
 class CacheFullError(ValueError):
@@ -66,8 +65,8 @@ class OpenPool:
 class LayerCache:
     """State of one layer. Fields that its kind of layer does not have are None."""
 
-    window: jax.Array | PackedRows
-    entries: jax.Array | PackedRows | None = None
+    window: jax.Array | PackedColumns
+    entries: jax.Array | PackedRows | PackedColumns | None = None
     pool: OpenPool | None = None
     index_keys: jax.Array | PackedKeys | None = None
     index_pool: OpenPool | None = None
@@ -154,10 +153,10 @@ def init_cache(
         raise ValueError(f"capacity={capacity}: expected 1..{cfg.max_length} (max_length).")
     is_packed = _is_packed(format, numerics)
 
-    def rows(length: int) -> jax.Array | PackedRows:
+    def rows(length: int, packing=PackedColumns) -> Rows:
         shape = (batch, length, cfg.head_dim)
         if is_packed:
-            return PackedRows.zeros(shape, cfg.rope_head_dim)
+            return packing.zeros(shape, cfg.rope_head_dim)
         return jnp.zeros(shape, numerics.dtype)
 
     def keys(length: int) -> jax.Array | PackedKeys:
@@ -169,7 +168,7 @@ def init_cache(
         if not spec.compress_ratio:
             return LayerCache(window)
         num_entries = -(-capacity // spec.compress_ratio)
-        entries = rows(num_entries)
+        entries = rows(num_entries, PackedRows if spec.is_csa else PackedColumns)  # picked, or all
         pool = init_pool(batch, cfg.head_dim, overlap=spec.is_csa)
         if not spec.is_csa:
             return LayerCache(window, entries, pool)
@@ -189,9 +188,7 @@ def _is_packed(format: CacheFormat, numerics: Numerics) -> bool:
             "hold e4m3 and bfloat16, which only released bfloat16 numerics round to; anything else "
             'would lose digits. Use "float", or v4jax.released("bfloat16").'
         )
-    if format is None:  # XLA copies 8-bit arrays to write to them on a TPU (docs/low_precision.md)
-        return exact and target_platform() != "tpu"
-    return format == "packed"
+    return exact if format is None else format == "packed"
 
 
 def init_pool(batch: int, width: int, *, overlap: bool) -> OpenPool:
@@ -208,13 +205,17 @@ def append_entries(
     counts: jax.Array,  # [B] int32
 ) -> Rows:
     """Writes the complete new entries behind the old ones, all devices'; never past the end."""
+    if not isinstance(entries, jax.Array):
+        parts = jax.tree.map(
+            lambda x: spmd.gather(x[None], "seq", axis=0), (entries.words_of(new), start, counts)
+        )
+        for device in range(spmd.size("seq")):
+            entries = entries.append(*jax.tree.map(lambda x, d=device: x[d], parts))
+        return entries
     index = jnp.arange(new.shape[1])
     rows = jnp.where(index < counts[:, None], start[:, None] + index, entries.shape[1])
-    new, rows = jax.tree.map(
-        lambda x: spmd.gather(x, "seq", axis=1), (_in_format_of(entries, new), rows)
-    )
-    put = jax.vmap(lambda e, i, n: e.at[i].set(n, mode="drop"))
-    return jax.tree.map(lambda e, n: put(e, rows, n), entries, new)
+    new, rows = (spmd.gather(x, "seq", axis=1) for x in (new.astype(entries.dtype), rows))
+    return jax.vmap(lambda e, i, n: e.at[i].set(n, mode="drop"))(entries, rows, new)
 
 
 def unpacked(rows: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -222,7 +223,7 @@ def unpacked(rows: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
     return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
 
 
-def window_rows(ring: jax.Array | PackedRows, kv: jax.Array, chunk: Chunk) -> jax.Array:
+def window_rows(ring: jax.Array | PackedColumns, kv: jax.Array, chunk: Chunk) -> jax.Array:
     """The C rows before a chunk, oldest first, then the chunk's own: [B, C + T, H]."""
     size = ring.shape[1]
     before = spmd.rows_before(kv, size, "seq")  # of other devices' parts of the chunk
@@ -233,11 +234,13 @@ def window_rows(ring: jax.Array | PackedRows, kv: jax.Array, chunk: Chunk) -> ja
 
 
 def write_window(
-    ring: jax.Array | PackedRows, kv: jax.Array, chunk: Chunk
-) -> jax.Array | PackedRows:
+    ring: jax.Array | PackedColumns, kv: jax.Array, chunk: Chunk
+) -> jax.Array | PackedColumns:
     """The ring after the chunk's valid tokens, kv [B, T, H] of this device, have been written."""
     size, num_columns = ring.shape[1], kv.shape[1]
     start = chunk.whole_start
+    if isinstance(ring, PackedColumns) and num_columns * spmd.size("seq") == 1:
+        return ring.append(ring.words_of(kv), start % size, chunk.counts)
     last = start + chunk.whole_counts - 1
     # Newest token of each row of the ring; before `start` means that the row keeps its content.
     token = last[:, None] - (last[:, None] - jnp.arange(size)) % size
@@ -249,13 +252,6 @@ def write_window(
         new = jnp.where(mine, jnp.take_along_axis(kv, column, axis=1), 0)
         return jnp.where((token >= start[:, None])[..., None], spmd.total(new, "seq"), ring)
 
-    return jax.tree.map(put, ring, _in_format_of(ring, kv))
-
-
-def _in_format_of(rows: Rows, new: jax.Array) -> Rows:
-    match rows:
-        case PackedRows():
-            return PackedRows.pack(new, rows.rope_dim)
-        case PackedKeys():
-            return PackedKeys.pack(new)
-    return new.astype(rows.dtype)
+    if isinstance(ring, PackedColumns):
+        return ring.holding(put(ring.words(), ring.words_of(kv)))
+    return put(ring, kv.astype(ring.dtype))

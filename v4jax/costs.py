@@ -128,9 +128,12 @@ def kv_row_bytes(cfg: V4Config) -> int:
 
 
 def index_key_bytes(cfg: V4Config) -> int:
-    """A packed indexer key: e2m1, one scale byte per 32 channels."""
+    """A packed indexer key: e2m1, one scale byte per 32 channels, in whole words of 4 bytes.
+
+    68 for 128 channels.
+    """
     width = cfg.indexer.head_dim
-    return width // 2 + width // _FP4_SCALE_BLOCK
+    return -(-(width // 2 + width // _FP4_SCALE_BLOCK) // 4) * 4
 
 
 def cache_bytes_per_token(cfg: V4Config) -> float:

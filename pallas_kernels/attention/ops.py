@@ -14,7 +14,7 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
-from pallas_kernels.packed_rows import PackedRows
+from pallas_kernels.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.selection import Selection
 
 
@@ -100,7 +100,7 @@ def selected_attention(
 def decode_attention(
     q: jax.Array,  # [B, N, H]: one query per sequence
     window: jax.Array | PackedRows,  # [B, C, H] ring: token t in row t mod C, the query's included
-    entries: jax.Array | PackedRows,  # [B, S, H]; S may be 0
+    entries: jax.Array | PackedRows | PackedColumns,  # [B, S, H]; S may be 0
     indices: jax.Array | None,  # [B, K] int32, distinct (-1: none), or None for every visible entry
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B] int32
@@ -119,7 +119,8 @@ def decode_attention(
       ValueError: shapes do not agree, or an implementation that cannot run.
     """
     _check_decode(q, window, entries, indices, sink, positions)
-    chosen = dispatch.choose(implementation, unsupported=tpu_decode.unsupported(q, window, entries))
+    unsupported = tpu_decode.unsupported(q, window, entries, indices)
+    chosen = dispatch.choose(implementation, unsupported=unsupported)
     static = dict(ratio=max(ratio, 1), scale=scale)
     if chosen in ("tpu", "interpret"):
         static["interpret"] = chosen == "interpret"

@@ -13,7 +13,7 @@ from pallas_kernels.quantize import cast
 def decode_attention(q, window, entries, indices, sink, positions, *, ratio, scale):
     """See `ops.py`. Ring and entries share the softmax's sums; their keys are not joined."""
     if indices is not None:
-        entries, visible = jax.tree.map(lambda e: _take(e, indices), entries), indices >= 0
+        entries, visible = _take(entries, indices, q.dtype), indices >= 0
     else:
         visible = reference.visible_entries(positions[:, None], entries.shape[1], ratio)[:, 0]
     window, entries = _unpacked(window, q.dtype), _unpacked(entries, q.dtype)
@@ -39,7 +39,7 @@ def decode_reference(q, window, entries, indices, sink, positions, *, ratio, sca
     window, entries = _unpacked(window, q.dtype), _unpacked(entries, q.dtype)
     size = window.shape[1]
     order = (positions[:, None] - size + jnp.arange(size + 1)) % size
-    history = _take(window, order)
+    history = _take(window, order, q.dtype)
     if indices is None:
         mask = reference.visible_entries(positions[:, None], entries.shape[1], ratio)
     else:
@@ -50,13 +50,15 @@ def decode_reference(q, window, entries, indices, sink, positions, *, ratio, sca
     return out[:, 0]
 
 
-def _take(rows, indices):
-    """rows [B, S, ...], indices [B, K] -> [B, K, ...]; index -1 gives row 0."""
+def _take(rows, indices, dtype):
+    """rows [B, S, H], indices [B, K] -> [B, K, H]; index -1 gives row 0."""
+    if isinstance(rows, PackedRows):
+        return rows.take(jnp.maximum(indices, 0), dtype)
     return jax.vmap(lambda r, i: jnp.take(r, jnp.maximum(i, 0), axis=0))(rows, indices)
 
 
 def _unpacked(rows, dtype):
-    return rows.unpack(dtype) if isinstance(rows, PackedRows) else rows
+    return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
 
 
 def _einsum(subscripts, a, b):

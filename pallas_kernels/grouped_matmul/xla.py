@@ -136,11 +136,11 @@ class _Tiles:
 
     def product(self, rows, w, i, in_fp8):
         if in_fp8:
-            return fp8_matmul(rows, w[self.expert[i]])
+            return fp8_matmul(rows, _expert(w, self.expert[i]))
         return _dot(rows, self.weight(w, i))
 
     def weight(self, w, i):
-        w = w[self.expert[i]]
+        w = _expert(w, self.expert[i])
         return w.dequantize() if isinstance(w, QuantizedArray) else w
 
     def add_weight(self, d_w, i, rows, d_rows):
@@ -151,6 +151,23 @@ class _Tiles:
 
     def loop(self, body, init):
         return jax.lax.fori_loop(0, self.count, body, init)
+
+
+def _expert(w, index):
+    """One expert's weights.
+
+    To take a part of an 8-bit float array, XLA on a CPU widens all of it. So the part is taken of
+    its bytes, behind a barrier, or they would be copied before the loop.
+    """
+
+    def one(x):
+        if x.dtype.itemsize > 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x[index]
+        inside, at = jax.lax.optimization_barrier((x, index))
+        part = jax.lax.bitcast_convert_type(inside, jnp.uint8)[at]
+        return jax.lax.bitcast_convert_type(part, x.dtype)
+
+    return jax.tree.map(one, w)
 
 
 def _weight_gradient(w):

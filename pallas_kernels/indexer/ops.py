@@ -31,7 +31,8 @@ def index_topk(
     """The entries each query attends to. No gradient.
 
     A kernel selects as bits for many queries, and as indices for one per sequence (decoding); the
-    others as indices. Packed keys are read as they are by "xla", and unpacked first by the others.
+    others as indices. Packed keys are read as they are by "xla" and, if they have 128 channels, by the
+    kernel that decodes; the others unpack them first.
 
     Args:
       topk: most entries of a query, no more than there are; all that are visible are selected where
@@ -60,7 +61,7 @@ def index_topk(
         raise ValueError(f"{ratio=} must be positive.")
     checks.check_positions(positions, are_consecutive=False)
     implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
-    if isinstance(keys, PackedKeys) and implementation != "xla":
+    if isinstance(keys, PackedKeys) and not _reads_packed(implementation, q, keys):
         keys = keys.unpack(q.dtype)
     q, weights, keys = map(jax.lax.stop_gradient, (q, weights, keys))
     num_visible = jnp.minimum((positions + 1) // ratio, num_entries)
@@ -96,6 +97,12 @@ def selected_scores(
     """Scores of the selected entries, differentiable: what the indexer is trained through."""
     checks.check_indices(indices, keys.shape[1])
     return xla.selected_scores(q, weights, keys, indices)
+
+
+def _reads_packed(implementation: str, q, keys: PackedKeys) -> bool:
+    is_kernel = implementation in ("tpu", "interpret")
+    decodes = is_kernel and q.shape[1] == 1 and keys.width == tpu_decode.PACKED_WIDTH
+    return implementation == "xla" or decodes
 
 
 def _unsupported(q, keys) -> str | None:

@@ -5,6 +5,9 @@ Scores of all visible entries are kept in VMEM (4 bytes each), the threshold is 
 
 XLA instead writes the scores to HBM and sorts all S of them.
 
+Packed keys are unpacked in VMEM. They lie on lanes, where scores do: [I, 128 n] is what a product
+takes. Codes become e5m2, which holds 2**-14 times every e2m1 value, and the scales 2**14 times more.
+
 Scores: heads are rows of the product q [A, I] x keys [256 n, I]^T; the weighted sum over heads is
 over rows. Entry s lies in row s // 128, lane s % 128 of the scores.
 
@@ -27,8 +30,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.indexer import block_sizes, threshold
 from pallas_kernels.indexer.threshold import LANES, MISSING
+from pallas_kernels.packed_rows import KEY_BLOCK, PRODUCTS, PackedKeys, key_words
+
+PACKED_WIDTH = 128  # channels of packed keys
+PACKED_WORDS = key_words(PACKED_WIDTH)
 
 
 def unsupported(num_entries: int) -> str | None:
@@ -41,7 +49,7 @@ def unsupported(num_entries: int) -> str | None:
 def index_list(
     q: jax.Array,  # [B, A, I]
     weights: jax.Array,  # [B, A] float32
-    keys: jax.Array,  # [B, S, I]
+    keys: jax.Array | PackedKeys,  # [B, S, I]
     num_visible: jax.Array,  # [B] int32, at most S
     *,
     topk: int,
@@ -55,18 +63,24 @@ def index_list(
     pair = 2 * block_sizes.decode_chunk(num_entries)
     num_rows = -(-num_entries // (pair * LANES)) * pair
 
+    is_packed = isinstance(keys, PackedKeys)
+    words = keys.data if is_packed else keys
+    if is_packed and not interpret:  # or XLA moves short ones to VMEM, and all of them back
+        words = pltpu.with_memory_space_constraint(words, pltpu.HBM)
+    lines = block // LANES * keys.num_words if is_packed else block
+
     def key_index(b, k, visible):
         return b, jnp.minimum(k, jnp.maximum(pl.cdiv(visible[b], block) - 1, 0)), 0
 
     indices = pl.pallas_call(
-        functools.partial(_kernel, topk=topk, num_entries=num_entries),
+        functools.partial(_kernel, topk=topk, num_entries=num_entries, is_packed=is_packed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, pl.cdiv(num_entries, block)),
             in_specs=[
                 pl.BlockSpec((None, num_heads, width), lambda b, k, _: (b, 0, 0)),
                 pl.BlockSpec((None, num_heads, 1), lambda b, k, _: (b, 0, 0)),
-                pl.BlockSpec((None, block, width), key_index),
+                pl.BlockSpec((None, lines, words.shape[2]), key_index),
             ],
             out_specs=pl.BlockSpec((None, 1, num_slots), lambda b, k, _: (b, 0, 0)),
             scratch_shapes=[
@@ -83,12 +97,12 @@ def index_list(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * num_entries * num_heads * width,
-            bytes_accessed=keys.nbytes,
+            bytes_accessed=words.nbytes,
             transcendentals=0,
         ),
         interpret=interpret,
         name="index_list",
-    )(num_visible, q, weights.astype(jnp.float32)[..., None], keys)
+    )(num_visible, q, weights.astype(jnp.float32)[..., None], words)
     return indices[:, 0, :topk]
 
 
@@ -96,7 +110,7 @@ def _kernel(
     visible_ref,  # [B] int32
     q_ref,  # [A, I]
     weights_ref,  # [A, 1] float32
-    keys_ref,  # [block, I]
+    keys_ref,  # [block, I], or lines of words
     indices_ref,  # [1, slots] int32
     scores,  # [rows, 128] int32
     starts,  # [rows, 128] float32: `start` of each row, in all lanes
@@ -105,19 +119,23 @@ def _kernel(
     *,
     topk: int,
     num_entries: int,
+    is_packed: bool,
 ):
     visible = visible_ref[pl.program_id(0)]
     step = pl.program_id(1)
-    block = keys_ref.shape[0]
+    block = keys_ref.shape[0] * LANES // PACKED_WORDS if is_packed else keys_ref.shape[0]
     some = block_sizes.decode_keys(num_entries)
     weights = jnp.broadcast_to(weights_ref[...], (weights_ref.shape[0], LANES))
 
     def score(c, _):
-        keys = keys_ref[pl.ds(pl.multiple_of(c * some, some), some)]
+        if is_packed:
+            keys = _unpack(keys_ref, c * (some // LANES), some // LANES, q_ref.dtype)
+        else:
+            keys = keys_ref[pl.ds(pl.multiple_of(c * some, some), some)]
         dots = jax.lax.dot_general(
             q_ref[...],
             keys,
-            (((1,), (1,)), ((), ())),
+            (((1,), (0 if is_packed else 1,)), ((), ())),
             precision=jax.lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
         )
@@ -141,6 +159,27 @@ def _kernel(
         tau = _threshold(visible, scores, topk=topk, num_entries=num_entries)
         num_blocks = pl.cdiv(visible, LANES * LANES)
         _list(tau, num_blocks, scores, starts, ends, prefixes, indices_ref, topk=topk)
+
+
+def _unpack(keys_ref, first, count: int, dtype):
+    """[I, 128 count]: packed keys of groups `first` .. first + count - 1."""
+    product = PRODUCTS[dispatch.target_chip()]
+    groups = []
+    for group in range(count):
+        line = (first + group) * PACKED_WORDS
+        scales = keys_ref[pl.ds(line + PACKED_WORDS - 1, 1)]
+        blocks = []
+        for pair in range(PACKED_WIDTH // (2 * KEY_BLOCK)):
+            codes = keys_ref[pl.ds(line + pair * KEY_BLOCK // 4, KEY_BLOCK // 4)]
+            low = (codes & 0x07070707) << 1 | (codes & 0x08080808) << 4
+            high = codes >> 3 & 0x0E0E0E0E | codes & jnp.uint32(0x80808080)
+            for half, values in enumerate((low, high)):
+                byte = scales >> 8 * (2 * pair + half) & 0xFF
+                scale = jax.lax.bitcast_convert_type(byte + 14 << 23, jnp.float32)
+                values = pltpu.bitcast(values, jnp.float8_e5m2).astype(product)
+                blocks.append((values * scale.astype(product)).astype(jnp.bfloat16))
+        groups.append(jnp.concatenate(blocks, axis=0))
+    return jnp.concatenate(groups, axis=1).astype(dtype)
 
 
 def _threshold(visible, scores, *, topk: int, num_entries: int):

@@ -7,7 +7,7 @@ one the block can see, so memory is [block, S] and never [T, S].
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.packed_rows import PackedKeys
+from pallas_kernels.packed_rows import LINE, PackedKeys
 
 BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 1024
@@ -37,9 +37,9 @@ def index_topk(
         jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         for x in (q, weights, num_visible)
     )
-    chunk = min(BLOCK_ENTRIES, num_entries)
-    length = num_entries + -num_entries % chunk
-    keys = jax.tree.map(lambda k: jnp.pad(k, [(0, 0), (0, length - num_entries), (0, 0)]), keys)
+    is_packed = isinstance(keys, PackedKeys)
+    length = -(-num_entries // LINE) * LINE if is_packed else num_entries
+    chunk = min(BLOCK_ENTRIES, length)
 
     def select(i):
         q_i, weights_i, visible_i = (
@@ -48,13 +48,13 @@ def index_topk(
         )
 
         def fill(c, scores):
-            keys_c = jax.tree.map(
-                lambda k: jax.lax.dynamic_slice_in_dim(k, c * chunk, chunk, axis=1), keys
-            )
-            if isinstance(keys_c, PackedKeys):
-                keys_c = keys_c.unpack(q.dtype)
+            at = jnp.minimum(c * chunk, length - chunk)  # the last one may begin inside another
+            if is_packed:
+                keys_c = keys.unpack_groups(at // LINE, chunk // LINE, q.dtype)
+            else:
+                keys_c = jax.lax.dynamic_slice_in_dim(keys, at, chunk, axis=1)
             part = scores_of(q_i, weights_i, keys_c, "bsi")
-            return jax.lax.dynamic_update_slice_in_dim(scores, part, c * chunk, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(scores, part, at, axis=2)
 
         scores = jnp.zeros((q.shape[0], block, length), jnp.float32)
         scores = jax.lax.fori_loop(0, -(-jnp.max(visible_i) // chunk), fill, scores)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import decode_attention, tpu_decode
-from pallas_kernels.packed_rows import PackedRows
+from pallas_kernels.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.quantize import round_fp8
 from tests.tolerances import BFLOAT16, FLOAT32, assert_close
 
@@ -117,6 +117,7 @@ def test_rows_that_are_not_written_yet_do_not_count():
 
 
 pack = jax.jit(PackedRows.pack, static_argnums=1)
+pack_columns = jax.jit(PackedColumns.pack, static_argnums=1)
 
 
 @jax.jit
@@ -131,24 +132,42 @@ def packed_inputs(num_entries, num_picked):
     return [q, window, round_nope(entries), indices, sink]
 
 
-@pytest.mark.parametrize("path", ["visible", "mask", "gather"])
-def test_packed_entries_equal_the_rows_they_hold(path, request):
-    if path == "gather":
-        request.getfixturevalue("gather_always")
-    args = packed_inputs(300, None if path == "visible" else 128)
+@pytest.mark.parametrize(
+    "num_entries, num_picked",
+    [(300, 128), (64, 64), (640, 300)],  # 640 rows end with a line, and so do 64
+)
+def test_picked_packed_rows_equal_the_rows_they_hold(num_entries, num_picked, gather_always):
+    args = packed_inputs(num_entries, num_picked)
+    args[3][args[3] == num_entries - 1] = -1
+    args[3][:, -1] = num_entries - 1  # whose copy begins before the line it is in
     packed = [*args[:2], pack(args[2], 64), *args[3:]]
-    out = run("interpret", packed, (10, 1000))
-    np.testing.assert_array_equal(out, run("interpret", args, (10, 1000)))
-    np.testing.assert_array_equal(run("xla", packed, (10, 1000)), run("xla", args, (10, 1000)))
+    positions = (10, 4 * num_entries)
+    whole = [*args[:3], np.pad(args[3], ((0, 0), (0, -num_picked % 128)), constant_values=-1)]
+    expected = run("interpret", [*whole, args[4]], positions)
+    np.testing.assert_array_equal(run("interpret", packed, positions), expected)
+    np.testing.assert_array_equal(run("xla", packed, positions), run("xla", args, positions))
 
 
-def test_packed_window():
-    args = packed_inputs(20, None)
-    ring = args[2][:, :16]
-    packed = [args[0], pack(ring, 64), *args[2:]]
+@pytest.mark.parametrize("num_entries", [5, 300, 1300])
+def test_packed_columns_equal_the_rows_they_hold(num_entries):
+    args = packed_inputs(num_entries, None)
+    packed = [*args[:2], pack_columns(args[2], 64), *args[3:]]
+    positions = (10, 4 * num_entries)
     for implementation in IMPLEMENTATIONS:
-        expected = run(implementation, [args[0], ring, *args[2:]], (10, 80))
-        np.testing.assert_array_equal(run(implementation, packed, (10, 80)), expected)
+        expected = run(implementation, args, positions)
+        np.testing.assert_array_equal(run(implementation, packed, positions), expected)
+
+
+@pytest.mark.parametrize("size", [16, 128])
+def test_packed_window(size):
+    """As columns, which the kernel reads, and as rows, which are unpacked before."""
+    args = packed_inputs(256, None)
+    ring, entries = args[2][:, :size], args[2][:, :20]
+    for kind in (pack_columns, pack):
+        packed = [args[0], kind(ring, 64), entries, *args[3:]]
+        for implementation in IMPLEMENTATIONS:
+            expected = run(implementation, [args[0], ring, entries, *args[3:]], (10, 80))
+            assert_close(run(implementation, packed, (10, 80)), expected, BFLOAT16)
 
 
 def test_a_sequence_does_not_depend_on_its_batch():

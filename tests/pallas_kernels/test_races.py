@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import packed_append
 from pallas_kernels.attention import (
     block_sizes,
     decode_attention,
@@ -80,8 +81,8 @@ class AsFloat32:
 def test_decoding_with_copies_one_by_one(monkeypatch, capfd):
     gather = tpu_decode._gather_kernel
 
-    def on_words(*refs, scale):
-        gather(*refs[:4], AsFloat32(refs[4]), *refs[5:], scale=scale)
+    def on_words(*refs, **static):
+        gather(*refs[:4], AsFloat32(refs[4]), *refs[5:], **static)
 
     monkeypatch.setattr(tpu_decode, "_gather_kernel", on_words)
     monkeypatch.setattr(tpu_decode, "GATHER_RATIO", dict.fromkeys(tpu_decode.GATHER_RATIO, 0))
@@ -99,3 +100,16 @@ def test_decoding_with_copies_one_by_one(monkeypatch, capfd):
     out = tpu_decode.decode_attention(*args[:2], words, *args[3:], interpret=RACES, **static)
     assert FOUND not in capfd.readouterr().out
     assert_close(out, decode_attention(*args, implementation="xla", **static), FLOAT32)
+
+
+@pytest.mark.parametrize("on_lanes, words", [(False, 146), (True, 17)])
+def test_appending(on_lanes, words, capfd):
+    """Three sequences of one program, of which two are written to."""
+    data = jax.random.bits(jax.random.key(0), (3, 2 * words, 128), jnp.uint32)
+    new = jax.random.bits(jax.random.key(1), (3, 1, words), jnp.uint32)
+    args = data, new, jnp.array([0, 200, 255]), jnp.array([1, 0, 1])
+    num_lines = words if on_lanes else 3
+    changed = packed_append._call(args[0], new[:, 0], *args[2:], num_lines, on_lanes, RACES)
+    assert FOUND not in capfd.readouterr().out
+    expected = packed_append.append(*args, on_lanes=on_lanes, implementation="xla")
+    np.testing.assert_array_equal(changed, expected)

@@ -11,7 +11,9 @@ from flax import nnx
 
 from pallas_kernels.attention import decode_attention
 from pallas_kernels.indexer import index_topk
-from pallas_kernels.packed_rows import PackedKeys, PackedRows
+from pallas_kernels.packed_rows import PackedColumns, PackedKeys, PackedRows
+from sharding import make_mesh, spmd
+from sharding.rules import PREFILL
 from v4jax import Transformer, costs, flash, nano, plain, pro, released, tiny
 from v4jax.cache import Chunk, append_entries, init_cache, window_rows, write_window
 from v4jax.generate import Generator
@@ -77,15 +79,17 @@ def test_bytes_of_the_released_models_at_a_million_tokens(make):
     growing = nbytes("entries") + nbytes("index_keys")
     assert growing / MILLION == costs.cache_bytes_per_token(cfg)
     assert growing / MILLION == {"flash": 3514.25, "pro": 5031.4375}[cfg.name]
-    assert nbytes("window") == len(cfg.layers) * cfg.window * 584
+    assert cfg.window * 584 == 146 * 512  # lines, of which there are whole tiles of 8
+    assert nbytes("window") == len(cfg.layers) * 152 * 512
     pools = nbytes("pool") + nbytes("index_pool")
     assert cache.nbytes == growing + nbytes("window") + pools + 4  # and the length
 
 
 @pytest.mark.parametrize("cfg", [tiny(), nano()], ids=lambda c: c.name)
 def test_small_models_grow_as_the_cost_model_says(cfg):
-    caches = [jax.eval_shape(lambda n=n: init_cache(cfg, released(), 3, n)) for n in (512, 1024)]
-    growth = (caches[1].nbytes - caches[0].nbytes) / 512
+    sizes = (1 << 14, 1 << 15)  # whole lines of 128 words, for HCA too
+    caches = [jax.eval_shape(lambda n=n: init_cache(cfg, released(), 3, n)) for n in sizes]
+    growth = (caches[1].nbytes - caches[0].nbytes) / sizes[0]
     assert growth == 3 * costs.cache_bytes_per_token(cfg)
 
 
@@ -95,7 +99,8 @@ def test_nothing_is_written_past_the_end(capacity):
     rows = jax.random.normal(jax.random.key(0), (2, capacity, 64), jnp.bfloat16)
     new = jax.random.normal(jax.random.key(1), (2, 4, 64), jnp.bfloat16)
     start, counts = jnp.array([3, 3]), jnp.array([2, 4])
-    for pack in (lambda r: PackedRows.pack(r, 16), PackedKeys.pack):
+    packings = (PackedRows.pack, PackedColumns.pack, lambda r, _: PackedKeys.pack(r))
+    for pack in (functools.partial(lambda p, r: p(r, 16), p) for p in packings):
         packed = append_entries(pack(rows), new, start, counts)
         expected = np.array(pack(rows).unpack(), np.float32)
         for row, count in enumerate(counts):
@@ -104,14 +109,38 @@ def test_nothing_is_written_past_the_end(capacity):
         np.testing.assert_array_equal(packed.unpack(jnp.float32), expected)
 
 
+@pytest.mark.parametrize("kind", [PackedRows, PackedColumns, PackedKeys])
+def test_entries_of_all_devices_are_written(kind):
+    """A prompt cut over two devices, which complete different numbers of entries."""
+    new = jax.random.normal(jax.random.key(0), (2, 8, 64), jnp.bfloat16)
+    pack = kind.pack if kind is PackedKeys else functools.partial(kind.pack, rope_dim=16)
+    start, counts = jnp.array([[3, 9], [7, 11]]), jnp.array([[4, 2], [3, 4]])  # [device, B]
+
+    def write(entries, new, start, counts):
+        return append_entries(entries, new, start[0], counts[0])
+
+    parts, empty = (
+        (jax.P(), jax.P(None, "context"), *[jax.P("context")] * 2),
+        jnp.zeros((2, 40, 64)),
+    )
+    with jax.set_mesh(make_mesh(context=2)):
+        written = jax.jit(spmd.per_device(write, PREFILL, parts, jax.P()))
+        written = written(pack(empty), new, start, counts).unpack()
+    expected = np.zeros(written.shape, written.dtype)
+    for device, b in np.ndindex(2, 2):
+        first, count = start[device, b], counts[device, b]
+        expected[b, first : first + count] = pack(new).unpack()[b, 4 * device :][:count]
+    np.testing.assert_array_equal(written, expected)
+
+
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_the_ring_holds_the_last_tokens(length):
     kv = jax.random.normal(jax.random.key(0), (2, length, 64), jnp.bfloat16)
-    kv = PackedRows.pack(kv, 16).unpack()
+    kv = PackedColumns.pack(kv, 16).unpack()
     start, counts = jnp.array([30, 7]), jnp.array([length, length // 2])
     chunk = Chunk.make(start, counts, length)
     before = jax.random.normal(jax.random.key(1), (2, 16, 64), jnp.bfloat16)
-    packed = PackedRows.pack(before, 16)
+    packed = PackedColumns.pack(before, 16)
     ring = write_window(packed, kv, chunk)
     expected = write_window(packed.unpack(), kv, chunk)
     np.testing.assert_array_equal(ring.unpack(), expected)
@@ -144,7 +173,7 @@ def test_decoding_does_not_unpack_the_cache():
 
 
 def test_it_is_the_default_where_it_is_exact():
-    for numerics, kind in [(released(), PackedRows), (released("float32"), jax.Array)]:
+    for numerics, kind in [(released(), PackedColumns), (released("float32"), jax.Array)]:
         cache = init_cache(tiny(), numerics, 1, 64)
         assert all(isinstance(layer.window, kind) for layer in cache.layers)
     assert isinstance(init_cache(tiny(), released(), 1, 64, "float").layers[0].window, jax.Array)

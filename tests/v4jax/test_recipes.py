@@ -93,6 +93,27 @@ def test_experts_in_fp8(implementation):
         grouped_matmul(x, w1, sizes, in_fp8=True, implementation="interpret")
 
 
+@pytest.mark.parametrize("fmt", ["fp4", "fp8"])
+def test_experts_are_unpacked_one_at_a_time(fmt):
+    """Where no kernel runs: temporaries are those of two experts' matrices, not of 32."""
+    x = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16)
+    w = jax.eval_shape(lambda: quantize_weight(jnp.zeros((32, 512, 256)), fmt))
+    sizes = jax.ShapeDtypeStruct((32,), jnp.int32)
+
+    def run(implementation):
+        def hidden(x, w1, w3, sizes):
+            ones = jnp.ones(64)
+            options = dict(limit=7.0, implementation=implementation)
+            return grouped_swiglu(x, w1, w3, sizes, ones, **options)
+
+        compiled = jax.jit(hidden).lower(x, w, w, sizes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one = 512 * 256 * 4
+    assert run("xla") < 4 * one
+    assert run("reference") > 32 * one  # which unpacks all: the numbers are not idle
+
+
 def test_linears_differ_by_the_rounding_of_inputs_alone():
     x, w = _inputs_and_weight((9,), 384, 256, jnp.bfloat16)
     outs = {r: released(recipe=r).linear(x, w) for r in ("released", "bf16", "fp8")}

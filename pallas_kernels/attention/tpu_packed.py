@@ -1,0 +1,122 @@
+"""Packed rows of 448 + 64 channels in VMEM on a TPU: from words to keys (`packed_rows.py`).
+
+Picked rows (`PackedRows`) are copied one by one. A row of 146 words begins at any word of a line and
+reaches into the next line, or the one after it, so a copy takes three. With a row on each sublane,
+three permutations of lanes put its words where they are wanted.
+
+Columns (`PackedColumns`) come as blocks, and have their bytes in the order of 8-bit and 16-bit
+registers: those are what they are taken for.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.packed_rows import LINE, PRODUCTS, ROW_BLOCK, row_bytes
+
+CHANNELS = (448, 64)
+WORDS = row_bytes(*CHANNELS) // 4
+COPIED = 3  # lines that hold any row
+PLANES = 4  # bytes of a word: runs of 128 channels
+
+
+def where_rows_are(indices: jax.Array, num_lines: int) -> tuple[jax.Array, jax.Array]:
+    """For rows to copy: the first of `COPIED` lines, and the row's first word in them (< 256)."""
+    word = indices * WORDS
+    line = jnp.minimum(word // LINE, num_lines - COPIED)
+    return line, word - line * LINE
+
+
+def keys_of_copies(lines: list[jax.Array], offset: jax.Array, dtype) -> jax.Array:
+    """Keys [R, 512] of R rows: lines [R, 128] and offset [R, 128] of `where_rows_are`."""
+    first, second, third = lines
+    is_late = offset >= LINE  # at the end of the cache
+    lines = jnp.where(is_late, second, first), jnp.where(is_late, third, second), third
+    planes = _planes(*lines, offset & (LINE - 1))
+    return jnp.concatenate([p.astype(jnp.bfloat16) for p in planes], axis=1).astype(dtype)
+
+
+def keys_of_columns(lines_ref, dtype) -> jax.Array:
+    """Keys [512, S], transposed, of whole groups of 128 columns: lines [S * 146 / 128, 128]."""
+    groups = lines_ref.shape[0] // WORDS
+    keys = [_keys_of_group(lines_ref, group * WORDS) for group in range(groups)]
+    return jnp.concatenate(keys, axis=1).astype(dtype)
+
+
+def _keys_of_group(lines_ref, first: int) -> jax.Array:
+    nope, rope = CHANNELS
+    product = PRODUCTS[dispatch.target_chip()]
+    scales = lines_ref[pl.ds(first + WORDS - 2, 2)]
+    rows = []
+    for block in range(nope // ROW_BLOCK):
+        words = lines_ref[pl.ds(first + block * ROW_BLOCK // 4, ROW_BLOCK // 4)]
+        values = pltpu.bitcast(words, jnp.float8_e4m3fn).astype(product)
+        scale = scales[block // 4 : block // 4 + 1]
+        # A power of two is its exponent.
+        scale = _float(_shift(scale, 23 - 8 * (block % 4)) & 0x7F800000).astype(product)
+        rows.append((values * scale).astype(jnp.bfloat16))
+    words = lines_ref[pl.ds(first + nope // 4, rope // 2)]
+    return jnp.concatenate([*rows, pltpu.bitcast(words, jnp.bfloat16)], axis=0)
+
+
+def _planes(first, second, third, offset):
+    """Channels [R, 128] float32, four times, of rows that begin in lane `offset` of `first`."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, first.shape, 1)
+    in_first = lane >= offset
+    body = _lanes(jnp.where(in_first, first, second), offset + lane)  # words 0..127
+    rest = jnp.where(in_first, second, third)  # 128..145
+    low = _lanes(rest, offset + (lane & 15)) >> _unsigned((lane >> 4 & 3) << 3) << 16
+    # Scales are exponents, and so are 29 less here: magnitudes are 2**29 times theirs.
+    scales = _lanes(rest, offset + 16 + (lane >> 6)) - jnp.uint32(0x1D1D1D1D)
+    planes = []
+    for plane in range(PLANES):
+        sign = _shift(body, 24 - 8 * plane) & jnp.uint32(1 << 31)
+        magnitude = _signed(_shift(body, 20 - 8 * plane) & 0x07F00000)
+        normal = magnitude + (149 << 23)
+        number = jnp.where(magnitude < 8 << 20, _bits(magnitude.astype(jnp.float32)), normal)
+        scale = _float(_shift(scales, 23 - 8 * plane) & 0x7F800000)
+        planes.append(_float(_unsigned(number) | sign) * scale)
+    rope = _float(body & jnp.uint32(0xFF << 24) | low & 0x00FF0000)
+    planes[3] = jnp.where(lane < LINE // 2, planes[3], rope)
+    return planes
+
+
+def _shift(x, bits: int):
+    return x << bits if bits >= 0 else x >> -bits
+
+
+def _lanes(x, index):
+    """x [R, 128] at lanes index [R, 128], modulo 128."""
+    rows = (0,)
+    along_lanes = jax.lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(1,),
+        start_index_map=(1,),
+        operand_batching_dims=rows,
+        start_indices_batching_dims=rows,
+    )
+    return jax.lax.gather(
+        x,
+        (index & (LINE - 1))[..., None],
+        along_lanes,
+        slice_sizes=(1, 1),
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
+
+
+def _float(x):
+    return jax.lax.bitcast_convert_type(x, jnp.float32)
+
+
+def _bits(x):
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _signed(x):
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _unsigned(x):
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)

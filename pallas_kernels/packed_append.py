@@ -1,0 +1,167 @@
+"""Writing items behind others in lines of 128 words, in place (layouts: `packed_rows.py`).
+
+Items of W words lie one after another, or on lanes: item s is lane s % 128 of the W lines from
+W * (s // 128) on.
+
+One item per sequence, which is decoding, is a Pallas kernel on a TPU: it fetches the few lines an
+item lies in, puts it there and writes them back, for eight sequences at once. Sequences whose item
+is not complete cost nothing. As XLA has it, a loop over the sequences, it takes some seven operations
+for each, which are longer to start than to run. (A scatter is one operation, but before it XLA
+transposes all of `data`.)
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import dispatch
+
+LINE = 128  # words
+TOGETHER = 8  # sequences
+
+
+def append(
+    data: jax.Array,  # [B, lines, 128] uint32
+    new: jax.Array,  # [B, n, W] uint32
+    start: jax.Array,  # [B] int32 place of the first new item
+    counts: jax.Array,  # [B] int32: so many of the n are written, all of which have room
+    *,
+    on_lanes: bool,
+    implementation: dispatch.Implementation = None,
+) -> jax.Array:
+    """`data` with the new items.
+
+    Raises:
+      ValueError: an implementation that cannot run.
+    """
+    num_lines = new.shape[2] if on_lanes else -(-new.shape[2] // LINE) + 1
+    unsupported = None
+    if new.shape[1] != 1:
+        unsupported = f"{new.shape[1]} items: the kernel appends one"
+    elif data.shape[1] < num_lines:
+        unsupported = f"{data.shape[1]} lines: the kernel changes {num_lines}"
+    chosen = dispatch.choose(implementation, unsupported=unsupported)
+    if chosen in ("tpu", "interpret"):
+        return _call(data, new[:, 0], start, counts, num_lines, on_lanes, chosen == "interpret")
+    if on_lanes:
+        return _one_by_one(data, new, start, counts)
+    size = new.shape[2]
+    return _one_by_one(data, new.reshape(new.shape[0], -1, 1), start * size, counts * size)
+
+
+def to_lanes(words: jax.Array) -> jax.Array:
+    """[..., 128 n, W] -> [..., n * W, 128]"""
+    *batch, length, size = words.shape
+    groups = jnp.swapaxes(words.reshape(*batch, length // LINE, LINE, size), -1, -2)
+    return groups.reshape(*batch, length // LINE * size, LINE)
+
+
+def _one_by_one(data, items, start, counts):
+    """Items on lanes, a slice of one sequence after another being read, changed and written."""
+    batch, num_items, words = items.shape
+    num_groups = data.shape[1] // words
+    changed = min((num_items + LINE - 2) // LINE + 1, num_groups)
+    first = jnp.clip(start // LINE, 0, num_groups - changed)
+    offset = start - LINE * first
+    shape = (changed * words, LINE)
+    place = LINE * (jax.lax.broadcasted_iota(jnp.int32, shape, 0) // words)
+    place += jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    def put(b, data):
+        at = (b, first[b] * words, 0)
+        old = jax.lax.dynamic_slice(data, at, (1, *shape))
+        new = jnp.zeros((changed * LINE + num_items, words), data.dtype)
+        new = jax.lax.dynamic_update_slice(new, items[b], (offset[b], 0))[: changed * LINE]
+        written = (place >= offset[b]) & (place < offset[b] + counts[b])
+        return jax.lax.dynamic_update_slice(data, jnp.where(written, to_lanes(new), old), at)
+
+    return jax.lax.fori_loop(0, batch, put, data)
+
+
+def _call(data, new, start, counts, num_lines, on_lanes, interpret):
+    batch, words = new.shape
+    if on_lanes:
+        first = start // LINE * words
+        offset = start % LINE
+    else:
+        first = jnp.minimum(start * words // LINE, data.shape[1] - num_lines)
+        offset = start * words - LINE * first
+    first = jnp.where(counts > 0, first, 0)
+    padding = -batch % TOGETHER
+    scalars = [jnp.pad(x, (0, padding)) for x in (first, offset, counts)]
+    new = jnp.pad(new, ((0, padding), (0, -words % LINE)))[:, None]
+    return pl.pallas_call(
+        functools.partial(_kernel, words=words, merge=_on_lanes if on_lanes else _in_order),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(new.shape[0] // TOGETHER,),
+            in_specs=[
+                pl.BlockSpec((TOGETHER, 1, new.shape[2]), lambda i, *_: (i, 0, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[
+                pltpu.VMEM((TOGETHER, num_lines, LINE), jnp.uint32),
+                pltpu.SemaphoreType.DMA((TOGETHER,)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(data.shape, data.dtype),
+        input_output_aliases={4: 0},
+        interpret=interpret,
+        name="append",
+    )(*scalars, new, data if interpret else pltpu.with_memory_space_constraint(data, pltpu.HBM))
+
+
+def _kernel(
+    first_ref, offset_ref, counts_ref, new_ref, _, data_ref, lines_ref, arrived, *, words, merge
+):
+    def each(do):
+        for i in range(TOGETHER):
+            b = pl.program_id(0) * TOGETHER + i
+            pl.when(counts_ref[b] > 0)(functools.partial(do, i, b))
+
+    def here(i, b):
+        return data_ref.at[b, pl.ds(first_ref[b], lines_ref.shape[1])]
+
+    def fetch(i, b):
+        pltpu.make_async_copy(here(i, b), lines_ref.at[i], arrived.at[i]).start()
+
+    def change(i, b):
+        pltpu.make_async_copy(here(i, b), lines_ref.at[i], arrived.at[i]).wait()
+        lines_ref[i] = merge(lines_ref[i], new_ref[i], offset_ref[b], words)
+        pltpu.make_async_copy(lines_ref.at[i], here(i, b), arrived.at[i]).start()
+
+    def finish(i, b):
+        pltpu.make_async_copy(lines_ref.at[i], here(i, b), arrived.at[i]).wait()
+
+    for do in (fetch, change, finish):
+        each(do)
+
+
+def _on_lanes(old, new, offset, words: int):
+    """old [W, 128] with new [1, P] in lane `offset`."""
+    parts = [
+        jnp.transpose(jnp.broadcast_to(new[:, i : i + LINE], (LINE, LINE)))
+        for i in range(0, new.shape[1], LINE)
+    ]
+    lane = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
+    return jnp.where(lane == offset, jnp.concatenate(parts, axis=0)[:words], old)
+
+
+def _in_order(old, new, offset, words: int):
+    """old [P / 128 + 1, 128] with new [1, P] from word `offset` on, which is less than 256."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LINE), 1)
+    shift = offset & (LINE - 1)
+    turned = [pltpu.roll(new[:, i : i + LINE], shift, 1) for i in range(0, new.shape[1], LINE)]
+    lines = [turned[0]]
+    lines += [jnp.where(lane < shift, *pair) for pair in itertools.pairwise(turned)]
+    lines.append(turned[-1])
+    later = [lines[0], *lines[:-1]]
+    lines = jnp.where(offset >= LINE, jnp.concatenate(later), jnp.concatenate(lines))
+    word = LINE * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) - offset
+    word += jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
+    return jnp.where((word >= 0) & (word < words), lines, old)

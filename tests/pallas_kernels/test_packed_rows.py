@@ -1,0 +1,145 @@
+"""Packed rows, columns and keys: every code, appending in any place, and the kernels that read them.
+
+Attention over them is tested in `test_decode_attention.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.indexer import index_topk
+from pallas_kernels.packed_append import append
+from pallas_kernels.packed_rows import PackedColumns, PackedKeys, PackedRows
+from pallas_kernels.quantize import round_fp4, round_fp8
+
+KINDS = pytest.mark.parametrize("kind", [PackedRows, PackedColumns, PackedKeys])
+
+
+def pack(kind, values):
+    return kind.pack(values) if kind is PackedKeys else kind.pack(values, values.shape[-1] // 8)
+
+
+def random(kind, *shape):
+    """What `kind` holds exactly."""
+    scale = jnp.exp2(jnp.arange(shape[-1]) // 32 % 5 * 3.0 - 6)
+    values = jax.random.normal(jax.random.key(len(shape) + shape[-2]), shape) * scale
+    if kind is PackedKeys:
+        return round_fp4(values, 32)
+    nope = shape[-1] // 8 * 7
+    nope, rope = round_fp8(values[..., :nope], 64), values[..., nope:]
+    return jnp.concatenate([nope, rope.astype(jnp.bfloat16).astype(jnp.float32)], axis=-1)
+
+
+@KINDS
+@pytest.mark.parametrize("length, width", [(1, 64), (300, 64), (77, 512)])
+def test_what_is_packed_is_unpacked(kind, width, length):
+    values = random(kind, 2, length, width)
+    packed = pack(kind, values)
+    assert packed.shape == values.shape and packed.data.dtype == jnp.uint32
+    np.testing.assert_array_equal(packed.unpack(jnp.float32), values)
+
+
+@pytest.mark.parametrize("kind", [PackedRows, PackedColumns])
+def test_every_code_of_e4m3_and_every_bfloat16(kind):
+    codes = np.arange(256, dtype=np.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]  # without NaN
+    values = np.zeros((1, 8, 64), np.float32)
+    values[0, :4].reshape(-1)[: len(codes)] = codes.view(ml_dtypes.float8_e4m3fn)
+    values[0, :, 0] = 448  # so that the scale is 1
+    bits = np.arange(8 * 8192, dtype=np.uint16).reshape(1, 8, 8192)
+    rope = np.asarray(bits.view(ml_dtypes.bfloat16), np.float32)
+    both = np.concatenate([values, np.where(np.isfinite(rope), rope, 0)], axis=-1)
+    np.testing.assert_array_equal(kind.pack(both, 8192).unpack(jnp.float32), both)
+
+
+def test_every_code_of_e2m1():
+    codes = np.arange(64, dtype=np.uint8) % 16
+    magnitude = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    values = np.where(codes < 8, 1, -1) * magnitude[codes % 8]
+    keys = np.stack([values, 2.0**-7 * np.roll(values, 5), 64 * values[::-1]])[None]
+    np.testing.assert_array_equal(PackedKeys.pack(keys).unpack(jnp.float32), keys)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "length, new, start, counts",
+    [
+        (300, 1, (0, 299, 127, 128), (1, 1, 0, 1)),  # one each, the last place, none
+        (300, 5, (126, 297, 300, 0), (5, 5, 5, 3)),  # over a border, past the end
+        (300, 290, (3, 150, 0, 299), (290, 290, 17, 0)),
+        (3, 9, (0, 2, 3, 1), (9, 9, 9, 1)),  # more than there is room for
+    ],
+)
+def test_appending(kind, length, new, start, counts):
+    """In one call as a place-by-place copy in NumPy; nothing else changes."""
+    old, added = random(kind, 4, length, 64), random(kind, 4, new, 64) * 2
+    packed = pack(kind, old)
+    start, counts = np.array(start), np.array(counts)
+    packed = jax.jit(lambda p, x: p.append(p.words_of(x), start, counts))(packed, added)
+    expected = np.array(old)
+    for b, (first, count) in enumerate(zip(start, counts)):
+        stop = min(first + count, length)
+        expected[b, first:stop] = added[b, : max(stop - first, 0)]
+    np.testing.assert_array_equal(packed.unpack(jnp.float32), expected)
+
+
+@pytest.mark.parametrize("on_lanes, words", [(False, 146), (False, 34), (True, 146), (True, 17)])
+def test_the_kernel_appends_one_item_as_xla_does(on_lanes, words):
+    """Nine sequences, two programs: at the beginning, over borders of lines and at the end."""
+    num_items = 640
+    shape = (9, num_items // 128 * words, 128)
+    data = jax.random.bits(jax.random.key(0), shape, jnp.uint32)
+    new = jax.random.bits(jax.random.key(1), (9, 1, words), jnp.uint32)
+    start = jnp.array([0, 1, 63, 127, 128, 500, 638, 639, 639])
+    counts = jnp.array([1, 1, 1, 1, 1, 0, 1, 1, 1])
+
+    def run(implementation):
+        options = dict(on_lanes=on_lanes, implementation=implementation)
+        return jax.jit(lambda *a: append(*a, **options))(data, new, start, counts)
+
+    changed = run("xla")
+    assert np.count_nonzero(changed != data) <= 8 * words
+    np.testing.assert_array_equal(run("interpret"), changed)
+
+
+@KINDS
+def test_bytes_are_those_of_the_released_layout(kind):
+    shape = (3, 32768, 128 if kind is PackedKeys else 512)
+    packed = jax.eval_shape(lambda: kind.zeros(shape, *(() if kind is PackedKeys else (64,))))
+    row = 68 if kind is PackedKeys else 584
+    assert packed.data.size * 4 == 3 * 32768 * row
+
+
+@pytest.mark.parametrize(
+    "num_entries, topk, dtype", [(700, 128, jnp.float32), (1300, 32, jnp.bfloat16)], ids=str
+)
+def test_the_decoding_indexer_reads_packed_keys(num_entries, topk, dtype):
+    """Sums of products of e2m1 numbers are exact in float32, so selections are equal."""
+    q = round_fp4(jax.random.normal(jax.random.key(0), (2, 1, 64, 128)), 32).astype(dtype)
+    weights = jax.random.normal(jax.random.key(1), (2, 1, 64))
+    keys = round_fp4(jax.random.normal(jax.random.key(2), (2, num_entries, 128)), 32)
+    positions = jnp.array([[4 * num_entries - 1], [1203]])
+
+    def select(keys, implementation):
+        options = dict(topk=topk, ratio=4, implementation=implementation)
+        selection = jax.jit(lambda *a: index_topk(*a, **options))(q, weights, keys, positions)
+        return np.sort(selection.to_indices(), axis=-1)
+
+    expected = select(keys.astype(dtype), "interpret")
+    np.testing.assert_array_equal(select(PackedKeys.pack(keys), "interpret"), expected)
+    np.testing.assert_array_equal(select(PackedKeys.pack(keys), "xla"), expected)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: PackedRows.zeros((1, 4, 64), 65), "rope_dim=65: expected 0..64"),
+        (lambda: PackedColumns.zeros((1, 4, 66), 2), "rows of 66 channels, rope_dim=2"),
+        (lambda: PackedKeys.zeros((1, 4, 96)), "keys of 96 channels: expected 8, 16, 32"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
