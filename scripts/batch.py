@@ -10,22 +10,16 @@ system every process takes a share: give --coordinator, --num-processes and --pr
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from scripts.generate import add_sampling_arguments
-from scripts.pod import (
-    add_mesh_argument,
-    add_process_arguments,
-    check_process_arguments,
-    on_mesh,
-    start_processes,
-)
+from scripts.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
 from sharding import DECODE
 from v4jax import Numerics, checkpoint
 from v4jax.batch import Job, JobError, Settings, merge_files
@@ -44,18 +38,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--mode", choices=list(MODES), default="non-think")
     add_sampling_arguments(parser)
-    add_mesh_argument(parser)
-    hosts = add_process_arguments(parser)
+    hosts = add_pod_arguments(parser)
     hosts.add_argument("--merge", action="store_true", help="only join what they have written")
-    args = parser.parse_args()
+    args = parse_pod_args(parser)
     if not args.merge and not (args.checkpoint and args.input):
         parser.error("--checkpoint and --input are required, except with --merge.")
-    check_process_arguments(parser, args)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: expected at least 1.")
     names = ("mode", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
     try:
         args.settings = Settings(**{name: getattr(args, name) for name in names})
+        args.rounding = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -69,6 +62,7 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         "checkpoint": fingerprint(files),
         "dtype": args.dtype,
         "numerics": args.numerics,
+        "recipe": args.rounding.recipe,
         "cache": args.cache,
         "mesh": args.mesh,
     }
@@ -91,7 +85,7 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         if job.remaining:
             tokenizer = Tokenizer(args.checkpoint)
             # Kernels can run: a program is of one device or of a whole mesh.
-            numerics = Numerics(args.numerics, jnp.dtype(args.dtype), ("tpu", "xla"))
+            numerics = dataclasses.replace(args.rounding, implementation=("tpu", "xla"))
             mesh = on_mesh(args.mesh, jax.local_devices())
             bar = tqdm(initial=done, total=job.total, unit="request", desc=name[:-2])
             with mesh, bar:

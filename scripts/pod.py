@@ -19,8 +19,14 @@ import jax
 from sharding import AXES, make_mesh
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Which process this is, and of how many."""
+def add_pod_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How devices are arranged, and which process this is, of how many; gives the latter's group."""
+    parser.add_argument(
+        "--mesh",
+        type=parse_mesh,
+        default={},
+        help='such as "fsdp=4,expert=2" (default: one device)',
+    )
     group = parser.add_argument_group("several processes")
     group.add_argument("--distributed", action="store_true", help="jax finds the others")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
@@ -29,24 +35,16 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     return group
 
 
-def check_process_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program if the options do not go together."""
+def parse_pod_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; ends the program if the options of several processes do not go together."""
+    args = parser.parse_args()
     if (args.num_processes is None) != (args.process_id is None):
         parser.error("--num-processes and --process-id go together: give both, or neither.")
     if args.coordinator and args.num_processes is None:
         parser.error("--coordinator needs --num-processes and --process-id.")
     if not 0 <= (args.process_id or 0) < (args.num_processes or 1):
         parser.error(f"--process-id {args.process_id}: expected less than --num-processes.")
-
-
-def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
-    """How the devices of all processes are arranged."""
-    parser.add_argument(
-        "--mesh",
-        type=parse_mesh,
-        default={},
-        help='such as "fsdp=4,expert=2" (default: one device)',
-    )
+    return args
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -5,12 +5,15 @@ import os
 import random
 import signal
 import socket
+import sys
 import time
 
 import pytest
 
+from scripts import batch
 from tests.conftest import NANO
 from tests.scripts.test_scripts import run, start
+from v4jax import checkpoint
 
 MESSAGE = "She was very {}."
 WORDS = ("happy", "proud", "angry", "young", "kind")
@@ -150,6 +153,22 @@ def test_an_interrupt_leaves_what_was_written(requests, whole):
     assert set(output.read_bytes().splitlines()) < set(whole[0][0].splitlines())
 
 
+def test_the_recipe_reaches_the_model(requests, tmp_path, monkeypatch):
+    numerics = []
+
+    def load(path, given, rules):
+        numerics.append(given)
+        raise checkpoint.CheckpointError("enough is known")
+
+    options = (*arguments(requests, tmp_path / "results.jsonl"), "--recipe", "bf16")
+    monkeypatch.setattr(sys, "argv", ["batch", *map(str, options)])
+    monkeypatch.setattr(checkpoint, "load", load)
+    with pytest.raises(SystemExit, match="enough is known"):
+        batch.main()
+
+    assert [n.recipe for n in numerics] == ["bf16"]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -159,6 +178,8 @@ def test_an_interrupt_leaves_what_was_written(requests, whole):
         (("--process-id", 2, "--num-processes", 2), "expected less than --num-processes"),
         (("--top-p", 2), "top_p=2.0: expected a number in"),
         (("--seed", 1), "belongs to another job"),
+        (("--recipe", "bf16"), "recipe was released, is bf16"),
+        (("--recipe", "fp8", "--numerics", "plain"), "recipe='fp8' with plain numerics"),
     ],
     ids=str,
 )

@@ -61,7 +61,7 @@ def test_generate_refuses_two_samplers():
     _, err = process.communicate(timeout=600)
 
     assert process.returncode != 0
-    assert "--top-k and --top-p exclude each other" in err
+    assert "top_k=3 and top_p=0.5 exclude each other" in err
 
 
 def test_chat_answers_every_message():

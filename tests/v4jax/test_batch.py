@@ -97,7 +97,7 @@ def test_a_line_chooses_its_sampler(given, sampler):
         ({"prompt": "x", "temperature": True}, "temperature=True"),
         ({"prompt": "x", "top_p": 1.5}, r"top_p=1.5: expected a number in \(0, 1\]"),
         ({"prompt": "x", "top_k": 0}, "top_k=0: expected a positive integer"),
-        ({"prompt": "x", "top_k": 3, "top_p": 0.5}, "top_k and top_p exclude each other"),
+        ({"prompt": "x", "top_k": 3, "top_p": 0.5}, "top_k=3 and top_p=0.5 exclude each other"),
         ({"prompt": "x", "max_new_tokens": 1.0}, "max_new_tokens=1.0: expected a positive integer"),
         ({"prompt": "x", "seed": 2**32}, "seed=4294967296: expected an integer in"),
         ({"prompt": "x", "stop": ["a", ""]}, "stop=.* none empty"),
