@@ -12,9 +12,12 @@ Elsewhere every process is told where process 0 is:
 
 import argparse
 import contextlib
+import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sharding import AXES, make_mesh
 
@@ -75,6 +78,26 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int]:
         # Asks every process for its devices, also one that will find nothing to do.
         return jax.process_index(), jax.process_count()
     return args.process_id or 0, args.num_processes or 1
+
+
+def spans_processes(sizes: dict[str, int]) -> bool:
+    """Whether a mesh is one of all processes' devices, rather than of a host's own.
+
+    Raises:
+      ValueError: more devices than this host has, but not all there are.
+    """
+    devices, own, found = math.prod(sizes.values()), jax.local_device_count(), jax.device_count()
+    if devices > own and devices != found:
+        raise ValueError(
+            f"a mesh of {devices} devices: expected at most the {own} of this host, which then has a "
+            f"model of its own, or all {found} of the job."
+        )
+    return devices > own
+
+
+def from_first(array: np.ndarray) -> np.ndarray:
+    """Process 0's array, on all processes. They have to call it together."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def on_mesh(

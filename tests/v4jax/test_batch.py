@@ -6,13 +6,12 @@ import json
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.conftest import NANO, ROOT
-from v4jax import Transformer, plain, tiny
+from tests.models import random_model
+from v4jax import tiny
 from v4jax.batch import Job, JobError, Plan, RequestError, Settings, merge_files, parse_request
 from v4jax.batch import files as batch_files
 from v4jax.batch.files import Journal, Sidecar, errors_path, fingerprint, part_path, read_lines
@@ -283,7 +282,7 @@ def tokenizer() -> Tokenizer:
 def generator(tokenizer) -> Generator:
     """Random weights, float32 and no rounding: a row does not depend on its batch."""
     cfg = dataclasses.replace(tiny(), vocab_size=tokenizer.vocab_size, max_length=512)
-    model = jax.jit(lambda: Transformer(cfg, plain(), scan_layers=False, rngs=nnx.Rngs(1)))()
+    model = random_model(cfg, scan_layers=False, seed=1)
     return Generator(model, chunks=(16,))
 
 
