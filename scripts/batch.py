@@ -6,24 +6,26 @@
 A request is a JSON object with `messages` or `prompt`; docs/batch.md lists its keys. Lines that are
 no requests are reported in results.jsonl.errors, by number. On several hosts that see one file
 system every process takes a share: give --coordinator, --num-processes and --process-id, or
---distributed where jax finds these out by itself (TPU pods, Slurm).
+--distributed where jax finds these out by itself (TPU pods, Slurm). With a --mesh of all their devices
+they hold one model together.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from scripts.generate import add_sampling_arguments
 from scripts.pod import (
-    add_mesh_argument,
-    add_process_arguments,
-    check_process_arguments,
+    add_pod_arguments,
+    from_first,
     on_mesh,
+    parse_pod_args,
+    spans_processes,
     start_processes,
 )
 from sharding import DECODE
@@ -44,18 +46,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--mode", choices=list(MODES), default="non-think")
     add_sampling_arguments(parser)
-    add_mesh_argument(parser)
-    hosts = add_process_arguments(parser)
+    hosts = add_pod_arguments(parser)
     hosts.add_argument("--merge", action="store_true", help="only join what they have written")
-    args = parser.parse_args()
+    args = parse_pod_args(parser)
     if not args.merge and not (args.checkpoint and args.input):
         parser.error("--checkpoint and --input are required, except with --merge.")
-    check_process_arguments(parser, args)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: expected at least 1.")
     names = ("mode", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
     try:
         args.settings = Settings(**{name: getattr(args, name) for name in names})
+        args.rounding = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -69,31 +70,45 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         "checkpoint": fingerprint(files),
         "dtype": args.dtype,
         "numerics": args.numerics,
+        "recipe": args.rounding.recipe,
         "cache": args.cache,
         "mesh": args.mesh,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    leads, together, devices = True, {}, jax.local_devices()
+    if spans_processes(args.mesh):
+        leads, devices = process == 0, jax.devices()
+        together = dict(leads=leads, agree=from_first)
+        process, count = 0, 1  # one share for all of them
     job = Job(
         *(args.input, args.output, args.settings),
         batch_size=args.batch_size,
         identity=identity,
         process=process,
         count=count,
+        **together,
     )
+
+    def say(text: str) -> None:
+        if leads:
+            print(text, file=sys.stderr)
+
     with job:
         plan, done, tokens = job.plan, job.total - job.remaining, 0
         name = f"process {process} of {count}: " if count > 1 else ""
-        print(f"{name}{job.total} requests, {done} of them done", file=sys.stderr)
+        say(f"{name}{job.total} requests, {done} of them done")
         if plan.malformed:
             lines = ", ".join(str(record["line"]) for record in plan.malformed[:10])
             more = ", ..." if len(plan.malformed) > 10 else ""
-            print(f"{len(plan.malformed)} malformed lines: {lines}{more}", file=sys.stderr)
+            say(f"{len(plan.malformed)} malformed lines: {lines}{more}")
         if job.remaining:
             tokenizer = Tokenizer(args.checkpoint)
             # Kernels can run: a program is of one device or of a whole mesh.
-            numerics = Numerics(args.numerics, jnp.dtype(args.dtype), ("tpu", "xla"))
-            mesh = on_mesh(args.mesh, jax.local_devices())
-            bar = tqdm(initial=done, total=job.total, unit="request", desc=name[:-2])
+            numerics = dataclasses.replace(args.rounding, implementation=("tpu", "xla"))
+            mesh = on_mesh(args.mesh, devices)
+            bar = tqdm(
+                initial=done, total=job.total, unit="request", desc=name[:-2], disable=not leads
+            )
             with mesh, bar:
                 model = checkpoint.load(args.checkpoint, numerics, DECODE)
                 generator = Generator(model, cache=args.cache)
@@ -104,10 +119,9 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
                     bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
                     bar.update(progress.requests)
             seconds = time.monotonic() - started
-            print(
+            say(
                 f"{name}{tokens} tokens in {seconds:.1f} s, compilation included: "
-                f"{tokens / seconds:.1f} tokens/s",
-                file=sys.stderr,
+                f"{tokens / seconds:.1f} tokens/s"
             )
         return job.finish()
 
@@ -121,7 +135,7 @@ def main() -> None:
             print(f"{results} results in {args.output}, {errors} errors", file=sys.stderr)
         else:
             left = run(args, *start_processes(args))
-    except (JobError, checkpoint.CheckpointError, OSError) as error:
+    except (JobError, checkpoint.CheckpointError, OSError, ValueError) as error:
         raise SystemExit(f"batch: {error}") from error
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)

@@ -11,13 +11,12 @@ import argparse
 import pathlib
 import sys
 
-import jax.numpy as jnp
-
 from scripts.errors import one_message
-from scripts.generate import add_sampling_arguments, sampler_of
+from scripts.generate import add_sampling_arguments
 from v4jax import Numerics, checkpoint
 from v4jax.encoding import MODES, THINK_END, encode_messages, parse_partial_completion
 from v4jax.generate import Generator
+from v4jax.sampling import sampler_of
 from v4jax.tokenizer import Tokenizer
 
 
@@ -29,7 +28,7 @@ def reply(
     prompt = tokenizer.encode(encode_messages(messages, thinking_mode, reasoning_effort=effort))
     steps = generator.stream(
         [prompt],
-        sampler=sampler_of(args),
+        sampler=sampler_of(args.temperature, args.top_k, args.top_p),
         max_new_tokens=args.max_new_tokens,
         stop_ids=tokenizer.stop_ids,
         seed=args.seed + len(messages),
@@ -55,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = Tokenizer(args.checkpoint)
-    numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
+    numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode

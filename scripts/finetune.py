@@ -27,13 +27,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from scripts.errors import one_message
-from scripts.pod import (
-    add_mesh_argument,
-    add_process_arguments,
-    check_process_arguments,
-    on_mesh,
-    start_processes,
-)
+from scripts.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
 from v4jax import checkpoint
 from v4jax.config import VARIANTS
 from v4jax.model import Transformer
@@ -66,11 +60,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
     parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
     parser.add_argument("--save", choices=["released", "float"], default="released")
-    add_mesh_argument(parser)
-    add_process_arguments(parser)
-    args = parser.parse_args()
-    check_process_arguments(parser, args)
-    return args
+    add_pod_arguments(parser)
+    return parse_pod_args(parser)
 
 
 def start_model(args: argparse.Namespace) -> Transformer:

@@ -12,19 +12,17 @@ import pathlib
 import sys
 import time
 
-import jax.numpy as jnp
-
 from scripts.errors import one_message
 from v4jax import Numerics, checkpoint
 from v4jax.encoding import BOS, MODES, encode_messages
 from v4jax.generate import Generator
 from v4jax.numerics import RECIPES
-from v4jax.sampling import Greedy, Sampler, Temperature, TopK, TopP
+from v4jax.sampling import sampler_of
 from v4jax.tokenizer import Tokenizer
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options shared with scripts.chat."""
+    """Options shared with scripts.chat and scripts.batch."""
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--top-k", type=int)
@@ -36,19 +34,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", choices=RECIPES, help="of released numerics, see v4jax.numerics"
     )
     parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
-
-
-def sampler_of(args: argparse.Namespace) -> Sampler:
-    """The strategy that the options describe."""
-    if args.top_k is not None and args.top_p is not None:
-        raise SystemExit("--top-k and --top-p exclude each other: give one of them.")
-    if args.temperature == 0:
-        return Greedy()
-    if args.top_k is not None:
-        return TopK(args.top_k, args.temperature)
-    if args.top_p is not None:
-        return TopP(args.top_p, args.temperature)
-    return Temperature(args.temperature)
 
 
 def render(prompt: str, mode: str) -> str:
@@ -69,8 +54,8 @@ def main() -> None:
     add_sampling_arguments(parser)
     args = parser.parse_args()
 
-    sampler = sampler_of(args)
-    numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
+    sampler = sampler_of(args.temperature, args.top_k, args.top_p)
+    numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     tokenizer = Tokenizer(args.checkpoint)
     generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
     prompt = tokenizer.encode(render(args.prompt, args.mode))

@@ -12,15 +12,24 @@ Elsewhere every process is told where process 0 is:
 
 import argparse
 import contextlib
+import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sharding import AXES, make_mesh
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Which process this is, and of how many."""
+def add_pod_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How devices are arranged, and which process this is, of how many; gives the latter's group."""
+    parser.add_argument(
+        "--mesh",
+        type=parse_mesh,
+        default={},
+        help='such as "fsdp=4,expert=2" (default: one device)',
+    )
     group = parser.add_argument_group("several processes")
     group.add_argument("--distributed", action="store_true", help="jax finds the others")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
@@ -29,24 +38,16 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     return group
 
 
-def check_process_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program if the options do not go together."""
+def parse_pod_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; ends the program if the options of several processes do not go together."""
+    args = parser.parse_args()
     if (args.num_processes is None) != (args.process_id is None):
         parser.error("--num-processes and --process-id go together: give both, or neither.")
     if args.coordinator and args.num_processes is None:
         parser.error("--coordinator needs --num-processes and --process-id.")
     if not 0 <= (args.process_id or 0) < (args.num_processes or 1):
         parser.error(f"--process-id {args.process_id}: expected less than --num-processes.")
-
-
-def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
-    """How the devices of all processes are arranged."""
-    parser.add_argument(
-        "--mesh",
-        type=parse_mesh,
-        default={},
-        help='such as "fsdp=4,expert=2" (default: one device)',
-    )
+    return args
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -77,6 +78,26 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int]:
         # Asks every process for its devices, also one that will find nothing to do.
         return jax.process_index(), jax.process_count()
     return args.process_id or 0, args.num_processes or 1
+
+
+def spans_processes(sizes: dict[str, int]) -> bool:
+    """Whether a mesh is one of all processes' devices, rather than of a host's own.
+
+    Raises:
+      ValueError: more devices than this host has, but not all there are.
+    """
+    devices, own, found = math.prod(sizes.values()), jax.local_device_count(), jax.device_count()
+    if devices > own and devices != found:
+        raise ValueError(
+            f"a mesh of {devices} devices: expected at most the {own} of this host, which then has a "
+            f"model of its own, or all {found} of the job."
+        )
+    return devices > own
+
+
+def from_first(array: np.ndarray) -> np.ndarray:
+    """Process 0's array, on all processes. They have to call it together."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def on_mesh(

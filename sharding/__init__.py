@@ -1,13 +1,12 @@
 """Device meshes, the rules that place arrays on them, and programs over them."""
 
 from sharding.mesh import AXES, make_mesh
-from sharding.rules import DECODE, PREFILL, PRESETS, TRAIN, AxisRules, ambient, fitting
+from sharding.rules import DECODE, PREFILL, TRAIN, AxisRules, ambient, fitting
 
 __all__ = [
     "AXES",
     "DECODE",
     "PREFILL",
-    "PRESETS",
     "TRAIN",
     "AxisRules",
     "ambient",

@@ -69,7 +69,6 @@ PREFILL = AxisRules(embed=None, expert=("expert", "context"))
 # One token of each sequence at a time: a device holds whole caches of some sequences. Parameters and
 # caches lie as for PREFILL.
 DECODE = dataclasses.replace(PREFILL, seq=None, dispatch="gather")
-PRESETS = {"train": TRAIN, "prefill": PREFILL, "decode": DECODE}
 
 
 def ambient(spec: P) -> P | None:

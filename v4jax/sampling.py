@@ -81,6 +81,28 @@ class TopP:
         return ids[jax.random.categorical(key, ordered)].astype(jnp.int32)
 
 
+def sampler_of(
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Sampler:
+    """The strategy that these options of a program or a request describe.
+
+    Args:
+      temperature: 0 means greedy, with or without `top_k` or `top_p`.
+
+    Raises:
+      ValueError: both `top_k` and `top_p`, or a value that the strategy refuses.
+    """
+    if top_k is not None and top_p is not None:
+        raise ValueError(f"{top_k=} and {top_p=} exclude each other: give one of them.")
+    if temperature == 0:
+        return Greedy()
+    if top_k is not None:
+        return TopK(top_k, temperature)
+    if top_p is not None:
+        return TopP(top_p, temperature)
+    return Temperature(temperature)
+
+
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name}={value}: expected a positive number.")

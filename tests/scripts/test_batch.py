@@ -5,12 +5,15 @@ import os
 import random
 import signal
 import socket
+import sys
 import time
 
 import pytest
 
+from scripts import batch
 from tests.conftest import NANO
 from tests.scripts.test_scripts import run, start
+from v4jax import checkpoint
 
 MESSAGE = "She was very {}."
 WORDS = ("happy", "proud", "angry", "young", "kind")
@@ -45,6 +48,18 @@ def count(output) -> int:
 def kill(process) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def run_two(*args) -> list[str]:
+    """Two connected processes do a job; what each of them printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = ("--coordinator", coordinator, "--num-processes", 2, "--process-id")
+    both = [start("batch", *args, *hosts, i) for i in range(2)]
+    errs = [process.communicate(timeout=600)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errs
+    return errs
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +122,29 @@ def test_two_processes_take_over_from_one(requests, whole):
         time.sleep(0.01)
     kill(process)
     assert 0 < count(output) < 12
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    hosts = ("--coordinator", coordinator, "--num-processes", 2, "--process-id")
 
-    both = [start("batch", *arguments(requests, output), *hosts, i) for i in range(2)]
-    errs = [process.communicate(timeout=600)[1] for process in both]
+    errs = run_two(*arguments(requests, output))
 
-    assert [process.returncode for process in both] == [0, 0], errs
     assert all("tokens/s" in err for err in errs)  # both had something to do
     assert contents(output) == whole[0]
     assert not list(output.parent.glob(output.name + "*part*"))
+
+
+def test_one_model_over_two_processes_goes_on_where_one_process_stopped(tmp_path):
+    """Process 0 alone knows what is done and writes; the files are those of one process."""
+    requests, whole, output = (tmp_path / f"{name}.jsonl" for name in ("in", "whole", "shared"))
+    lines = [json.dumps({"prompt": f"Emma {word}"}) for word in WORDS[:3]]
+    requests.write_text("\n".join([*lines, "{broken"]), encoding="utf-8")
+    mesh = ("--mesh", "expert=2", "--max-new-tokens", 4)
+    run("batch", *arguments(requests, whole), *mesh, devices=2)
+    (tmp_path / "shared.jsonl.job").write_bytes((tmp_path / "whole.jsonl.job").read_bytes())
+    output.write_bytes(whole.read_bytes().splitlines(keepends=True)[0])
+
+    first, second = run_two(*arguments(requests, output), *mesh)
+
+    assert "3 requests, 1 of them done" in first and "requests" not in second
+    assert contents(output) == contents(whole)
+    assert not list(tmp_path.glob("*part*"))
 
 
 def test_processes_without_a_coordinator_and_merging_by_hand(requests, whole):
@@ -150,6 +176,22 @@ def test_an_interrupt_leaves_what_was_written(requests, whole):
     assert set(output.read_bytes().splitlines()) < set(whole[0][0].splitlines())
 
 
+def test_the_recipe_reaches_the_model(requests, tmp_path, monkeypatch):
+    numerics = []
+
+    def load(path, given, rules):
+        numerics.append(given)
+        raise checkpoint.CheckpointError("enough is known")
+
+    options = (*arguments(requests, tmp_path / "results.jsonl"), "--recipe", "bf16")
+    monkeypatch.setattr(sys, "argv", ["batch", *map(str, options)])
+    monkeypatch.setattr(checkpoint, "load", load)
+    with pytest.raises(SystemExit, match="enough is known"):
+        batch.main()
+
+    assert [n.recipe for n in numerics] == ["bf16"]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -159,6 +201,9 @@ def test_an_interrupt_leaves_what_was_written(requests, whole):
         (("--process-id", 2, "--num-processes", 2), "expected less than --num-processes"),
         (("--top-p", 2), "top_p=2.0: expected a number in"),
         (("--seed", 1), "belongs to another job"),
+        (("--mesh", "expert=2"), "a mesh of 2 devices: expected at most the 1 of this host"),
+        (("--recipe", "bf16"), "recipe was released, is bf16"),
+        (("--recipe", "fp8", "--numerics", "plain"), "recipe='fp8' with plain numerics"),
     ],
     ids=str,
 )

@@ -17,11 +17,11 @@ from v4jax import checkpoint
 PROMPT = "Elizabeth was surprised to see him, but"
 
 
-def start(script: str, *args: object, **options) -> subprocess.Popen:
+def start(script: str, *args: object, devices: int = 1, **options) -> subprocess.Popen:
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
     }
     command = [sys.executable, "-m", f"scripts.{script}", *map(str, args)]
@@ -29,8 +29,8 @@ def start(script: str, *args: object, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes, **options)
 
 
-def run(script: str, *args: object, stdin: str = "") -> tuple[str, str]:
-    process = start(script, *args)
+def run(script: str, *args: object, stdin: str = "", devices: int = 1) -> tuple[str, str]:
+    process = start(script, *args, devices=devices)
     out, err = process.communicate(stdin, timeout=600)
     assert process.returncode == 0, err
     return out, err
@@ -61,7 +61,7 @@ def test_generate_refuses_two_samplers():
     _, err = process.communicate(timeout=600)
 
     assert process.returncode != 0
-    assert "--top-k and --top-p exclude each other" in err
+    assert "top_k=3 and top_p=0.5 exclude each other" in err
 
 
 def test_chat_answers_every_message():

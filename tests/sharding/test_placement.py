@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from jax import P
 
 from sharding import AXES, AxisRules, ambient, make_mesh
-from v4jax import Transformer, tiny
+from tests.models import random_model
+from v4jax import tiny
 from v4jax.train.loop import Saver, Trainer
 from v4jax.train.optimizer import OptimizerConfig
 
@@ -42,8 +42,7 @@ def test_a_mesh_needs_its_devices():
 
 
 def _trainer(seed: int) -> Trainer:
-    model = jax.jit(lambda: Transformer(tiny(), rngs=nnx.Rngs(seed)))()
-    return Trainer(model, OptimizerConfig())
+    return Trainer(random_model(tiny(), seed=seed), OptimizerConfig())
 
 
 @pytest.mark.parametrize("shape", [dict(fsdp=2, expert=2, tensor=2), dict(tensor=2), None], ids=str)

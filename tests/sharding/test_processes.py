@@ -8,13 +8,12 @@ import socket
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.conftest import ROOT
-from v4jax import Transformer, checkpoint, tiny
+from tests.models import random_model
+from v4jax import checkpoint, tiny
 from v4jax.config import LayerSpec
 
 
@@ -24,7 +23,7 @@ def folder(tmp_path_factory):
     layers = (LayerSpec(compress_ratio=4, hash_routed=True), LayerSpec(compress_ratio=128))
     cfg = dataclasses.replace(tiny(), layers=layers, mtp_layers=())
     path = tmp_path_factory.mktemp("several") / "checkpoint"
-    checkpoint.save(jax.jit(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))(), path)
+    checkpoint.save(random_model(cfg), path)
     return path
 
 

@@ -6,13 +6,12 @@ import json
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.conftest import NANO, ROOT
-from v4jax import Transformer, plain, tiny
+from tests.models import random_model
+from v4jax import tiny
 from v4jax.batch import Job, JobError, Plan, RequestError, Settings, merge_files, parse_request
 from v4jax.batch import files as batch_files
 from v4jax.batch.files import Journal, Sidecar, errors_path, fingerprint, part_path, read_lines
@@ -97,7 +96,7 @@ def test_a_line_chooses_its_sampler(given, sampler):
         ({"prompt": "x", "temperature": True}, "temperature=True"),
         ({"prompt": "x", "top_p": 1.5}, r"top_p=1.5: expected a number in \(0, 1\]"),
         ({"prompt": "x", "top_k": 0}, "top_k=0: expected a positive integer"),
-        ({"prompt": "x", "top_k": 3, "top_p": 0.5}, "top_k and top_p exclude each other"),
+        ({"prompt": "x", "top_k": 3, "top_p": 0.5}, "top_k=3 and top_p=0.5 exclude each other"),
         ({"prompt": "x", "max_new_tokens": 1.0}, "max_new_tokens=1.0: expected a positive integer"),
         ({"prompt": "x", "seed": 2**32}, "seed=4294967296: expected an integer in"),
         ({"prompt": "x", "stop": ["a", ""]}, "stop=.* none empty"),
@@ -283,7 +282,7 @@ def tokenizer() -> Tokenizer:
 def generator(tokenizer) -> Generator:
     """Random weights, float32 and no rounding: a row does not depend on its batch."""
     cfg = dataclasses.replace(tiny(), vocab_size=tokenizer.vocab_size, max_length=512)
-    model = jax.jit(lambda: Transformer(cfg, plain(), scan_layers=False, rngs=nnx.Rngs(1)))()
+    model = random_model(cfg, scan_layers=False, seed=1)
     return Generator(model, chunks=(16,))
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from pallas_kernels.quantize import QuantizedArray
 from sharding import TRAIN
+from tests.models import random_model
 from v4jax import Transformer, tiny
 from v4jax.quantization import Frozen, freeze_experts, to_float
 from v4jax.train.loop import Trainer, loss_and_gradients
@@ -20,7 +21,7 @@ CONFIG = dataclasses.replace(tiny(), layers=tiny().layers[:2])
 
 @pytest.fixture
 def model() -> Transformer:
-    return jax.jit(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0)))()
+    return random_model(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,12 @@
 
 import math
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
+from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close
-from v4jax import Transformer, plain, tiny
+from v4jax import Transformer, tiny
 from v4jax.cache import CacheFullError
 from v4jax.generate import Completion, Generator
 from v4jax.sampling import Greedy, Temperature, TopK
@@ -19,7 +18,7 @@ CHUNKS = (16, 64)
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return jax.jit(lambda: Transformer(tiny(), plain(), scan_layers=False, rngs=nnx.Rngs(1)))()
+    return random_model(tiny(), scan_layers=False, seed=1)
 
 
 @pytest.fixture(scope="module")

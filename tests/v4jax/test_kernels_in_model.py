@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.conftest import GOLDEN
+from tests.models import random_model
 from v4jax import Numerics, Transformer, checkpoint, plain, tiny
 from v4jax.scoring import Scorer
 
@@ -56,13 +56,7 @@ def test_an_implementation_that_cannot_run_is_refused_at_once(implementation, me
 def test_reference_and_xla_agree_on_every_kind_of_layer():
     tokens = np.random.default_rng(0).integers(2, 256, (1, 139))
     logits = [
-        Scorer(
-            jax.jit(
-                lambda n=plain(implementation=name): Transformer(
-                    tiny(), n, scan_layers=False, rngs=nnx.Rngs(0)
-                )
-            )()
-        ).logits(tokens)
+        Scorer(random_model(tiny(), plain(implementation=name), scan_layers=False)).logits(tokens)
         for name in ("reference", "xla")
     ]
 

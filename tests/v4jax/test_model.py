@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.models import extend, random_model
 from tests.tolerances import FLOAT32, assert_close
-from v4jax import Transformer, flash, plain, pro, tiny
+from v4jax import Transformer, flash, pro, tiny
 from v4jax.cache import CacheFullError
 from v4jax.config import LayerSpec
 from v4jax.model import plan_stages
@@ -25,7 +26,7 @@ CAPACITY = 512
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return jax.jit(lambda: Transformer(tiny(), plain(), scan_layers=False, rngs=nnx.Rngs(0)))()
+    return random_model(tiny(), scan_layers=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +46,11 @@ def _forward(model):
     return lambda tokens: run(params, tokens)
 
 
-@functools.cache
-def _extend(model):
-    graphdef, params = nnx.split(model)
-
-    @functools.partial(jax.jit, donate_argnames=("cache",))
-    def extend(params, tokens, counts, cache):
-        model = nnx.merge(graphdef, params)
-        streams, cache = model.extend(tokens, counts, cache)
-        return model.logits(model.hidden(streams)), cache
-
-    return functools.partial(extend, params)
-
-
 def _in_chunks(model, tokens, sizes) -> np.ndarray:
     cache, parts, start = model.init_cache(len(tokens), CAPACITY), [], 0
     for size in sizes:
         counts = jnp.full(len(tokens), size, jnp.int32)
-        logits, cache = _extend(model)(tokens[:, start : start + size], counts, cache)
+        logits, cache = extend(model)(tokens[:, start : start + size], counts, cache)
         parts.append(np.asarray(logits))
         start += size
     return np.concatenate(parts, axis=1)
@@ -83,14 +71,14 @@ def test_rows_of_different_length_equal_the_rows_alone(model, tokens, whole):
     """Right-padded prefill of 171 and 301 tokens, then decoding both, one of them idle at times."""
     lengths = np.array([171, 250], np.int32)
     padded = np.where(np.arange(LENGTH) < lengths[:, None], tokens, 7)
-    logits, cache = _extend(model)(padded, lengths, model.init_cache(2, CAPACITY))
+    logits, cache = extend(model)(padded, lengths, model.init_cache(2, CAPACITY))
     for row, length in enumerate(lengths):
         assert_close(logits[row, :length], whole[row, :length], FLOAT32)
 
     active = [(1, 1), (1, 0), (0, 1), (1, 1), (1, 0), (1, 1)]
     for counts in np.array(active, np.int32):
         step = np.where(counts, tokens[np.arange(2), lengths], 3).astype(np.int32)
-        logits, cache = _extend(model)(step[:, None], counts, cache)
+        logits, cache = extend(model)(step[:, None], counts, cache)
         for row in np.flatnonzero(counts):
             assert_close(logits[row, 0], whole[row, lengths[row]], FLOAT32)
         lengths += counts
@@ -121,7 +109,7 @@ def test_scanned_layers_equal_unrolled_ones(tokens):
     """tiny with its CSA and HCA layers not hash-routed, so that they repeat."""
     layers = tuple(LayerSpec(compress_ratio=r, hash_routed=r == 0) for r in (0, 4, 128, 4, 128))
     cfg = dataclasses.replace(tiny(), layers=layers)
-    scanned = jax.jit(lambda: Transformer(cfg, scan_layers=True, rngs=nnx.Rngs(0)))()
+    scanned = random_model(cfg)
     assert [stage.repeats for stage in scanned.stages] == [1, 2]
 
     unrolled = nnx.eval_shape(lambda: Transformer(cfg, scan_layers=False, rngs=nnx.Rngs(0)))
@@ -138,13 +126,13 @@ def test_scanned_layers_equal_unrolled_ones(tokens):
 def test_cache_is_updated_in_place(model):
     cache = model.init_cache(1, CAPACITY)
     counts = jnp.ones(1, jnp.int32)
-    extend = _extend(model)
-    step = np.zeros((1, 1), np.int32)
-    compiled = extend.func.lower(*extend.args, step, counts, cache).compile()
+    step = extend(model)
+    token = np.zeros((1, 1), np.int32)
+    compiled = step.func.lower(*step.args, token, counts, cache).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == cache.nbytes
 
     entries = cache.layers[1].entries
-    extend(step, counts, cache)
+    step(token, counts, cache)
     assert entries.is_deleted()
 
 
@@ -170,10 +158,10 @@ def test_capacity_is_checked(model, capacity):
 def test_entries_past_the_capacity_are_dropped_under_jit(model, tokens):
     """Where lengths are not known, nothing is overwritten either: old entries stay."""
     cache = model.init_cache(2, 128)
-    _, cache = _extend(model)(tokens[:, :128], jnp.full(2, 128, jnp.int32), cache)
+    _, cache = extend(model)(tokens[:, :128], jnp.full(2, 128, jnp.int32), cache)
     entries = np.asarray(cache.layers[1].entries)
 
-    _, cache = _extend(model)(tokens[:, 128:256], jnp.full(2, 128, jnp.int32), cache)
+    _, cache = extend(model)(tokens[:, 128:256], jnp.full(2, 128, jnp.int32), cache)
 
     np.testing.assert_array_equal(entries, cache.layers[1].entries)
 

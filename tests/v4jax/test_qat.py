@@ -11,6 +11,7 @@ from flax import nnx
 
 from pallas_kernels.quantize import QuantizedArray, quantize_weight
 from sharding import make_mesh
+from tests.models import random_model
 from tests.tolerances import GRADIENT_FLOAT32, assert_close
 from v4jax import Transformer, checkpoint, plain, released, tiny
 from v4jax.quantization import round_to_released, to_released
@@ -25,7 +26,7 @@ OPTIMIZER = OptimizerConfig(peak_lr=3e-3, warmup_steps=1, total_steps=8)
 
 
 def _make_model(numerics=released("float32")) -> Transformer:
-    return jax.jit(lambda: Transformer(CONFIG, numerics, rngs=nnx.Rngs(0)))()
+    return random_model(CONFIG, numerics)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.sampling import Greedy, Temperature, TopK, TopP
+from v4jax.sampling import Greedy, Temperature, TopK, TopP, sampler_of
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.25, 0.2, 0.1])).astype(np.float32)
 DRAWS = 20_000
@@ -49,6 +49,20 @@ def test_greedy_takes_the_first_of_the_largest():
 
 
 @pytest.mark.parametrize(
+    "options, sampler",
+    [
+        (dict(), Temperature()),
+        (dict(temperature=0, top_k=3), Greedy()),
+        (dict(temperature=0.5, top_k=3), TopK(3, 0.5)),
+        (dict(temperature=2.0, top_p=0.9), TopP(0.9, 2.0)),
+    ],
+    ids=str,
+)
+def test_options_name_a_strategy(options, sampler):
+    assert sampler_of(**options) == sampler
+
+
+@pytest.mark.parametrize(
     "make, message",
     [
         (lambda: Temperature(0.0), "temperature=0.0"),
@@ -56,6 +70,7 @@ def test_greedy_takes_the_first_of_the_largest():
         (lambda: TopK(0), "k=0"),
         (lambda: TopP(0.0), "p=0.0"),
         (lambda: TopP(1.5), "p=1.5"),
+        (lambda: sampler_of(top_k=2, top_p=0.5), "top_k=2 and top_p=0.5 exclude each other"),
     ],
 )
 def test_bad_settings_are_named(make, message):

@@ -9,8 +9,9 @@ from flax import nnx
 from pallas_kernels.attention import selected_attention, selected_mass
 from pallas_kernels.selection import Selection
 from sharding import AxisRules
+from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close
-from v4jax import Transformer, plain, tiny
+from v4jax import Transformer, tiny
 from v4jax.config import LayerSpec
 from v4jax.indexer import indexer_loss
 from v4jax.moe import Router
@@ -23,7 +24,7 @@ LENGTH = 140
 
 
 def _make_model() -> Transformer:
-    return jax.jit(lambda: Transformer(tiny(), plain(), rngs=nnx.Rngs(0)))()
+    return random_model(tiny())
 
 
 @pytest.fixture(scope="module")

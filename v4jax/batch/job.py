@@ -4,8 +4,10 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Self
+
+import numpy as np
 
 from v4jax.batch.files import (
     JobError,
@@ -42,12 +44,17 @@ class Job:
     Every `count`-th batch of the plan, from `process` on, is its share; it leaves out the batches
     whose requests are all done, whichever process of whichever earlier run has done them.
 
+    Processes whose devices one mesh spans compute a share together, each with a Job of the same
+    arguments: the one that leads reads what is done and writes, the others follow.
+
     Args:
       input: JSON lines, see `parse_request`.
       output: where results go; the other files of the job lie beside it.
       settings: for lines that do not say otherwise.
       batch_size: sequences generated together.
       identity: what else decides the results, such as the checkpoint; JSON values.
+      leads: false for the processes that follow.
+      agree: gives every one of the processes that compute together the leader's array.
 
     Attributes:
       plan: what the input holds.
@@ -68,34 +75,55 @@ class Job:
         identity: Mapping[str, object],
         process: int = 0,
         count: int = 1,
+        leads: bool = True,
+        agree: Callable[[np.ndarray], np.ndarray] = lambda array: array,
     ):
         if not 0 <= process < count:
             raise ValueError(f"process={process}: expected 0..{count - 1}.")
         self.output = pathlib.Path(output)
+        self._leads, self._agree, self._sidecar = leads, agree, None
         self._results_path = part_path(self.output, process, count)
-        errors = part_path(errors_path(self.output), process, count)
-        self._sidecar = Sidecar(self.output)
         try:
-            self._sidecar.lock_share(process, count)  # first: the others' pass takes as long
-            self.plan = Plan(input, settings, batch_size)
-            self._sidecar.claim(self._header(identity))
-            self._results, self._errors = Journal(self._results_path), Journal(errors)
-            self._done = self._read_done()
-            self._batches = self.plan.batches[process::count]
-            self.total = sum(end - start for start, end in self._batches)
-            self.remaining = sum(len(self._open(*batch)) for batch in self._batches)
-            if process == 0:
-                malformed = self.plan.malformed
-                self._errors.append([r for r in malformed if not self._done[r["line"]]])
+            done = (
+                self._take(input, settings, batch_size, identity, process, count) if leads else b""
+            )
         except BaseException:
-            self._sidecar.close()
+            self.close()
+            agree(np.int32(-1))  # the others wait for it
             raise
+        size = int(agree(np.int32(len(done))))
+        if size < 0:
+            raise JobError(f"the process that leads this one could not open {self.output}.")
+        if not leads:
+            self.plan, done = Plan(input, settings, batch_size), bytes(size)
+        self._done = bytearray(agree(np.frombuffer(done, np.uint8)))
+        self._batches = self.plan.batches[process::count]
+        self.total = sum(end - start for start, end in self._batches)
+        self.remaining = sum(len(self._open(*batch)) for batch in self._batches)
+
+    def _take(self, input, settings, batch_size, identity, process: int, count: int) -> bytearray:
+        """Locks the share and opens its files; a flag for every line that is done."""
+        self._sidecar = Sidecar(self.output)
+        self._sidecar.lock_share(process, count)  # first: the others' pass takes as long
+        self.plan = Plan(input, settings, batch_size)
+        self._sidecar.claim(self._header(identity))
+        self._results = Journal(self._results_path)
+        self._errors = Journal(part_path(errors_path(self.output), process, count))
+        done = self._read_done()
+        if process == 0:
+            self._errors.append([r for r in self.plan.malformed if not done[r["line"]]])
+        return done
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._sidecar.close()
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the share."""
+        if self._sidecar is not None:
+            self._sidecar.close()
 
     def _header(self, identity: Mapping[str, object]) -> dict[str, object]:
         plan = self.plan
@@ -151,8 +179,9 @@ class Job:
             if rows:
                 for tokens in self._generate(generator, tokenizer, rows):
                     yield Progress(0, tokens)
-            self._results.append([row.record() for row in rows if row.request.line in lines])
-            self._errors.append(errors)
+            if self._leads:
+                self._results.append([row.record() for row in rows if row.request.line in lines])
+                self._errors.append(errors)
             for line in lines:
                 self._done[line] = True
             yield Progress(len(lines), 0)
@@ -184,6 +213,9 @@ class Job:
           how many requests have neither a result nor an error, because their process died or was
           not started. The parts are not joined then.
         """
+        return int(self._agree(np.array(self._finish() if self._leads else 0)))
+
+    def _finish(self) -> int:
         is_part = self._results_path != self.output and self._results_path.exists()
         self._sidecar.unlock()
         while not self._sidecar.lock_all():

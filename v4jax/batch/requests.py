@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from v4jax.encoding import BOS, MODES, encode_messages
-from v4jax.sampling import Greedy, Sampler, Temperature, TopK, TopP
+from v4jax.sampling import Sampler, sampler_of
 
 SEEDS = 2**32  # jax takes the low 32 bits of a seed
 _MAX_MESSAGE = 500  # characters; messages of errors may quote a whole request
@@ -45,8 +45,6 @@ class Settings:
         _require(self, "top_k", is_count, "a positive integer")
         is_probability = self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1)
         _require(self, "top_p", is_probability, "a number in (0, 1]")
-        if self.top_k is not None and self.top_p is not None:
-            raise ValueError("top_k and top_p exclude each other: give one of them.")
         is_length = _is_integer(self.max_new_tokens) and 1 <= self.max_new_tokens < 2**31
         _require(self, "max_new_tokens", is_length, "a positive integer")
         is_seed = _is_integer(self.seed) and 0 <= self.seed < SEEDS
@@ -57,17 +55,13 @@ class Settings:
         )
         _require(self, "stop", is_texts, "a text or a list of texts, none empty")
         object.__setattr__(self, "stop", tuple(texts))
+        _ = self.sampler  # refuses what does not go together
 
     @property
     def sampler(self) -> Sampler:
         """The strategy that temperature, top_k and top_p describe."""
-        if self.temperature == 0:
-            return Greedy()
-        if self.top_k is not None:
-            return TopK(self.top_k, float(self.temperature))
-        if self.top_p is not None:
-            return TopP(float(self.top_p), float(self.temperature))
-        return Temperature(float(self.temperature))
+        top_p = None if self.top_p is None else float(self.top_p)
+        return sampler_of(float(self.temperature), self.top_k, top_p)
 
     def updated(self, given: Mapping[str, object]) -> "Settings":
         """With the settings that a line gives. Its top_k or top_p takes the place of either."""

@@ -1,0 +1,36 @@
+"""Models with random numbers, and a compiled step of them, that several tests take."""
+
+import functools
+
+import jax
+from flax import nnx
+
+from v4jax import Transformer
+
+FAST = {"xla_backend_optimization_level": 0}  # to compile, for programs that run once
+
+
+def random_model(cfg, *args, seed: int = 0, **options) -> Transformer:
+    """`Transformer(cfg, *args, **options)` with the numbers of a seed."""
+
+    def make(key):
+        return Transformer(cfg, *args, **options, rngs=nnx.Rngs(key))
+
+    return jax.jit(make, compiler_options=FAST)(jax.random.key(seed))
+
+
+@functools.cache
+def extend(model):
+    """(tokens [B, T], counts [B], cache) -> logits [B, T, V] and the new cache; donates the old one.
+
+    A partial of the compiled function, whose first argument is bound to the model's arrays.
+    """
+    graphdef, params = nnx.split(model)
+
+    @functools.partial(jax.jit, donate_argnames=("cache",))
+    def step(params, tokens, counts, cache):
+        model = nnx.merge(graphdef, params)
+        streams, cache = model.extend(tokens, counts, cache)
+        return model.logits(model.hidden(streams)), cache
+
+    return functools.partial(step, params)
