@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 
 from sharding import AXES, make_mesh
-from sharding.hlo import Collective, collectives
-from sharding.topology import CHIPS, Chip, chip_of, topology_devices
+from sharding.hlo import Collective, Exchange, array_bytes, collectives, exchanges
+from sharding.topology import CHIPS, COMPILER_OPTIONS, Chip, chip_of, topology_devices
 from v4jax import costs
 from v4jax.config import VARIANTS, V4Config
 from v4jax.plan import EXPERTS, Job, MeshChoice, choose_mesh, program
@@ -62,6 +62,7 @@ class Report:
     fits: bool
     error: str  # the compiler's, if the program needs more memory than there is
     collectives: list[Collective]
+    exchanges: list[Exchange]  # asynchronous collectives that carry rows of experts
     roofline: Roofline | None
     lower_seconds: float
     compile_seconds: float
@@ -150,11 +151,13 @@ def plan(cfg: V4Config, topology: str, job: Job, mesh_text: str, say=print) -> R
     lowered = planned.lower()
     lowering = time.monotonic() - started
     say(f"lowered in {lowering:.0f} s; compiling for {len(devices)} devices ...")
-    started, error, sent, bound = time.monotonic(), "", [], None
+    started, error, sent, rows, bound = time.monotonic(), "", [], [], None
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(COMPILER_OPTIONS)
         memory = memory_of(compiled, planned.held, chip)
-        sent = collectives(compiled.as_text())
+        text = compiled.as_text()
+        sent = collectives(text)
+        rows = [one for one in exchanges(text) if one.kind == "ragged-all-to-all"]
         bound = roofline(cfg, job, chip, sizes, planned.held, sent)
     except jax.errors.JaxRuntimeError as failure:
         error = str(failure)
@@ -174,6 +177,7 @@ def plan(cfg: V4Config, topology: str, job: Job, mesh_text: str, say=print) -> R
         fits=not error and memory.fits,
         error=error[:2000],
         collectives=sent,
+        exchanges=rows,
         roofline=bound,
         lower_seconds=round(lowering, 1),
         compile_seconds=round(seconds, 1),
@@ -217,6 +221,14 @@ def describe(report: Report, cfg: V4Config) -> str:
         sent = sum(c.sent_bytes for c in rest)
         lines.append(
             f"  {len(rest)} others          {sum(c.count for c in rest)} {sent / 1e6:12.2f}"
+        )
+    if report.exchanges:
+        sizes = [array_bytes(one.result) for one in report.exchanges]
+        beside = sum(size for size, one in zip(sizes, report.exchanges) if one.work)
+        lines.append(
+            f"exchange of rows: {sum(bool(one.work) for one in report.exchanges)} of "
+            f"{len(report.exchanges)} in the program, {beside / sum(sizes):.0%} of their bytes, run "
+            "beside kernels or matrix products"
         )
     bound = report.roofline
     lines += [

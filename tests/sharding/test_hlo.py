@@ -6,7 +6,7 @@ import pytest
 from jax import P
 
 from sharding import make_mesh
-from sharding.hlo import array_bytes, collectives
+from sharding.hlo import array_bytes, collectives, exchanges
 
 
 def _text(fn, *shapes, **sizes) -> str:
@@ -109,3 +109,40 @@ ENTRY %main (a: (s32[], s32[])) -> (s32[], s32[]) {
     (found,) = collectives(text)
 
     assert found.count == 20
+
+
+def test_work_between_the_start_and_the_end_of_a_collective():
+    text = """HloModule m, is_scheduled=true
+
+%product (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8]{1,0} parameter(0)
+  ROOT %c = bf16[8,8]{1,0} convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+%uneven (s: bf16[8,8]) -> bf16[8,8] {
+  %s = bf16[8,8]{1,0} parameter(0)
+  %start.9 = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%s), replica_groups={{0,1}}
+  ROOT %done.9 = bf16[8,8]{1,0} all-gather-done(%start.9)
+}
+
+ENTRY %main (a: bf16[32,8], b: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[32,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  %x = ((bf16[32,8]{1,0}, bf16[20,8]{1,0}, s32[4]{0}), bf16[20,8]{1,0}) ragged-all-to-all-start(%a, %b)
+  %f = bf16[8,8]{1,0} fusion(%b), kind=kOutput, calls=%product, metadata={op_name="jit(f)/shard_map/moe/dot"}
+  %x.1 = ((bf16[32,8]{1,0}, bf16[20,8]{1,0}, s32[4]{0}), bf16[20,8]{1,0}) ragged-all-to-all-start(%a, %f)
+  %done = bf16[20,8]{1,0} ragged-all-to-all-done(%x)
+  %n = bf16[8,8]{1,0} negate(%b)
+  %done.1 = bf16[20,8]{1,0} ragged-all-to-all-done(%x.1)
+  ROOT %w = bf16[8,8]{1,0} while(%n), condition=%c, body=%uneven, metadata={op_name="jit(f)/uneven_rounds/while"}
+}
+"""
+    first, second = exchanges(text)
+
+    assert first.kind == second.kind == "ragged-all-to-all"
+    assert first.result == "bf16[20,8]"  # what travels fits into it
+    assert (first.work, second.work) == (("moe/dot",), ())
+    (counted,) = collectives(text)  # nothing of the loop that only uneven loads take
+    assert counted.kind == "ragged-all-to-all"
+    with pytest.raises(ValueError, match="not scheduled"):
+        exchanges(text.replace(", is_scheduled=true", ""))
