@@ -30,6 +30,7 @@ _START = re.compile(
     rf"%?(?P<name>[\w.\-]+) = (?P<result>.*?) "
     rf"(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})-start\("
 )
+_ASYNC = re.compile(r"%?(?P<name>[\w.\-]+) = .* async-start\(.*calls=%?(?P<called>[\w.\-]+)")
 _PRODUCT = re.compile(r" (?:convolution|dot)\(")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation|async_computation)"
@@ -82,6 +83,7 @@ class Exchange:
 
     kind: str
     result: str
+    count: int  # how often it runs
     work: tuple[str, ...]  # scopes of kernels and matrix products, in order
 
 
@@ -105,7 +107,7 @@ def exchanges(text: str) -> list[Exchange]:
             end = next((j for j in range(i + 1, len(lines)) if done.search(lines[j])), i)
             work = [_scope(one) for one in lines[i + 1 : end] if _works(one, with_products)]
             result = _result(start["kind"], start["result"])
-            found.append(Exchange(start["kind"], result, tuple(work)))
+            found.append(Exchange(start["kind"], result, times[name], tuple(work)))
     return found
 
 
@@ -130,7 +132,28 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             entry = match[1] if line.startswith("ENTRY") else entry
         elif current is not None:
             current.append(line)
-    return bodies, entry
+    return {name: _unwrapped(lines, bodies) for name, lines in bodies.items()}, entry
+
+
+def _unwrapped(lines: list[str], bodies: dict[str, list[str]]) -> list[str]:
+    """Instructions in which asynchronous collectives are plain ones, not calls of a computation.
+
+    `async-start(...), calls=%c` becomes what `%c` does: the HLO that the compiler writes before it
+    makes code has the one form, a compiled program the other.
+    """
+    kinds, out = {}, []
+    for line in lines:
+        if start := _ASYNC.search(line):
+            inner = next(filter(_COLLECTIVE.search, bodies.get(start["called"], [])), None)
+            if inner is not None:
+                kinds[start["name"]] = _COLLECTIVE.search(inner)["kind"]
+                groups = re.search(r"replica_groups=[^ ]*", inner)
+                line = line.replace(f"calls=%{start['called']}", groups[0] if groups else "")
+                line = line.replace(" async-start(", f" {kinds[start['name']]}-start(")
+        elif (done := re.search(r" async-done\(%?([\w.\-]+)\)", line)) and done[1] in kinds:
+            line = line.replace(" async-done(", f" {kinds[done[1]]}-done(")
+        out.append(line)
+    return out
 
 
 def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:

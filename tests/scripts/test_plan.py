@@ -50,6 +50,15 @@ def test_a_small_decode_is_planned():
     assert "compiled in" in done.stderr
 
 
+def test_a_layer_of_flash_is_planned_for_v5p():
+    """libtpu 0.0.42 aborted there on the conversion of block scales (`QuantizedArray.dequantize`)."""
+    job = ["--job", "decode", "--context", "131072", "--batch", "4"]
+    done = _plan("--model", "flash", "--layers", "1", "--topology", "v5p:2x2x1", *job, "--json")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fits"]
+
+
 def test_wrong_topologies_and_meshes_are_refused_with_what_would_do():
     job = ["--model", "tiny", "--job", "decode", "--context", "512", "--batch", "4"]
     unknown = _plan(*job, "--topology", "v9:2x2")

@@ -141,8 +141,33 @@ ENTRY %main (a: bf16[32,8], b: bf16[8,8]) -> bf16[8,8] {
 
     assert first.kind == second.kind == "ragged-all-to-all"
     assert first.result == "bf16[20,8]"  # what travels fits into it
+    assert first.count == second.count == 1
     assert (first.work, second.work) == (("moe/dot",), ())
     (counted,) = collectives(text)  # nothing of the loop that only uneven loads take
     assert counted.kind == "ragged-all-to-all"
     with pytest.raises(ValueError, match="not scheduled"):
         exchanges(text.replace(", is_scheduled=true", ""))
+
+
+def test_collectives_that_are_wrapped_in_a_computation_are_the_same():
+    text = """HloModule m, is_scheduled=true
+
+%sent (p: bf16[32,8], q: bf16[20,8]) -> bf16[20,8] {
+  %p = bf16[32,8]{1,0} parameter(0)
+  %q = bf16[20,8]{1,0} parameter(1)
+  ROOT %r = bf16[20,8]{1,0} ragged-all-to-all(%p, %q), channel_id=1, replica_groups={{0,1,2,3}}
+}
+
+ENTRY %main (a: bf16[32,8], b: bf16[20,8]) -> bf16[20,8] {
+  %a = bf16[32,8]{1,0} parameter(0)
+  %b = bf16[20,8]{1,0} parameter(1)
+  %x = ((bf16[32,8]{1,0}, bf16[20,8]{1,0}), bf16[20,8]{1,0}) async-start(%a, %b), calls=%sent
+  %c = bf16[8,8]{1,0} convolution(%b, %b), metadata={op_name="jit(f)/dot"}
+  ROOT %done = bf16[20,8]{1,0} async-done(%x)
+}
+"""
+    (exchange,), (counted,) = exchanges(text), collectives(text)
+
+    assert (exchange.kind, exchange.work) == ("ragged-all-to-all", ("dot",))
+    assert (counted.kind, counted.group, counted.count) == ("ragged-all-to-all", 4, 1)
+    assert counted.sent_bytes == 20 * 8 * 2 * 3 / 4
