@@ -31,6 +31,7 @@ _START = re.compile(
     rf"(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})-start\("
 )
 _ASYNC = re.compile(r"%?(?P<name>[\w.\-]+) = .* async-start\(.*calls=%?(?P<called>[\w.\-]+)")
+_ASYNC_DONE = re.compile(r" async-done\(%?([\w.\-]+)\)")
 _PRODUCT = re.compile(r" (?:convolution|dot)\(")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation|async_computation)"
@@ -101,7 +102,7 @@ def exchanges(text: str) -> list[Exchange]:
     found = []
     for name, lines in bodies.items():
         for i, line in enumerate(lines):
-            if not times[name] or not (start := _START.search(line)):
+            if not times[name] or "-start(" not in line or not (start := _START.search(line)):
                 continue
             done = re.compile(rf" {start['kind']}-done\(%?{re.escape(start['name'])}\)")
             end = next((j for j in range(i + 1, len(lines)) if done.search(lines[j])), i)
@@ -143,14 +144,14 @@ def _unwrapped(lines: list[str], bodies: dict[str, list[str]]) -> list[str]:
     """
     kinds, out = {}, []
     for line in lines:
-        if start := _ASYNC.search(line):
+        if " async-start(" in line and (start := _ASYNC.search(line)):
             inner = next(filter(_COLLECTIVE.search, bodies.get(start["called"], [])), None)
             if inner is not None:
                 kinds[start["name"]] = _COLLECTIVE.search(inner)["kind"]
                 groups = re.search(r"replica_groups=[^ ]*", inner)
                 line = line.replace(f"calls=%{start['called']}", groups[0] if groups else "")
                 line = line.replace(" async-start(", f" {kinds[start['name']]}-start(")
-        elif (done := re.search(r" async-done\(%?([\w.\-]+)\)", line)) and done[1] in kinds:
+        elif (done := _ASYNC_DONE.search(line)) and done[1] in kinds:
             line = line.replace(" async-done(", f" {kinds[done[1]]}-done(")
         out.append(line)
     return out
