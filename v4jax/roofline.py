@@ -81,7 +81,12 @@ def job_flops(cfg: V4Config, job: Job) -> costs.Flops:
     """FLOP of a step on all devices together."""
     match job.kind:
         case "train":
-            return costs.training_flops(cfg, job.length) * job.batch
+            flops = costs.training_flops(cfg, job.length)
+            if job.experts == "frozen":  # no gradient of their weights
+                rows = cfg.moe.experts_per_token * (len(cfg.layers) + len(cfg.mtp_layers))
+                weights = 3 * cfg.embed_dim * cfg.moe.expert_dim
+                flops += costs.Flops(linear=-2.0 * rows * weights) * job.length
+            return flops * job.batch
         case "decode":
             return costs.decode_flops(cfg, job.context) * job.batch
         case _:  # the last chunk of the context, the dearest
