@@ -154,12 +154,13 @@ def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options = COMPILER_OPTIONS | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiling = ThreadPoolExecutor(1).submit(lowered.compile, options)
-        while not (reports := list(Path(folder).glob("*memory-usage-report.txt"))):
+        # Written one after the other: report, HLO, and a copy of it, which says that the first is whole.
+        while not any(Path(folder).glob("*_after_buffer_assignment.txt")):
             with contextlib.suppress(TimeoutError):
                 compiling.result(timeout=1)  # raises what the compiler does
-        time.sleep(5)  # until the files are whole
+        (report,) = Path(folder).glob("*memory-usage-report.txt")
         (text,) = Path(folder).glob("*.after_optimizations.txt")
-        return text.read_text(), memory_of_report(reports[0].read_text())
+        return text.read_text(), memory_of_report(report.read_text())
 
 
 def memory_of_report(report: str) -> float:
