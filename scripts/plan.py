@@ -7,20 +7,24 @@ mesh is chosen, and the choice explained. `--layers 5` gives a quick look at a s
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
 from sharding import AXES, make_mesh
-from sharding.hlo import Collective, collectives
-from sharding.topology import CHIPS, Chip, chip_of, topology_devices
+from sharding.hlo import Collective, Exchange, array_bytes, collectives, exchanges
+from sharding.topology import CHIPS, COMPILER_OPTIONS, Chip, chip_of, topology_devices
 from v4jax import costs
 from v4jax.config import VARIANTS, V4Config
 from v4jax.plan import EXPERTS, Job, MeshChoice, choose_mesh, program
@@ -62,9 +66,11 @@ class Report:
     fits: bool
     error: str  # the compiler's, if the program needs more memory than there is
     collectives: list[Collective]
+    exchanges: list[Exchange]  # asynchronous ones that carry rows of experts
     roofline: Roofline | None
     lower_seconds: float
     compile_seconds: float
+    has_code: bool  # False: compilation was stopped once memory was assigned and the HLO scheduled
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,6 +86,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mesh", default="", help="such as fsdp=4,expert=16; default: chosen")
     parser.add_argument("--experts", choices=("fp4", "float", "frozen"), default="")
     parser.add_argument("--layers", type=int, default=0, help="only the first layers")
+    parser.add_argument(
+        "--schedule", action="store_true", help="stop once the program is scheduled, without code"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args()
     if args.layers < 0 or args.batch < 0:
@@ -107,13 +116,17 @@ def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def memory_of(compiled: jax.stages.Compiled, held: dict[str, float], chip: Chip) -> Memory:
-    """What the compiler says that a device holds."""
+def peak_of(compiled: jax.stages.Compiled) -> float:
+    """Bytes of memory that a device needs."""
     stats = compiled.memory_analysis()
-    known = [held.get(name, 0.0) for name in ("parameters", "optimizer", "cache")]
     kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    peak = kept + stats.temp_size_in_bytes
-    return Memory(*known, stats.temp_size_in_bytes, peak, chip.hbm)
+    return kept + stats.temp_size_in_bytes
+
+
+def memory_of(peak: float, held: dict[str, float], chip: Chip) -> Memory:
+    """What a device holds at a peak that the compiler says."""
+    known = [held.get(name, 0.0) for name in ("parameters", "optimizer", "cache")]
+    return Memory(*known, max(peak - sum(known), 0.0), peak, chip.hbm)
 
 
 def memory_of_error(message: str, held: dict[str, float], chip: Chip) -> Memory:
@@ -126,13 +139,42 @@ def memory_of_error(message: str, held: dict[str, float], chip: Chip) -> Memory:
     found = found or re.search(r"Used ([\d.]+)([KMGT]) of", message)
     if not found:
         raise ValueError(message)
-    peak = float(found[1]) * 1024 ** (" KMGT".index(found[2]))
-    known = [held.get(name, 0.0) for name in ("parameters", "optimizer", "cache")]
-    return Memory(*known, max(peak - sum(known), 0.0), peak, chip.hbm)
+    return memory_of(float(found[1]) * 1024 ** (" KMGT".index(found[2])), held, chip)
 
 
-def plan(cfg: V4Config, topology: str, job: Job, mesh_text: str, say=print) -> Report:
+def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
+    """Compiles up to the schedule, which takes a fraction of the time: code is what takes long.
+
+    The compiler writes the scheduled HLO and its memory report before it makes code. It goes on in a
+    thread that ends with the process.
+
+    Returns:
+      the HLO's text, and the bytes of memory that a device needs.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options = COMPILER_OPTIONS | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiling = ThreadPoolExecutor(1).submit(lowered.compile, options)
+        # Written one after the other: report, HLO, and a copy of it, which says that the first is whole.
+        while not any(Path(folder).glob("*_after_buffer_assignment.txt")):
+            with contextlib.suppress(TimeoutError):
+                compiling.result(timeout=1)  # raises what the compiler does
+        (report,) = Path(folder).glob("*memory-usage-report.txt")
+        (text,) = Path(folder).glob("*.after_optimizations.txt")
+        return text.read_text(), memory_of_report(report.read_text())
+
+
+def memory_of_report(report: str) -> float:
+    """Bytes of HBM in the compiler's memory report."""
+    return float(re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report)[1])
+
+
+def plan(
+    cfg: V4Config, topology: str, job: Job, mesh_text: str, *, has_code: bool = True, say=print
+) -> Report:
     """Chooses or reads a mesh, compiles, and reports.
+
+    Args:
+      has_code: compile to the end, not only to the schedule.
 
     Raises:
       ValueError: the topology is unknown, or the mesh does not suit the job.
@@ -150,17 +192,22 @@ def plan(cfg: V4Config, topology: str, job: Job, mesh_text: str, say=print) -> R
     lowered = planned.lower()
     lowering = time.monotonic() - started
     say(f"lowered in {lowering:.0f} s; compiling for {len(devices)} devices ...")
-    started, error, sent, bound = time.monotonic(), "", [], None
+    started, error, sent, beside, bound = time.monotonic(), "", [], [], None
     try:
-        compiled = lowered.compile()
-        memory = memory_of(compiled, planned.held, chip)
-        sent = collectives(compiled.as_text())
+        if has_code:
+            compiled = lowered.compile(COMPILER_OPTIONS)
+            text, peak = compiled.as_text(), peak_of(compiled)
+        else:
+            text, peak = schedule(lowered)
+        memory = memory_of(peak, planned.held, chip)
+        sent = collectives(text)
+        beside = [one for one in exchanges(text) if one.kind == "ragged-all-to-all"]
         bound = roofline(cfg, job, chip, sizes, planned.held, sent)
     except jax.errors.JaxRuntimeError as failure:
         error = str(failure)
         memory = memory_of_error(error, planned.held, chip)
     seconds = time.monotonic() - started
-    say(f"compiled in {seconds:.0f} s")
+    say(f"{'compiled' if has_code else 'scheduled'} in {seconds:.0f} s")
     return Report(
         command=" ".join(["python -m scripts.plan", *sys.argv[1:]]),
         model=cfg.name,
@@ -174,9 +221,11 @@ def plan(cfg: V4Config, topology: str, job: Job, mesh_text: str, say=print) -> R
         fits=not error and memory.fits,
         error=error[:2000],
         collectives=sent,
+        exchanges=beside,
         roofline=bound,
         lower_seconds=round(lowering, 1),
         compile_seconds=round(seconds, 1),
+        has_code=has_code,
     )
 
 
@@ -217,6 +266,14 @@ def describe(report: Report, cfg: V4Config) -> str:
         sent = sum(c.sent_bytes for c in rest)
         lines.append(
             f"  {len(rest)} others          {sum(c.count for c in rest)} {sent / 1e6:12.2f}"
+        )
+    if rows := [c for c in report.collectives if c.kind == "ragged-all-to-all"]:
+        beside = [one for one in report.exchanges if one.work]
+        covered = sum(one.count * array_bytes(one.result) for one in beside)
+        share = covered / sum(c.count * array_bytes(c.result) for c in rows)
+        lines.append(
+            f"rows of experts: {sum(one.count for one in beside)} of {sum(c.count for c in rows)} "
+            f"exchanges, {share:.0%} of their bytes, run beside kernels or matrix products"
         )
     bound = report.roofline
     lines += [
@@ -263,14 +320,15 @@ def main() -> None:
             chunk=args.chunk,
             experts=args.experts,
         )
-        report = plan(cfg, args.topology, job, args.mesh, say)
+        report = plan(cfg, args.topology, job, args.mesh, has_code=not args.schedule, say=say)
     except ValueError as error:
         sys.exit(str(error))
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=1))
     else:
         print(describe(report, cfg))
-    sys.exit(0 if report.fits else 1)
+    sys.stdout.flush()
+    os._exit(0 if report.fits else 1)  # a compilation that was left alone would be waited for
 
 
 if __name__ == "__main__":

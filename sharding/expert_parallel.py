@@ -8,7 +8,8 @@ they are:
 * "all_to_all": each row travels to its expert's device. Shapes must not depend on the routing, so
   rows travel in rounds of `capacity` rows between any two devices; a round more is made for as long
   as any pair has rows left (none are dropped, and memory does not grow with an uneven load).
-  With an even load one round is enough. On TPU and GPU only rows that exist travel
+  With an even load two rounds are enough; one's rows can travel while the other's are computed
+  (docs/sharding.md has what the compiler makes of that). On TPU and GPU only rows that exist travel
   (`ragged_all_to_all`); XLA's CPU backend has no such operation, so there whole buffers do.
 
 Backward, rows travel again and experts are computed again: nothing of the size of the exchanged rows
@@ -24,8 +25,11 @@ import jax.numpy as jnp
 
 from sharding import spmd
 
-CAPACITY_SLACK = 1.25  # of a round, over an even load
+CAPACITY_SLACK = 1.25  # of rounds, over an even load
 ROW_MULTIPLE = 8
+EVEN_ROUNDS = 2  # that an even load takes
+UNEVEN_ROUNDS = "uneven_rounds"  # scope of the loop over the others
+COUNT_BLOCK = 256  # rows that are compared with each other to find their order
 
 # (params, rows [P, D], group_sizes [E_local], row_weights [P]) -> [P, D]; rows past the groups: any
 Experts = Callable[[object, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -75,12 +79,43 @@ def _gathered(experts_fn, exchanged, shared, params, x, experts, weights, num_lo
 def _run(experts_fn, params, x, local, weights, num_local):
     """Rows x [T, D] with local experts [T * K] (`num_local`: none of ours) -> sums [T, D] float32."""
     k = local.shape[0] // x.shape[0]
-    order = jnp.argsort(local, stable=True)  # by expert, those of others last
-    sizes = jnp.bincount(local, length=num_local + 1)[:num_local]
-    out = experts_fn(params, x[order // k], sizes, weights.reshape(-1)[order])
-    out = jnp.where((jnp.arange(out.shape[0]) < jnp.sum(sizes))[:, None], out, 0)
-    out = out[jnp.argsort(order)].reshape(-1, k, out.shape[-1])
+    order = by_expert(local, num_local)
+    out = experts_fn(params, x[order.row // k], order.sizes, weights.reshape(-1)[order.row])
+    out = jnp.where((jnp.arange(out.shape[0]) < jnp.sum(order.sizes))[:, None], out, 0)
+    out = out[order.position].reshape(-1, k, out.shape[-1])
     return jnp.sum(out.astype(jnp.float32), axis=1)
+
+
+class Order(NamedTuple):
+    """Rows sorted by expert."""
+
+    row: jax.Array  # [R] the row at each position
+    position: jax.Array  # [R] the position of each row
+    sizes: jax.Array  # [E] rows of each expert
+
+
+def by_expert(expert: jax.Array, num_experts: int) -> Order:
+    """Stable order of rows by expert [R] int32; rows of `num_experts`, which is none, come last.
+
+    By counting, in blocks of rows: a position is the number of rows of earlier experts, of the same
+    expert in earlier blocks, and of the same expert before it in its block. A sort of this length
+    takes the TPU compiler longer than the rest of a layer.
+    """
+    num_rows, num = expert.shape[0], num_experts + 1
+    padded = jnp.pad(expert, (0, -num_rows % COUNT_BLOCK), constant_values=num)
+    blocks = padded.reshape(-1, COUNT_BLOCK)
+    before = jnp.arange(COUNT_BLOCK)[:, None] > jnp.arange(COUNT_BLOCK)
+    same = blocks[:, :, None] == blocks[:, None, :]
+    within = jnp.sum(same & before, axis=-1, dtype=jnp.int32)
+    chosen = blocks[:, :, None] == jnp.arange(num)
+    counts = jnp.sum(chosen, axis=1, dtype=jnp.int32)  # [blocks, experts]
+    sizes = jnp.sum(counts, axis=0)
+    first = jnp.cumsum(counts, axis=0) - counts + jnp.cumsum(sizes) - sizes
+    position = within + jnp.sum(jnp.where(chosen, first[:, None], 0), axis=-1)
+    position = position.reshape(-1)[:num_rows]
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    row = jnp.zeros(num_rows, jnp.int32).at[position].set(rows, unique_indices=True)
+    return Order(row, position, sizes[:num_experts])
 
 
 # All-to-all ---------------------------------------------------------------------------------------
@@ -89,18 +124,17 @@ def _run(experts_fn, params, x, local, weights, num_local):
 class _Plan(NamedTuple):
     """Who sends what to whom. Rows are (token, choice) pairs, sorted by expert."""
 
-    order: jax.Array  # [R] pair of each sorted row
+    order: Order  # of the pairs
     counts: jax.Array  # [n, n, E_local] rows from a device to an expert of a device
     rounds: jax.Array  # []
 
 
 def _plan(experts: jax.Array, axes: tuple[str, ...], num_local: int, capacity: int) -> _Plan:
     devices = spmd.axes_size(axes)
-    flat = experts.reshape(-1)
-    mine = jnp.bincount(flat, length=devices * num_local).reshape(devices, num_local)
-    counts = jax.lax.all_gather(mine, axes)
+    order = by_expert(experts.reshape(-1), devices * num_local)
+    counts = jax.lax.all_gather(order.sizes.reshape(devices, num_local), axes)
     most = jnp.max(jnp.sum(counts, axis=-1))
-    return _Plan(jnp.argsort(flat, stable=True), counts, -(-most // capacity))
+    return _Plan(order, counts, -(-most // capacity))
 
 
 class _Exchange:
@@ -176,16 +210,26 @@ def _like(mask, rows):
 
 
 def _capacity(num_rows: int, devices: int) -> int:
-    even = CAPACITY_SLACK * num_rows / devices
+    even = CAPACITY_SLACK * num_rows / (devices * EVEN_ROUNDS)
     return min(-(-int(even) // ROW_MULTIPLE) * ROW_MULTIPLE + ROW_MULTIPLE, num_rows)
+
+
+def _in_rounds(plan: _Plan, one: Callable, carry):
+    """`carry = one(number, carry)` for each round.
+
+    Those of an even load stand one after the other, so that the rows of one can travel while those
+    of another are computed; what is left is a loop.
+    """
+    for number in range(EVEN_ROUNDS):
+        carry = one(number, carry)
+    with jax.named_scope(UNEVEN_ROUNDS):
+        return jax.lax.fori_loop(EVEN_ROUNDS, plan.rounds, one, carry)
 
 
 def _local(experts_fn, num_local, expert, params, rows, weights):
     """Received rows through this device's experts, in the order they came."""
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.bincount(expert, length=num_local + 1)[:num_local]
-    out = experts_fn(params, rows[order], sizes, weights[order])
-    return out[jnp.argsort(order)]
+    order = by_expert(expert, num_local)
+    return experts_fn(params, rows[order.row], order.sizes, weights[order.row])[order.position]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -193,7 +237,7 @@ def _all_to_all(experts_fn, axes, num_local, params, x, experts, weights):
     k = experts.shape[1]
     capacity = _capacity(experts.size, spmd.axes_size(axes))
     plan = _plan(experts, axes, num_local, capacity)
-    rows, row_weights = x[plan.order // k], weights.reshape(-1)[plan.order]
+    rows, row_weights = x[plan.order.row // k], weights.reshape(-1)[plan.order.row]
 
     def one(number, out):
         exchange = _Exchange(plan, axes, capacity, number)
@@ -201,8 +245,8 @@ def _all_to_all(experts_fn, axes, num_local, params, x, experts, weights):
         result = _local(experts_fn, num_local, exchange.expert, params, received, its_weights)
         return exchange.back(out, result)
 
-    out = jax.lax.fori_loop(0, plan.rounds, one, jnp.zeros_like(rows))
-    out = out[jnp.argsort(plan.order)].reshape(-1, k, x.shape[-1])
+    out = _in_rounds(plan, one, jnp.zeros_like(rows))
+    out = out[plan.order.position].reshape(-1, k, x.shape[-1])
     return jnp.sum(out.astype(jnp.float32), axis=1)
 
 
@@ -216,8 +260,8 @@ def _all_to_all_bwd(experts_fn, axes, num_local, residuals, d_out):
     k = experts.shape[1]
     capacity = _capacity(experts.size, spmd.axes_size(axes))
     plan = _plan(experts, axes, num_local, capacity)
-    token = plan.order // k
-    rows, row_weights = x[token], weights.reshape(-1)[plan.order]
+    token = plan.order.row // k
+    rows, row_weights = x[token], weights.reshape(-1)[plan.order.row]
     d_rows = d_out.astype(x.dtype)[token]
     floats, rebuild = _split_floats(params)
 
@@ -239,8 +283,8 @@ def _all_to_all_bwd(experts_fn, axes, num_local, residuals, d_out):
 
     zeros = [jnp.zeros(a.shape, jnp.float32) for a in floats]
     init = (zeros, jnp.zeros_like(rows), jnp.zeros_like(row_weights))
-    d_params, d_x, d_weights = jax.lax.fori_loop(0, plan.rounds, one, init)
-    back = jnp.argsort(plan.order)
+    d_params, d_x, d_weights = _in_rounds(plan, one, init)
+    back = plan.order.position
     d_x = jnp.sum(d_x[back].reshape(-1, k, x.shape[-1]).astype(jnp.float32), axis=1)
     d_params = [d.astype(a.dtype) for d, a in zip(d_params, floats)]
     return (

@@ -6,14 +6,16 @@ exchange (n - 1) / n of the buffer, of a permutation all of it. A ragged exchang
 whole result buffer, which is more than the rows that exist.
 
 Bodies of loops count as often as they run: what the compiler says, or the bound that the condition
-compares its counter with (a scan counts from 0). Loops whose trips depend on data (rounds of the
-expert exchange) count once.
+compares its counter with (a scan counts from 0). Loops whose trips depend on data count once, but
+rounds of the expert exchange that only an uneven load takes do not count.
 """
 
 import collections
 import dataclasses
 import math
 import re
+
+from sharding.expert_parallel import UNEVEN_ROUNDS
 
 KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
@@ -24,6 +26,13 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(
     rf" = (?P<result>.*?) (?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})(?:-start)?\("
 )
+_START = re.compile(
+    rf"%?(?P<name>[\w.\-]+) = (?P<result>.*?) "
+    rf"(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})-start\("
+)
+_ASYNC = re.compile(r"%?(?P<name>[\w.\-]+) = .* async-start\(.*calls=%?(?P<called>[\w.\-]+)")
+_ASYNC_DONE = re.compile(r" async-done\(%?([\w.\-]+)\)")
+_PRODUCT = re.compile(r" (?:convolution|dot)\(")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation|async_computation)"
     r"=%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}"
@@ -52,7 +61,7 @@ def collectives(text: str) -> list[Collective]:
     for name, lines in bodies.items():
         for line in lines:
             if times[name] and (match := _COLLECTIVE.search(line)):
-                result = _largest_array(match["result"])
+                result = _result(match["kind"], match["result"])
                 counts[match["kind"], result, _group_size(line)] += times[name]
     found = [
         Collective(*key, count, count * _sent(key[0], array_bytes(key[1]), key[2]))
@@ -69,6 +78,52 @@ def array_bytes(shape: str) -> float:
     return math.prod(int(n) for n in dims.split(",") if n) * width / 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """An asynchronous collective, and the work that is scheduled between its start and its end."""
+
+    kind: str
+    result: str
+    count: int  # how often it runs
+    work: tuple[str, ...]  # scopes of kernels and matrix products, in order
+
+
+def exchanges(text: str) -> list[Exchange]:
+    """The asynchronous collectives of scheduled HLO, in the order in which they start.
+
+    Raises:
+      ValueError: the HLO is not scheduled.
+    """
+    if "is_scheduled=true" not in text.split("\n", 1)[0]:
+        raise ValueError("the HLO is not scheduled: expected the text of a compiled program.")
+    bodies, entry = _computations(text)
+    times = _executions(bodies, entry)
+    with_products = {name for name, lines in bodies.items() if any(map(_PRODUCT.search, lines))}
+    found = []
+    for name, lines in bodies.items():
+        for i, line in enumerate(lines):
+            if not times[name] or "-start(" not in line or not (start := _START.search(line)):
+                continue
+            done = re.compile(rf" {start['kind']}-done\(%?{re.escape(start['name'])}\)")
+            end = next((j for j in range(i + 1, len(lines)) if done.search(lines[j])), i)
+            work = [_scope(one) for one in lines[i + 1 : end] if _works(one, with_products)]
+            result = _result(start["kind"], start["result"])
+            found.append(Exchange(start["kind"], result, times[name], tuple(work)))
+    return found
+
+
+def _works(line: str, with_products: set[str]) -> bool:
+    if _PRODUCT.search(line) or 'custom_call_target="tpu_custom_call"' in line:
+        return True
+    return any(one in with_products for one, _ in _CALLED.findall(line))
+
+
+def _scope(line: str) -> str:
+    """What an instruction was made from: the part of its name that the program's scopes give."""
+    name = re.search(r'op_name="([^"]*)"', line)
+    return re.sub(r"jit\([^)]*\)/|shard_map/|/pallas_call", "", name[1]) if name else "unnamed"
+
+
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Lines of each computation, and the name of the one that is run."""
     bodies, entry, current = {}, "", None
@@ -78,7 +133,28 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             entry = match[1] if line.startswith("ENTRY") else entry
         elif current is not None:
             current.append(line)
-    return bodies, entry
+    return {name: _unwrapped(lines, bodies) for name, lines in bodies.items()}, entry
+
+
+def _unwrapped(lines: list[str], bodies: dict[str, list[str]]) -> list[str]:
+    """Instructions in which asynchronous collectives are plain ones, not calls of a computation.
+
+    `async-start(...), calls=%c` becomes what `%c` does: the HLO that the compiler writes before it
+    makes code has the one form, a compiled program the other.
+    """
+    kinds, out = {}, []
+    for line in lines:
+        if " async-start(" in line and (start := _ASYNC.search(line)):
+            inner = next(filter(_COLLECTIVE.search, bodies.get(start["called"], [])), None)
+            if inner is not None:
+                kinds[start["name"]] = _COLLECTIVE.search(inner)["kind"]
+                groups = re.search(r"replica_groups=[^ ]*", inner)
+                line = line.replace(f"calls=%{start['called']}", groups[0] if groups else "")
+                line = line.replace(" async-start(", f" {kinds[start['name']]}-start(")
+        elif (done := _ASYNC_DONE.search(line)) and done[1] in kinds:
+            line = line.replace(" async-done(", f" {kinds[done[1]]}-done(")
+        out.append(line)
+    return out
 
 
 def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
@@ -102,6 +178,8 @@ def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     """How often an instruction runs what it calls; 1 where that is not known."""
+    if " while(" in line and f"/{UNEVEN_ROUNDS}/" in line:
+        return 0
     if known := _TRIPS.search(line):
         return int(known[1])
     condition = re.search(r" while\(.* condition=%?([\w.\-]+)", line)
@@ -119,10 +197,17 @@ def _group_size(line: str) -> int:
     return 2  # a permutation: source and target
 
 
-def _largest_array(result: str) -> str:
-    """Of the arrays in a result (a start's tuple has operands too) the one that has most bytes."""
+def _result(kind: str, result: str) -> str:
+    """The array that arrives. A start's tuple has operands too: then it is the largest.
+
+    Of a ragged exchange's rows and the buffer they go into, the smaller bounds what travels.
+    """
     arrays = [f"{match[1]}[{match[2]}]" for match in _ARRAY.finditer(result)]
-    return max(arrays, key=array_bytes)
+    arrays.sort(key=array_bytes)
+    if kind == "ragged-all-to-all" and len(arrays) > 1:  # rows, buffer, offsets ..., result
+        largest = [a for a in arrays if a.partition("[")[0] == arrays[-1].partition("[")[0]]
+        return largest[0]
+    return arrays[-1]
 
 
 def _sent(kind: str, result: float, group: int) -> float:

@@ -13,8 +13,8 @@ Axis = str | tuple[str, ...] | None
 class AxisRules:
     """Logical axis name -> mesh axis, or a tuple of them; `None` means replicated.
 
-    `embed` is where parameters are only kept: they are gathered when their layer's turn comes. The
-    other axes of parameters are worked on in parts. `dispatch` says how rows reach the experts of
+    `embed`, and `expert_embed` of the matrices of experts, is where parameters are only kept: they are
+    gathered when their layer's turn comes. The other axes of parameters are worked on in parts. `dispatch` says how rows reach the experts of
     other devices: "all_to_all" sends each row to its experts, "gather" shows all rows to all experts
     (better for few rows).
     """
@@ -22,9 +22,10 @@ class AxisRules:
     batch: Axis = ("fsdp", "expert")  # sequences
     seq: Axis = "context"  # positions of a sequence
     vocab: Axis = "tensor"
-    embed: Axis = ("fsdp", "context")  # model width of weights, or another input width
+    embed: Axis = ("fsdp", "expert", "context")  # model width of weights, or another input width
     heads: Axis = "tensor"  # query heads, and the groups of the output projection
     expert: Axis = "expert"
+    expert_embed: Axis = ("fsdp", "context")  # model width of experts
     expert_dim: Axis = "tensor"  # hidden width of an expert
     dispatch: str = "all_to_all"
 
@@ -45,7 +46,7 @@ class AxisRules:
         return (axes,) if isinstance(axes, str) else axes or ()
 
     def spec(self, *names: str | None) -> P:
-        """`rules.spec("expert", "embed", None)` -> `P("expert", ("fsdp", "context"), None)`.
+        """`rules.spec("expert", "expert_embed", None)` -> `P("expert", ("fsdp", "context"), None)`.
 
         Raises:
           ValueError: an unknown name, or one mesh axis for two axes of the array.
@@ -65,7 +66,7 @@ class AxisRules:
 # Training: sequences over data and expert devices, parameters cut over all.
 TRAIN = AxisRules()
 # A prompt: experts are spread over the devices of a sequence too, other parameters are replicated.
-PREFILL = AxisRules(embed=None, expert=("expert", "context"))
+PREFILL = AxisRules(embed=None, expert_embed=None, expert=("expert", "context"))
 # One token of each sequence at a time: a device holds whole caches of some sequences. Parameters and
 # caches lie as for PREFILL.
 DECODE = dataclasses.replace(PREFILL, seq=None, dispatch="gather")

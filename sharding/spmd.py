@@ -153,6 +153,27 @@ def gather_over(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
     return _gather(x, axes, axis % x.ndim) if axes else x
 
 
+def gather_as(x: jax.Array, dtype: jax.typing.DTypeLike, *names: str, axis: int) -> jax.Array:
+    """`gather` of x rounded to `dtype`, which travels. Gradients of the parts sum in x's dtype."""
+    axes = mesh_axes(*names)
+    return _gather_as(x, axes, axis % x.ndim, dtype) if axes else x.astype(dtype)
+
+
+def take_rows(table: jax.Array, index: jax.Array, *names: str) -> jax.Array:
+    """Rows `index` [B, ...] of a table [V, D / n] whose columns lie on n devices: [B, ..., D].
+
+    Rows travel, not the table: the devices tell each other what they want, and send their columns of
+    it. Indices may differ between devices.
+    """
+    axes = mesh_axes(*names)
+    if not axes:
+        return table[index]
+    rows = table[jax.lax.all_gather(index, axes)]  # [n, B, ..., D / n]
+    return jax.lax.all_to_all(
+        *(rows, axes), split_axis=0, concat_axis=rows.ndim - 1, tiled=True
+    ).reshape(*index.shape, -1)
+
+
 def scatter_sum_over(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
     """The sum over devices, of which each keeps its part along `axis`: what `gather` undoes."""
     return _scatter_sum(x, axes, axis % x.ndim) if axes else x
@@ -208,6 +229,19 @@ _leave.defvjp(lambda x, axes: (jax.lax.psum(x, axes), None), lambda axes, _, d: 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x, axes, axis):
     return jax.lax.all_gather(x, axes, axis=axis, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_as(x, axes, axis, dtype):
+    # Of a layer's part of stacked weights: without this XLA rounds the whole stack before the loop.
+    x = jax.lax.optimization_barrier(x)
+    return jax.lax.all_gather(x.astype(dtype), axes, axis=axis, tiled=True)
+
+
+_gather_as.defvjp(
+    lambda x, axes, axis, dtype: (_gather_as(x, axes, axis, dtype), jnp.zeros((), x.dtype)),
+    lambda axes, axis, dtype, like, d: (_scatter_sum(d.astype(like.dtype), axes, axis),),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

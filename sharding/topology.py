@@ -19,6 +19,9 @@ import numpy as np
 from jax.experimental import topologies
 
 GiB = 2**30
+# Rows travel to experts while others are computed; libtpu does not do that by itself. Where a TPU is:
+# LIBTPU_INIT_ARGS=--xla_tpu_enable_async_ragged_all_to_all=true
+COMPILER_OPTIONS = {"xla_tpu_enable_async_ragged_all_to_all": True}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Block(nnx.Module):
 def _extend(rules, block, streams, tokens, chunk, cache):
     """`Block.extend`, traced once for all layers of a kind. `rules` only tells traces apart."""
     del rules
-    return gathered(block).extend(streams, tokens, chunk, cache)
+    return gathered(block, streams.dtype).extend(streams, tokens, chunk, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Stage(nnx.Module):
         """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...]."""
 
         def layer(block, streams):
-            return gathered(block)(streams, tokens)
+            return gathered(block, streams.dtype)(streams, tokens)
 
         # Layer by layer: the backward pass then holds the gathered weights of one at a time.
         layer = jax.checkpoint(layer) if remat else layer
@@ -298,9 +298,9 @@ class Transformer(nnx.Module):
 
     def embedding(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, D]"""
-        table = spmd.gather(self.embed[...], "embed", axis=1)
+        table = self.embed[...]
         index = tokens - spmd.index("vocab") * table.shape[0]  # this device's part of the table
-        rows = table[jnp.clip(index, 0, table.shape[0] - 1)]
+        rows = spmd.take_rows(table, jnp.clip(index, 0, table.shape[0] - 1), "embed")
         mine = (index >= 0) & (index < table.shape[0])
         rows = spmd.leave(jnp.where(mine[..., None], rows, 0), "vocab")
         return rows.astype(self.numerics.dtype)
@@ -329,4 +329,5 @@ class Transformer(nnx.Module):
         """Hidden states [B, T, D] that predict the token after `next_tokens` [B, T]."""
         if not 0 <= depth < len(self.mtp):
             raise ValueError(f"depth={depth}: this model has {len(self.mtp)} MTP blocks.")
-        return gathered(self.mtp[depth])(streams, self.embedding(next_tokens), next_tokens)
+        mtp = gathered(self.mtp[depth], streams.dtype)
+        return mtp(streams, self.embedding(next_tokens), next_tokens)

@@ -113,7 +113,8 @@ class MoE(nnx.Module):
         moe = cfg.moe
         up_shape = (moe.num_experts, cfg.embed_dim, moe.expert_dim)
         down_shape = (moe.num_experts, moe.expert_dim, cfg.embed_dim)
-        up_axes, down_axes = ("expert", "embed", "expert_dim"), ("expert", "expert_dim", "embed")
+        up_axes = ("expert", "expert_embed", "expert_dim")
+        down_axes = ("expert", "expert_dim", "expert_embed")
         stored = cfg.expert_format or "bf16"
         self.router = Router(cfg, spec, rules, rngs=rngs)
         self.w1 = param(rngs, up_shape, up_axes, rules, stored=stored)

@@ -64,22 +64,35 @@ def _check_blocks(weight: QuantizedArray, spec: P, sizes: dict[str, int]) -> Non
             )
 
 
-def gathered(module):
-    """A copy of a module on this device with the parts joined that are only kept apart ("embed")."""
-    if not spmd.mesh_axes("embed"):
-        return module
+def is_rounded(variable: nnx.Variable) -> bool:
+    """Whether a float weight is computed with in the dtype of activations, whatever it is kept in."""
+    return variable.stored in ("fp4", "fp8")
+
+
+def kept_apart(variable: nnx.Variable) -> str | None:
+    """The logical axis along which a variable's parts are only kept apart, not worked on."""
+    return next((name for name in ("embed", "expert_embed") if name in variable.axes), None)
+
+
+def gathered(module, dtype: jax.typing.DTypeLike):
+    """A copy of a module on this device with the parts joined that are only kept apart.
+
+    Weights that the layer would round to `dtype`, that of activations, are rounded before they travel.
+    """
 
     def whole(variable: nnx.Variable) -> nnx.Variable:
-        if "embed" not in variable.axes:
+        name = kept_apart(variable)
+        if name is None or not spmd.mesh_axes(name):
             return variable
-        axis = variable.axes.index("embed") - len(variable.axes)
+        axis = variable.axes.index(name) - len(variable.axes)
         value = variable.get_value()
         if not isinstance(value, QuantizedArray):
-            return variable.replace(spmd.gather(value, "embed", axis=axis))
-        values = spmd.gather(value.values, "embed", axis=axis)
+            kept = dtype if is_rounded(variable) else value.dtype
+            return variable.replace(spmd.gather_as(value, kept, name, axis=axis))
+        values = spmd.gather(value.values, name, axis=axis)
         scale, width = value.scale, values.shape[axis] * (2 if value.is_fp4 and axis == -2 else 1)
         if scale.shape[axis] < -(-width // value.block[axis]):
-            scale = spmd.gather(scale, "embed", axis=axis)
+            scale = spmd.gather(scale, name, axis=axis)
         return variable.replace(QuantizedArray(values, scale, value.block))
 
     return _map(whole, module)
@@ -122,12 +135,13 @@ def check_mesh(
     block = FP4_BLOCK if cfg.expert_format == "fp4" else FP8_BLOCK
     cuts = [
         ("vocab", "vocab_size", cfg.vocab_size, 1),
-        ("embed", "embed_dim", cfg.embed_dim, block if quantized else 1),
+        ("embed", "embed_dim", cfg.embed_dim, FP8_BLOCK if quantized else 1),
         ("embed", "q_lora_rank", cfg.q_lora_rank, FP8_BLOCK if quantized else 1),
         ("embed", "heads_dim / o_groups", heads_dim // cfg.o_groups, FP8_BLOCK if quantized else 1),
         ("heads", "num_heads", cfg.num_heads, 1),
         ("heads", "o_groups", cfg.o_groups, 1),
         ("expert", "moe.num_experts", moe.num_experts, 1),
+        ("expert_embed", "embed_dim", cfg.embed_dim, block if quantized else 1),
         ("expert_dim", "moe.expert_dim", moe.expert_dim, block if quantized else 1),
     ]
     cuts += [("batch", "batch", batch, 1)] if batch is not None else []

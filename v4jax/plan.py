@@ -25,7 +25,7 @@ from v4jax.config import V4Config
 from v4jax.generate import DecodeState, decode_step, prefill_step
 from v4jax.model import Transformer
 from v4jax.numerics import plain, released
-from v4jax.placement import FP4_BLOCK, check_mesh, specs
+from v4jax.placement import FP4_BLOCK, check_mesh, is_rounded, kept_apart, specs
 from v4jax.quantization import freeze_experts, to_float, to_released
 from v4jax.sampling import Greedy
 from v4jax.train.loop import Trainer
@@ -92,7 +92,7 @@ class Job:
         if self.experts != "frozen":
             return
         for axis, name, whole in (
-            ("embed", "embed_dim", cfg.embed_dim),
+            ("expert_embed", "embed_dim", cfg.embed_dim),
             ("expert_dim", "moe.expert_dim", cfg.moe.expert_dim),
         ):
             parts = math.prod(sizes[a] for a in self.rules.mesh_axes(axis))
@@ -337,25 +337,31 @@ def _local_tokens(job: Job, sizes: dict[str, int]) -> float:
 class _Parts:
     held: float  # bytes of parameters on a device
     trained: float  # of those that gradients change
-    gathered: float  # bytes that all layers' parameters have once gathered, of those that are
-    largest_gathered: float  # of them, those of the largest scanned body
+    gathered: float  # bytes that all parameters have as they are gathered, of those that are
+    scattered: float  # and their gradients
+    largest_gathered: float  # of both, what the largest layer has
 
 
 def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]) -> _Parts:
-    held = trained = gathered = 0.0
-    embed = math.prod(sizes[axis] for axis in rules.mesh_axes("embed"))
+    held = trained = gathered = scattered = 0.0
     bodies: dict[tuple, float] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         axes = [axis for name in variable.axes if name for axis in rules.mesh_axes(name)]
         local = _nbytes(variable.get_value()) / math.prod(sizes[axis] for axis in axes)
         held += local
-        trained += local if isinstance(variable, nnx.Param) else 0
-        if embed > 1 and "embed" in variable.axes:
-            gathered += local * embed
-            body = path[:2]
-            repeats = model.stages[body[1]].repeats if body[0] == "stages" else 1
-            bodies[body] = bodies.get(body, 0) + local * embed / repeats
-    return _Parts(held, trained, gathered, max(bodies.values(), default=0.0))
+        is_trained = isinstance(variable, nnx.Param)
+        trained += local if is_trained else 0
+        apart = kept_apart(variable)
+        joined = math.prod(sizes[axis] for axis in rules.mesh_axes(apart)) if apart else 1
+        if joined > 1 and path[0] != "embed":
+            whole = local * joined
+            sent = whole / 2 if is_trained and is_rounded(variable) else whole
+            returned = whole if is_trained else 0
+            gathered, scattered = gathered + sent, scattered + returned
+            layer = path[:4] if path[0] == "stages" else path[:2]
+            repeats = model.stages[path[1]].repeats if path[0] == "stages" else 1
+            bodies[layer] = bodies.get(layer, 0) + (sent + returned) / repeats
+    return _Parts(held, trained, gathered, scattered, max(bodies.values(), default=0.0))
 
 
 def _nbytes(value) -> int:
@@ -375,8 +381,7 @@ def _preference(cfg: V4Config, job: Job, sizes: dict[str, int], parts: _Parts) -
     tensor, expert = sizes["tensor"], sizes["expert"]
     sums = 3 * 2 * (tensor - 1) / tensor
     exchange = 2 * cfg.moe.experts_per_token * (expert - 1) / expert
-    embed = sizes["fsdp"] * sizes["context"]
-    sent = 3 * rows * (sums + exchange) + 3 * parts.gathered * (embed - 1) / embed
+    sent = 3 * rows * (sums + exchange) + 2 * parts.gathered + parts.scattered
     return (sent, sizes["context"], tensor)
 
 
@@ -395,11 +400,13 @@ def _reasons(cfg, job, sizes, held: Estimate, limit, num_fitting, num_candidates
         )
     sequences = job.batch // (sizes["fsdp"] * sizes["expert"])
     yield f"fsdp x expert: {sequences} of {job.batch} sequences on a device"
-    if sizes["fsdp"] > 1 and job.kind == "train":
-        yield (
-            f"fsdp={sizes['fsdp']}: weights and optimizer state lie in parts, and are gathered "
-            "layer by layer"
-        )
+    for name, what in (("embed", "other weights"), ("expert_embed", "experts")):
+        axes = [axis for axis in job.rules.mesh_axes(name) if sizes[axis] > 1]
+        if axes:
+            yield (
+                f"{' x '.join(axes)}: {what} and their optimizer state lie in "
+                f"{math.prod(sizes[axis] for axis in axes)} parts, gathered layer by layer"
+            )
     if sizes["fsdp"] > 1 and job.kind != "train":
         yield f"fsdp={sizes['fsdp']}: copies of the model, each with its own sequences"
     if sizes["tensor"] > 1:

@@ -9,7 +9,7 @@ Assumptions, which every figure below rests on:
 * memory traffic: weights once per pass (of the experts those that are hit); caches as decoding reads
   them, prefill all of them once; in prefill and training the residual streams 12 times a layer and
   pass; a training step reads and writes parameters and both moments, writes and reads gradients, and
-  writes and reads gathered weights for each pass;
+  writes and reads what is gathered and scattered;
 * a device sends over all its links at once, at full rate, and exchanges have no congestion.
 """
 
@@ -72,7 +72,7 @@ def roofline(
     flops = job_flops(cfg, job).total / devices
     if job.kind == "decode":  # a context axis repeats all work but the experts'
         flops *= sizes["context"]
-    hbm, ici = _hbm_bytes(cfg, job, sizes, held), sum(c.sent_bytes for c in sent)
+    hbm, ici = _hbm_bytes(cfg, job, sizes, held, sent), sum(c.sent_bytes for c in sent)
     seconds = flops / chip.flops, hbm / chip.bandwidth, ici / chip.ici
     return Roofline(flops, hbm, ici, *seconds, job.batch * job.length)
 
@@ -81,7 +81,12 @@ def job_flops(cfg: V4Config, job: Job) -> costs.Flops:
     """FLOP of a step on all devices together."""
     match job.kind:
         case "train":
-            return costs.training_flops(cfg, job.length) * job.batch
+            flops = costs.training_flops(cfg, job.length)
+            if job.experts == "frozen":  # no gradient of their weights
+                rows = cfg.moe.experts_per_token * (len(cfg.layers) + len(cfg.mtp_layers))
+                weights = 3 * cfg.embed_dim * cfg.moe.expert_dim
+                flops += costs.Flops(linear=-2.0 * rows * weights) * job.length
+            return flops * job.batch
         case "decode":
             return costs.decode_flops(cfg, job.context) * job.batch
         case _:  # the last chunk of the context, the dearest
@@ -90,15 +95,25 @@ def job_flops(cfg: V4Config, job: Job) -> costs.Flops:
             return (whole + before * -1.0 + costs.head_flops(cfg)) * job.batch
 
 
-def _hbm_bytes(cfg: V4Config, job: Job, sizes: dict[str, int], held: dict[str, float]) -> float:
+def _hbm_bytes(
+    cfg: V4Config,
+    job: Job,
+    sizes: dict[str, int],
+    held: dict[str, float],
+    sent: list[Collective],
+) -> float:
     sequences = job.batch / (sizes["fsdp"] * sizes["expert"])
     weights = held["parameters"]
     streams = STREAM_PASSES * len(cfg.layers) * cfg.num_streams * cfg.embed_dim * 2
     if job.kind == "train":
         tokens = sequences * job.length / sizes["context"]
-        # Parameters and two moments in and out, gradients out and in; gathered weights per pass.
-        gathered = weights * sizes["fsdp"] * sizes["context"]
-        return 2 * (weights + held["optimizer"]) + 2 * weights + 4 * gathered + 4 * tokens * streams
+        # Parameters and two moments in and out, gradients out and in; weights as they are gathered.
+        joined = sum(
+            c.sent_bytes * c.group / (c.group - 1)
+            for c in sent
+            if c.kind in ("all-gather", "reduce-scatter")
+        )
+        return 2 * (weights + held["optimizer"]) + 2 * weights + 2 * joined + 4 * tokens * streams
     group = sizes["expert"] * sizes["context"]
     experts = cfg.moe.num_experts * len(cfg.layers) * costs.expert_bytes(cfg, _recipe(job))
     experts /= group * sizes["tensor"]

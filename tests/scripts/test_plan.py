@@ -50,6 +50,29 @@ def test_a_small_decode_is_planned():
     assert "compiled in" in done.stderr
 
 
+def test_a_plan_that_stops_at_the_schedule_says_what_a_whole_one_does():
+    job = ["--model", "tiny", "--layers", "3", "--topology", "v6e:2x2", "--job", "prefill"]
+    job += ["--context", "512", "--batch", "4", "--mesh", "expert=4", "--json"]
+    whole, scheduled = (json.loads(_plan(*job, *more).stdout) for more in ((), ("--schedule",)))
+
+    assert whole["has_code"]
+    assert not scheduled["has_code"]
+    for name in ("collectives", "exchanges", "roofline"):
+        assert scheduled[name] == whole[name], name
+    assert "ragged-all-to-all" in {c["kind"] for c in whole["collectives"]}
+    peaks = [report["memory"]["peak"] for report in (scheduled, whole)]
+    assert 0 < peaks[0] < peaks[1] < peaks[0] + 16 * 2**20  # code, and what it uses beside
+
+
+def test_a_layer_of_flash_is_planned_for_v5p():
+    """libtpu 0.0.42 aborted there on the conversion of block scales (`QuantizedArray.dequantize`)."""
+    job = ["--job", "decode", "--context", "131072", "--batch", "4"]
+    done = _plan("--model", "flash", "--layers", "1", "--topology", "v5p:2x2x1", *job, "--json")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fits"]
+
+
 def test_wrong_topologies_and_meshes_are_refused_with_what_would_do():
     job = ["--model", "tiny", "--job", "decode", "--context", "512", "--batch", "4"]
     unknown = _plan(*job, "--topology", "v9:2x2")

@@ -6,7 +6,7 @@ import pytest
 from jax import P
 
 from sharding import make_mesh
-from sharding.hlo import array_bytes, collectives
+from sharding.hlo import array_bytes, collectives, exchanges
 
 
 def _text(fn, *shapes, **sizes) -> str:
@@ -109,3 +109,65 @@ ENTRY %main (a: (s32[], s32[])) -> (s32[], s32[]) {
     (found,) = collectives(text)
 
     assert found.count == 20
+
+
+def test_work_between_the_start_and_the_end_of_a_collective():
+    text = """HloModule m, is_scheduled=true
+
+%product (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8]{1,0} parameter(0)
+  ROOT %c = bf16[8,8]{1,0} convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+%uneven (s: bf16[8,8]) -> bf16[8,8] {
+  %s = bf16[8,8]{1,0} parameter(0)
+  %start.9 = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%s), replica_groups={{0,1}}
+  ROOT %done.9 = bf16[8,8]{1,0} all-gather-done(%start.9)
+}
+
+ENTRY %main (a: bf16[32,8], b: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[32,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  %x = ((bf16[32,8]{1,0}, bf16[20,8]{1,0}, s32[4]{0}), bf16[20,8]{1,0}) ragged-all-to-all-start(%a, %b)
+  %f = bf16[8,8]{1,0} fusion(%b), kind=kOutput, calls=%product, metadata={op_name="jit(f)/shard_map/moe/dot"}
+  %x.1 = ((bf16[32,8]{1,0}, bf16[20,8]{1,0}, s32[4]{0}), bf16[20,8]{1,0}) ragged-all-to-all-start(%a, %f)
+  %done = bf16[20,8]{1,0} ragged-all-to-all-done(%x)
+  %n = bf16[8,8]{1,0} negate(%b)
+  %done.1 = bf16[20,8]{1,0} ragged-all-to-all-done(%x.1)
+  ROOT %w = bf16[8,8]{1,0} while(%n), condition=%c, body=%uneven, metadata={op_name="jit(f)/uneven_rounds/while"}
+}
+"""
+    first, second = exchanges(text)
+
+    assert first.kind == second.kind == "ragged-all-to-all"
+    assert first.result == "bf16[20,8]"  # what travels fits into it
+    assert first.count == second.count == 1
+    assert (first.work, second.work) == (("moe/dot",), ())
+    (counted,) = collectives(text)  # nothing of the loop that only uneven loads take
+    assert counted.kind == "ragged-all-to-all"
+    with pytest.raises(ValueError, match="not scheduled"):
+        exchanges(text.replace(", is_scheduled=true", ""))
+
+
+def test_collectives_that_are_wrapped_in_a_computation_are_the_same():
+    text = """HloModule m, is_scheduled=true
+
+%sent (p: bf16[32,8], q: bf16[20,8]) -> bf16[20,8] {
+  %p = bf16[32,8]{1,0} parameter(0)
+  %q = bf16[20,8]{1,0} parameter(1)
+  ROOT %r = bf16[20,8]{1,0} ragged-all-to-all(%p, %q), channel_id=1, replica_groups={{0,1,2,3}}
+}
+
+ENTRY %main (a: bf16[32,8], b: bf16[20,8]) -> bf16[20,8] {
+  %a = bf16[32,8]{1,0} parameter(0)
+  %b = bf16[20,8]{1,0} parameter(1)
+  %x = ((bf16[32,8]{1,0}, bf16[20,8]{1,0}), bf16[20,8]{1,0}) async-start(%a, %b), calls=%sent
+  %c = bf16[8,8]{1,0} convolution(%b, %b), metadata={op_name="jit(f)/dot"}
+  ROOT %done = bf16[20,8]{1,0} async-done(%x)
+}
+"""
+    (exchange,), (counted,) = exchanges(text), collectives(text)
+
+    assert (exchange.kind, exchange.work) == ("ragged-all-to-all", ("dot",))
+    assert (counted.kind, counted.group, counted.count) == ("ragged-all-to-all", 4, 1)
+    assert counted.sent_bytes == 20 * 8 * 2 * 3 / 4

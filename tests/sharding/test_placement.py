@@ -15,7 +15,7 @@ from v4jax.train.optimizer import OptimizerConfig
 def test_rules_give_specs():
     rules = AxisRules(heads=("expert", "tensor"), vocab=None)
 
-    assert rules.spec("expert", "embed", None) == P("expert", ("fsdp", "context"), None)
+    assert rules.spec("expert", "expert_embed", None) == P("expert", ("fsdp", "context"), None)
     assert rules.spec("heads", "vocab") == P(("expert", "tensor"), None)
 
 

@@ -129,6 +129,18 @@ def test_steps_of_a_prompt_cost_what_the_prompt_costs():
     assert sum(steps) == pytest.approx(whole + 2 * head)
 
 
+def test_frozen_experts_save_the_gradients_of_their_weights():
+    cfg = tiny()
+    whole, frozen = (
+        job_flops(cfg, Job(kind="train", context=64, batch=2, experts=experts)).total
+        for experts in ("float", "frozen")
+    )
+
+    expert = 2 * 3 * cfg.embed_dim * cfg.moe.expert_dim  # FLOP of a row
+    rows = 2 * 64 * cfg.moe.experts_per_token * (len(cfg.layers) + len(cfg.mtp_layers))
+    assert whole - frozen == pytest.approx(rows * expert)
+
+
 def test_a_roofline_is_bound_by_its_longest_term():
     cfg, chip = flash(), CHIPS["v5p"]
     job = Job(kind="decode", context=131_072, batch=8)
