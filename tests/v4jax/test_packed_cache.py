@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pallas_kernels.attention import decode_attention
 from pallas_kernels.indexer import index_topk
 from pallas_kernels.packed_rows import PackedColumns, PackedKeys, PackedRows
 from sharding import make_mesh, spmd
 from sharding.rules import PREFILL
+from tests import models
 from v4jax import Transformer, costs, flash, nano, plain, pro, released, tiny
 from v4jax.cache import Chunk, append_entries, init_cache, window_rows, write_window
 from v4jax.generate import Generator
@@ -25,20 +25,12 @@ MILLION = 1 << 20
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return jax.jit(lambda: Transformer(tiny(), released(), scan_layers=False, rngs=nnx.Rngs(0)))()
+    return models.random_model(tiny(), released(), scan_layers=False)
 
 
 @pytest.fixture(scope="module")
 def extend(model):
-    graphdef, params = nnx.split(model)
-
-    @functools.partial(jax.jit, donate_argnames=("cache",))
-    def extend(params, tokens, counts, cache):
-        model = nnx.merge(graphdef, params)
-        streams, cache = model.extend(tokens, counts, cache)
-        return model.logits(model.hidden(streams)), cache
-
-    return functools.partial(extend, params)
+    return models.extend(model)
 
 
 def test_logits_are_those_of_a_float_cache_bit_for_bit(model, extend):
