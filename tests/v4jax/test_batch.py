@@ -261,6 +261,25 @@ def test_results_belong_to_one_job(tmp_path):
     sidecar.close()
 
 
+def test_those_who_follow_hear_that_their_leader_cannot_open_the_job(tmp_path):
+    write(tmp_path / "out", {"line": 1})  # of no job that is known
+    (tmp_path / "in").write_text('{"prompt": "x"}')
+    options = dict(batch_size=1, identity={})
+    said = []
+
+    with pytest.raises(JobError, match="does not say of which job"):
+        Job(*(tmp_path / "in", tmp_path / "out", Settings()), **options, agree=said.append)
+    with pytest.raises(JobError, match="that leads this one could not open"):
+        Job(
+            *(tmp_path / "in", tmp_path / "out", Settings()),
+            **options,
+            leads=False,
+            agree=lambda mine: said[0],
+        )
+
+    assert len(said) == 1
+
+
 def test_a_fingerprint_sees_weights_and_names(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(bytes(300_000))

@@ -213,7 +213,7 @@ class Job:
           how many requests have neither a result nor an error, because their process died or was
           not started. The parts are not joined then.
         """
-        return int(self._agree(np.array(self._finish() if self._leads else 0)))
+        return int(self._agree(np.int32(self._finish() if self._leads else 0)))
 
     def _finish(self) -> int:
         is_part = self._results_path != self.output and self._results_path.exists()
