@@ -154,14 +154,14 @@ def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options = COMPILER_OPTIONS | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiling = ThreadPoolExecutor(1).submit(lowered.compile, options)
-        text = ""
-        while not is_whole(text):
+        text, reports = "", []
+        while not (reports and is_whole(text)):
             with contextlib.suppress(TimeoutError):
                 compiling.result(timeout=1)  # raises what the compiler does
+            reports = list(Path(folder).glob("*memory-usage-report.txt"))
             for path in Path(folder).glob("*.after_optimizations.txt"):
                 text = path.read_text()
-        (report,) = Path(folder).glob("*memory-usage-report.txt")  # written before the HLO
-        return text, memory_of_report(report.read_text())
+        return text, memory_of_report(reports[0].read_text())
 
 
 def is_whole(text: str) -> bool:
