@@ -154,13 +154,19 @@ def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options = COMPILER_OPTIONS | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiling = ThreadPoolExecutor(1).submit(lowered.compile, options)
-        # Written one after the other: report, HLO, and a copy of it, which says that the first is whole.
-        while not any(Path(folder).glob("*_after_buffer_assignment.txt")):
+        text, reports = "", []
+        while not (reports and is_whole(text)):
             with contextlib.suppress(TimeoutError):
                 compiling.result(timeout=1)  # raises what the compiler does
-        (report,) = Path(folder).glob("*memory-usage-report.txt")
-        (text,) = Path(folder).glob("*.after_optimizations.txt")
-        return text.read_text(), memory_of_report(report.read_text())
+            reports = list(Path(folder).glob("*memory-usage-report.txt"))
+            for path in Path(folder).glob("*.after_optimizations.txt"):
+                text = path.read_text()
+        return text, memory_of_report(reports[0].read_text())
+
+
+def is_whole(text: str) -> bool:
+    """Whether HLO has been written to its end: what is run comes last."""
+    return "\nENTRY " in text and text.rstrip().endswith("\n}")
 
 
 def memory_of_report(report: str) -> float:

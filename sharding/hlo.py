@@ -74,7 +74,7 @@ def array_bytes(shape: str) -> float:
     """Bytes of an array by its HLO type: `array_bytes("bf16[16,4096]") == 131072`."""
     match = _ARRAY.match(shape)
     dtype, dims = match[1], match[2]
-    width = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    width = _BITS[dtype] if dtype in _BITS else int(re.search(r"\d+", dtype)[0])
     return math.prod(int(n) for n in dims.split(",") if n) * width / 8
 
 
@@ -145,7 +145,7 @@ def _unwrapped(lines: list[str], bodies: dict[str, list[str]]) -> list[str]:
     kinds, out = {}, []
     for line in lines:
         if " async-start(" in line and (start := _ASYNC.search(line)):
-            inner = next(filter(_COLLECTIVE.search, bodies.get(start["called"], [])), None)
+            inner = _collective_in(start["called"], bodies)
             if inner is not None:
                 kinds[start["name"]] = _COLLECTIVE.search(inner)["kind"]
                 groups = re.search(r"replica_groups=[^ ]*", inner)
@@ -155,6 +155,17 @@ def _unwrapped(lines: list[str], bodies: dict[str, list[str]]) -> list[str]:
             line = line.replace(" async-done(", f" {kinds[done[1]]}-done(")
         out.append(line)
     return out
+
+
+def _collective_in(name: str, bodies: dict[str, list[str]]) -> str | None:
+    """The collective of a computation that was made for one; a SparseCore's calls another in turn."""
+    for line in bodies.get(name, []):
+        if _COLLECTIVE.search(line):
+            return line
+        for called, _ in _CALLED.findall(line):
+            if found := _collective_in(called, bodies):
+                return found
+    return None
 
 
 def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
@@ -200,13 +211,14 @@ def _group_size(line: str) -> int:
 def _result(kind: str, result: str) -> str:
     """The array that arrives. A start's tuple has operands too: then it is the largest.
 
-    Of a ragged exchange's rows and the buffer they go into, the smaller bounds what travels.
+    But a reduce-scatter's operand is larger; and of a ragged exchange's rows and the buffer they go
+    into, the smaller bounds what travels.
     """
     arrays = [f"{match[1]}[{match[2]}]" for match in _ARRAY.finditer(result)]
     arrays.sort(key=array_bytes)
-    if kind == "ragged-all-to-all" and len(arrays) > 1:  # rows, buffer, offsets ..., result
-        largest = [a for a in arrays if a.partition("[")[0] == arrays[-1].partition("[")[0]]
-        return largest[0]
+    if kind in ("ragged-all-to-all", "reduce-scatter"):
+        dtype = arrays[-1].partition("[")[0]
+        return next(array for array in arrays if array.partition("[")[0] == dtype)
     return arrays[-1]
 
 

@@ -149,13 +149,33 @@ ENTRY %main (a: bf16[32,8], b: bf16[8,8]) -> bf16[8,8] {
         exchanges(text.replace(", is_scheduled=true", ""))
 
 
+def test_a_started_reduce_scatter_counts_with_what_a_device_keeps():
+    text = """HloModule m
+
+ENTRY %main (a: f32[8,4]) -> f32[2,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %s = ((f32[8,4]{1,0}, token[]), f32[2,4]{1,0}) reduce-scatter-start(%a), replica_groups={{0,1,2,3}}
+  ROOT %d = f32[2,4]{1,0} reduce-scatter-done(%s)
+}
+"""
+    (found,) = collectives(text)
+
+    assert (found.result, found.sent_bytes) == ("f32[2,4]", 2 * 4 * 4 * 3)
+
+
 def test_collectives_that_are_wrapped_in_a_computation_are_the_same():
     text = """HloModule m, is_scheduled=true
+
+%inner (p: bf16[32,8], q: bf16[20,8]) -> bf16[20,8] {
+  %p = bf16[32,8]{1,0} parameter(0)
+  %q = bf16[20,8]{1,0} parameter(1)
+  ROOT %r = bf16[20,8]{1,0} ragged-all-to-all(%p, %q), channel_id=1, replica_groups={{0,1,2,3}}
+}
 
 %sent (p: bf16[32,8], q: bf16[20,8]) -> bf16[20,8] {
   %p = bf16[32,8]{1,0} parameter(0)
   %q = bf16[20,8]{1,0} parameter(1)
-  ROOT %r = bf16[20,8]{1,0} ragged-all-to-all(%p, %q), channel_id=1, replica_groups={{0,1,2,3}}
+  ROOT %r = bf16[20,8]{1,0} call(%p, %q), to_apply=%inner
 }
 
 ENTRY %main (a: bf16[32,8], b: bf16[20,8]) -> bf16[20,8] {
