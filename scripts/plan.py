@@ -85,6 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=4096, help="prefill: tokens fed at once")
     parser.add_argument("--mesh", default="", help="such as fsdp=4,expert=16; default: chosen")
     parser.add_argument("--experts", choices=("fp4", "float", "frozen"), default="")
+    parser.add_argument("--cache", choices=("packed", "float"), help="default: packed where exact")
     parser.add_argument("--layers", type=int, default=0, help="only the first layers")
     parser.add_argument(
         "--schedule", action="store_true", help="stop once the program is scheduled, without code"
@@ -294,9 +295,8 @@ def describe(report: Report, cfg: V4Config) -> str:
 
 def _kinds(cfg: V4Config, job: Job) -> list[str]:
     """What one token costs at the end of the context, by kind of layer."""
-    recipe = costs.RELEASED_WIDE_CACHE if job.experts == "fp4" else costs.BFLOAT16
     lines = ["one token at the end of the context: layers, GFLOP, MB of weights, MB of cache read"]
-    for kind in costs.by_kind(cfg, job.context, recipe):
+    for kind in costs.by_kind(cfg, job.context, job.recipe):
         lines.append(
             f"  {kind.layers:3} {kind.kind:18} {kind.flops.total / 1e9:9.3f} "
             f"{kind.weight_bytes / 1e6:9.1f} {kind.cache_bytes_read / 1e6:9.3f}"
@@ -325,6 +325,7 @@ def main() -> None:
             batch=args.batch or devices,
             chunk=args.chunk,
             experts=args.experts,
+            cache=args.cache,
         )
         report = plan(cfg, args.topology, job, args.mesh, has_code=not args.schedule, say=say)
     except ValueError as error:

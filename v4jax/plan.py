@@ -20,7 +20,8 @@ from flax import nnx
 from pallas_kernels.quantize import QuantizedArray
 from sharding import AXES, DECODE, PREFILL, TRAIN, AxisRules
 from sharding.topology import Chip
-from v4jax.cache import init_cache
+from v4jax import costs
+from v4jax.cache import CacheFormat, init_cache
 from v4jax.config import V4Config
 from v4jax.generate import DecodeState, decode_step, prefill_step
 from v4jax.model import Transformer
@@ -42,7 +43,7 @@ class Job:
 
     `experts`: "fp4", everything as the released checkpoints store it; "float", no quantised weight
     (bfloat16 when serving, float32 in training); "frozen", training of everything but the experts,
-    which stay as released.
+    which stay as released. `cache`: of `init_cache`; None is what serving takes, packed for "fp4".
     """
 
     kind: str  # "prefill", "decode" or "train"
@@ -50,6 +51,7 @@ class Job:
     batch: int  # sequences
     chunk: int = 4096  # tokens of a sequence that prefill feeds at once
     experts: str = ""  # default: the first of `EXPERTS[kind]`
+    cache: CacheFormat = None
 
     def __post_init__(self):
         if self.kind not in EXPERTS:
@@ -65,6 +67,13 @@ class Job:
         for name in ("context", "batch", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
+
+    @property
+    def recipe(self) -> costs.Recipe:
+        """What serving holds weights and caches in."""
+        if self.experts != "fp4":
+            return costs.BFLOAT16
+        return costs.RELEASED_WIDE_CACHE if self.cache == "float" else costs.RELEASED
 
     @property
     def rules(self) -> AxisRules:
@@ -197,13 +206,8 @@ def _prefill(model, job, mesh):
 
 
 def _cache_and_logits(model, job):
-    cache = _cache(model, job.batch, job.context)
+    cache = init_cache(model.cfg, model.numerics, job.batch, job.context, job.cache)
     return cache, jnp.zeros((job.batch, model.cfg.vocab_size), jnp.float32)
-
-
-def _cache(model, batch: int, context: int):
-    """In floats, which is what serving on a TPU uses unless told otherwise."""
-    return init_cache(model.cfg, model.numerics, batch, context, "float")
 
 
 def _leaves(model, job, mesh) -> list[jax.ShapeDtypeStruct]:
@@ -314,7 +318,8 @@ def _estimate(model: Transformer, job: Job, sizes: dict[str, int], parts: "_Part
     """What a device holds."""
     cfg, tokens = model.cfg, _local_tokens(job, sizes)
     if job.kind != "train":
-        cache = jax.eval_shape(lambda: _cache(model, 1, job.context)).nbytes
+        one = dataclasses.replace(job, batch=1)
+        cache = jax.eval_shape(lambda: _cache_and_logits(model, one)[0]).nbytes
         width = 4 * cfg.embed_dim * cfg.num_streams + 8 * cfg.num_heads * cfg.head_dim
         sequences = job.batch / (sizes["fsdp"] * sizes["expert"])
         return Estimate(parts.held, cache=cache * sequences, transient=tokens * width)

@@ -115,19 +115,15 @@ def _hbm_bytes(
         )
         return 2 * (weights + held["optimizer"]) + 2 * weights + 2 * joined + 4 * tokens * streams
     group = sizes["expert"] * sizes["context"]
-    experts = cfg.moe.num_experts * len(cfg.layers) * costs.expert_bytes(cfg, _recipe(job))
+    experts = cfg.moe.num_experts * len(cfg.layers) * costs.expert_bytes(cfg, job.recipe)
     experts /= group * sizes["tensor"]
     hit = costs.experts_hit(cfg, sequences * sizes["expert"] * job.length) / cfg.moe.num_experts
     table = (
         cfg.vocab_size * cfg.embed_dim * 2 / sizes["tensor"]
     )  # of embeddings: a few rows are read
     read = weights - experts * (1 - hit) - table
-    caches = sum(costs.cache_bytes_read(cfg, s, job.context, _recipe(job)) for s in cfg.layers)
+    caches = sum(costs.cache_bytes_read(cfg, s, job.context, job.recipe) for s in cfg.layers)
     if job.kind == "decode":
         return read + sequences * caches
     tokens = sequences * job.length / sizes["context"]
     return read + held["cache"] + tokens * streams
-
-
-def _recipe(job: Job) -> costs.Recipe:
-    return costs.RELEASED_WIDE_CACHE if job.experts == "fp4" else costs.BFLOAT16
