@@ -61,7 +61,8 @@ def step(cache: LayerCache, q, row, index_q, key, start):
     if is_csa:
         keys = append_entries(cache.index_keys, key, *place)
         weights = jnp.ones(index_q.shape[:3])
-        picked = index_topk(index_q, weights, keys, positions, topk=CFG.indexer.topk, ratio=ratio)
+        topk = min(CFG.indexer.topk, keys.shape[1])
+        picked = index_topk(index_q, weights, keys, positions, topk=topk, ratio=ratio)
         cache, indices = dataclasses.replace(cache, index_keys=keys), picked.to_indices()[:, 0]
     sink = jnp.zeros(CFG.num_heads)
     out = decode_attention(q, window, entries, indices, sink, start, ratio=ratio, scale=0.1)
