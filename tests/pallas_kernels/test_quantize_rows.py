@@ -1,4 +1,4 @@
-"""Rounding, storing and packing rows: bit for bit against `round_fp8` and `round_fp4`."""
+"""Rounding and storing rows: bit for bit against `round_fp8` and `round_fp4`."""
 
 import functools
 
@@ -8,14 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.packed_rows import PackedKeys, PackedRows
 from pallas_kernels.quantize import round_fp4, round_fp8
 from pallas_kernels.quantize_rows import dequantize_rows, quantize_rows, round_rows
 
 ROUND = {"fp8": jax.jit(round_fp8, static_argnums=1), "fp4": jax.jit(round_fp4, static_argnums=1)}
-pack_rows = jax.jit(PackedRows.pack, static_argnums=1)
-pack_keys = jax.jit(PackedKeys.pack)
-unpack = jax.jit(lambda packed, dtype=jnp.bfloat16: packed.unpack(dtype), static_argnums=1)
 FORMATS = pytest.mark.parametrize("fmt, block", [("fp8", 128), ("fp8", 64), ("fp4", 32)])
 
 
@@ -125,63 +121,3 @@ def test_what_cannot_run_is_refused_by_name():
     with pytest.raises(ValueError, match="3 channels: fp4 needs an even number"):
         quantize_rows(x[:, :3], "fp4", 32)
     assert_same_bits(round_rows(x, "fp8", 64), x)  # falls back
-
-
-# Packed rows and keys
-
-
-@pytest.mark.parametrize(
-    "width, rope_dim, num_bytes", [(512, 64, 584), (96, 32, 136), (64, 0, 72), (24, 24, 48)]
-)
-def test_rounded_rows_survive_packing(width, rope_dim, num_bytes):
-    x = jnp.asarray(wide_range(10, width).reshape(2, 5, width), jnp.bfloat16)
-    split = width - rope_dim
-    rows = jnp.concatenate([ROUND["fp8"](x[..., :split], 64), x[..., split:]], axis=-1)
-    packed = pack_rows(rows, rope_dim)
-    assert packed.data.shape == (2, 5, num_bytes) and packed.data.dtype == jnp.uint8
-    assert packed.shape == rows.shape and packed.ndim == 3
-    assert_same_bits(unpack(packed), rows)
-    assert_same_bits(unpack(packed, jnp.float32), rows.astype(jnp.float32))
-
-
-def test_bytes_of_a_packed_row():
-    row = np.zeros(512, ml_dtypes.bfloat16)
-    row[0], row[64], row[447], row[448], row[511] = 448.0, -3.5, 2.0, 1.0, -1.0
-    data = np.asarray(pack_rows(jnp.asarray(row)[None], 64).data[0])
-    assert data[0] == 0x3F and data[64] == 0x80  # 1.0 is 0x3F80
-    assert data[63] == 0xBF and data[127] == 0x80
-    assert data[128] == 0x7E and data[576] == 127  # 448 with a scale of one
-    assert data[192] == 0xFE and data[577] == 120  # 3.5 is 448 * 2**-7
-    assert data[575] == 0x78 and data[582] == 120  # 2.0 is 256 * 2**-7
-    assert data[583] == 0
-
-
-def test_rounded_keys_survive_packing():
-    keys = ROUND["fp4"](jnp.asarray(wide_range(10, 128), jnp.bfloat16), 32)
-    packed = pack_keys(keys)
-    assert packed.data.shape == (10, 68) and packed.data.dtype == jnp.uint8
-    assert packed.shape == keys.shape and packed.ndim == 2
-    np.testing.assert_array_equal(unpack(packed), keys)
-
-
-def test_packed_rows_and_keys_are_pytrees():
-    x = jnp.ones((3, 4, 96), jnp.bfloat16)
-    for packed in (pack_rows(x, 32), pack_keys(x)):
-        part = jax.tree.map(lambda a: a[1], packed)
-        assert part.shape == (4, 96)
-        np.testing.assert_array_equal(unpack(part), x[1])
-
-
-def test_empty_rows_and_keys_are_zeros_packed():
-    zeros = jnp.zeros((2, 3, 96), jnp.bfloat16)
-    rows, keys = PackedRows.zeros(zeros.shape, 32), PackedKeys.zeros(zeros.shape)
-    for empty, packed in ((rows, pack_rows(zeros, 32)), (keys, pack_keys(zeros))):
-        assert jax.tree.structure(empty) == jax.tree.structure(packed)
-        assert empty.data.shape == packed.data.shape
-        np.testing.assert_array_equal(unpack(empty), zeros)
-
-
-@pytest.mark.parametrize("rope_dim", [-1, 97])
-def test_packing_refuses_a_rope_wider_than_the_row(rope_dim):
-    with pytest.raises(ValueError, match=r"expected 0\.\.96"):
-        PackedRows.pack(jnp.zeros((2, 96)), rope_dim)

@@ -38,7 +38,8 @@ from v4jax.config import from_hf
 from v4jax.model import Transformer
 from v4jax.quantization import to_float, to_released
 
-WIDTH = ("fsdp", "context")  # where the model width of parameters is cut
+WIDTH = ("fsdp", "expert", "context")  # where the model width of parameters is cut
+EXPERT_WIDTH = ("fsdp", "context")  # that of experts
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +67,19 @@ def test_weights_loaded_under_a_mesh_are_the_same_and_spread_over_it(scan_layers
         return axes[len(layer_axis) :], shard[len(layer_axis) :]
 
     w1 = block.moe.w1.get_value()
-    assert placed(w1.values) == (("expert", WIDTH, "tensor"), (4, 64, 64))
-    assert placed(w1.scale) == (("expert", WIDTH, "tensor"), (4, 4, 64))
+    assert placed(w1.values) == (("expert", EXPERT_WIDTH, "tensor"), (4, 64, 64))
+    assert placed(w1.scale) == (("expert", EXPERT_WIDTH, "tensor"), (4, 4, 64))
     w2 = block.moe.w2.get_value()
-    assert placed(w2.values) == (("expert", "tensor", WIDTH), (4, 32, 128))
-    # Block scales: 2 blocks of inputs are split in two, 3 blocks of outputs and 1 are not.
+    assert placed(w2.values) == (("expert", "tensor", EXPERT_WIDTH), (4, 32, 128))
+    # Block scales: 2 blocks of inputs or outputs are not split in four, 3 blocks and 1 not in two.
     wq_a, wq_b = (getattr(block.attention, name).kernel.get_value() for name in ("wq_a", "wq_b"))
-    assert placed(wq_a.scale) == ((WIDTH, None), (1, 1))
-    assert placed(wq_b.values) == ((WIDTH, "tensor"), (64, 192))
+    assert placed(wq_a.scale) == ((None, None), (2, 1))
+    assert placed(wq_b.values) == ((WIDTH, "tensor"), (32, 192))
     assert placed(wq_b.scale) == ((None, None), (1, 3))
     wo_b = block.attention.wo_b.kernel.get_value()
-    assert placed(wo_b.values) == (("tensor", WIDTH), (64, 128))
-    assert placed(wo_b.scale) == ((None, WIDTH), (1, 1))
-    assert model.embed.get_value().addressable_shards[0].data.shape == (128, 128)
+    assert placed(wo_b.values) == (("tensor", WIDTH), (64, 64))
+    assert placed(wo_b.scale) == ((None, None), (1, 2))
+    assert model.embed.get_value().addressable_shards[0].data.shape == (128, 64)
 
 
 def test_a_model_spread_over_a_mesh_is_written_byte_for_byte(tmp_path):
