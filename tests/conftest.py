@@ -45,6 +45,16 @@ def official_small_f32() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
+def not_kept():
+    """Programs for absent devices can be kept on disk, but not be read again: keeps none."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    seconds = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, seconds)
+
+
+@pytest.fixture
 def compilations():
     """Call it for the number of programs compiled since the test began."""
     count = 0

@@ -13,6 +13,7 @@ from sharding.topology import compile_on
 from v4jax import flash
 
 pytest.importorskip("libtpu")
+pytestmark = pytest.mark.usefixtures("not_kept")
 
 
 @pytest.mark.parametrize("chip", ["v5p", "v6e", "v7x"])

@@ -26,15 +26,7 @@ def test_rows_are_ordered_as_a_stable_sort_orders_them(num_rows, num_experts):
     np.testing.assert_array_equal(order.sizes, np.bincount(expert, minlength=num_experts + 1)[:-1])
 
 
-@pytest.fixture
-def no_compilation_cache():
-    """Programs for devices that are not there cannot be read back from it."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-
-
-def test_rows_of_one_round_travel_while_those_of_another_are_computed(no_compilation_cache):
+def test_rows_of_one_round_travel_while_those_of_another_are_computed(not_kept):
     pytest.importorskip("libtpu")
     devices, tokens, dim, k = 4, 1024, 1024, 2
 

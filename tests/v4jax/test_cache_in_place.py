@@ -19,19 +19,11 @@ from v4jax import flash, released
 from v4jax.cache import Chunk, LayerCache, append_entries, init_cache, write_window
 
 pytest.importorskip("libtpu")
+pytestmark = pytest.mark.usefixtures("not_kept")
 
 CFG = flash()
 BATCH, CAPACITY = 8, 1 << 17
 RINGS = BATCH * CFG.window * CFG.head_dim * 2  # bytes of all windows in bfloat16
-
-
-@pytest.fixture(autouse=True)
-def not_kept():
-    """Programs for absent devices can be kept on disk, but not be read again."""
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def compiled_step(chip: str, fn, *shapes) -> jax.stages.Compiled:
