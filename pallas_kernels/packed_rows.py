@@ -60,14 +60,8 @@ _ALIGNMENT = 8  # bytes a row is padded to
 _TILE = 8  # lines
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["data"],
-    meta_fields=["length", "nope_dim", "rope_dim"],
-)
-@dataclasses.dataclass(frozen=True)
-class PackedRows:
-    """Rows [..., S, H] in e4m3 and bfloat16, for picking some."""
+class _KeyValueRows:
+    """Key-value rows: what `PackedRows` and `PackedColumns` have in common."""
 
     data: jax.Array  # uint32 [..., lines, 128]
     length: int  # S
@@ -80,24 +74,39 @@ class PackedRows:
         return (*self.data.shape[:-2], self.length, self.nope_dim + self.rope_dim)
 
     @property
-    def ndim(self) -> int:
-        """Number of axes of the rows."""
-        return self.data.ndim
-
-    @property
     def num_words(self) -> int:
         """W."""
         return row_bytes(self.nope_dim, self.rope_dim) // 4
 
-    @staticmethod
-    def pack(rows: jax.Array, rope_dim: int) -> "PackedRows":
+    @classmethod
+    def pack(cls, rows: jax.Array, rope_dim: int):
         """Rows [..., S, H], float32 or bfloat16.
 
         Raises:
           ValueError: rope_dim is not in 0..H, or widths that are no multiples of 4.
         """
-        empty = PackedRows.zeros(rows.shape, rope_dim)
+        empty = cls.zeros(rows.shape, rope_dim)
         return empty.holding(empty.words_of(rows))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["data"],
+    meta_fields=["length", "nope_dim", "rope_dim"],
+)
+@dataclasses.dataclass(frozen=True)
+class PackedRows(_KeyValueRows):
+    """Rows [..., S, H] in e4m3 and bfloat16, for picking some."""
+
+    data: jax.Array  # uint32 [..., lines, 128]
+    length: int  # S
+    nope_dim: int  # channels in e4m3
+    rope_dim: int  # channels in bfloat16, the last ones
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the rows."""
+        return self.data.ndim
 
     @staticmethod
     def zeros(shape: tuple[int, ...], rope_dim: int) -> "PackedRows":
@@ -210,33 +219,13 @@ class _OnLanes:
     meta_fields=["length", "nope_dim", "rope_dim"],
 )
 @dataclasses.dataclass(frozen=True)
-class PackedColumns(_OnLanes):
+class PackedColumns(_KeyValueRows, _OnLanes):
     """Rows [..., S, H] in e4m3 and bfloat16, for reading them all."""
 
     data: jax.Array  # uint32 [..., lines, 128], of which ceil(S / 128) * W are used
     length: int  # S
     nope_dim: int  # channels in e4m3
     rope_dim: int  # channels in bfloat16, the last ones
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the rows: [..., S, H]."""
-        return (*self.data.shape[:-2], self.length, self.nope_dim + self.rope_dim)
-
-    @property
-    def num_words(self) -> int:
-        """W."""
-        return row_bytes(self.nope_dim, self.rope_dim) // 4
-
-    @staticmethod
-    def pack(rows: jax.Array, rope_dim: int) -> "PackedColumns":
-        """Rows [..., S, H], float32 or bfloat16.
-
-        Raises:
-          ValueError: rope_dim is not in 0..H, or widths that are no multiples of 4.
-        """
-        empty = PackedColumns.zeros(rows.shape, rope_dim)
-        return empty.holding(empty.words_of(rows))
 
     @staticmethod
     def zeros(shape: tuple[int, ...], rope_dim: int) -> "PackedColumns":
