@@ -5,7 +5,7 @@
 "prefill 8k" is a whole sequence; "prefill 8k of 128k" its last 8192 queries. Decoding is at the last
 position of the context. FLOPs are those of the scores of visible entries, where any are left out.
 How often the search for the threshold halves its interval depends on the scores: `PASSES` is what
-normal random queries and keys need.
+random queries and keys need that are normal numbers rounded to FP4, as the model rounds them.
 """
 
 import functools
@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
-from pallas_kernels.indexer import block_sizes, index_topk, threshold
+from pallas_kernels.indexer import block_sizes, index_topk, threshold, tpu_prefill
 from pallas_kernels.packed_rows import PackedKeys, key_words
+from pallas_kernels.quantize import round_fp4
 from v4jax import config
 
 RATIO = 4
@@ -27,9 +28,11 @@ def _make(cfg: config.V4Config, batch: int, num_queries: int, context: int, is_p
     keys = jax.random.split(jax.random.key(0), 3)
     start = context - num_queries
     positions = start + jnp.arange(num_queries, dtype=jnp.int32)
+    queries = jax.random.normal(keys[0], (batch, num_queries, heads, width), jnp.bfloat16)
     entries = jax.random.normal(keys[2], (batch, context // RATIO, width), jnp.bfloat16)
+    queries, entries = round_fp4(queries), round_fp4(entries)
     return (
-        jax.random.normal(keys[0], (batch, num_queries, heads, width), jnp.bfloat16),
+        queries,
         jax.random.normal(keys[1], (batch, num_queries, heads)),
         PackedKeys.pack(entries) if is_packed else entries,
         jnp.broadcast_to(positions, (batch, num_queries)),
@@ -59,8 +62,12 @@ def _prefill_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -
     else:
         pack = (blocks * pack[0],)
     columns = (blocks * block // 16,) if block > 16 else ()
+    scores = (chunks / steps,)
+    if chip in tpu_prefill.FP8_CHIPS:  # converts columns, and has a loop over bfloat16 as well
+        columns += (blocks * cfg.indexer.num_heads / groups / tpu_prefill.CONVERTED_AT_ONCE,)
+        scores += (0,)
     search = blocks * PASSES["prefill"]
-    trips = (batch * steps, *columns, chunks / steps, 0, search, pairs, 0, 0, 0, 0, *pack)
+    trips = (batch * steps, *columns, *scores, 0, search, pairs, 0, 0, 0, 0, *pack)
     return {"index_bits": trips}
 
 

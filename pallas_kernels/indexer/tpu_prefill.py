@@ -13,6 +13,11 @@ registers, and counting adds registers too: nothing crosses lanes until bits are
 contraction is as deep as a head is wide (128), which fills half of a 256 x 256 matrix unit (v6e,
 v7x): the products take twice the time that FLOPs suggest, whatever the layout.
 
+v7x multiplies e5m2 twice as fast as bfloat16. Queries and keys that were rounded to FP4 (e2m1 times a
+power of two for 32 channels) are e5m2 values if these powers lie between 2**-15 and 2**13, and both
+kinds of products are exact in float32. So queries are converted once a block and compared, keys are
+compared beforehand, and where all are equal the loop over FP8 runs, else that over bfloat16.
+
 The 128 lanes are F groups of 128 / F queries. With F = 1 the scores of S entries take 512 S bytes;
 for long contexts F grows (`block_sizes.lane_groups`): lane group f accumulates heads f mod F, the
 groups are summed, and each keeps another part of the entries:
@@ -30,12 +35,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.indexer import block_sizes, threshold
 from pallas_kernels.indexer.block_sizes import CHUNK
 from pallas_kernels.indexer.threshold import LANES, MISSING
 from pallas_kernels.selection import ENTRIES_PER_WORD_ROW
 
 QUERY_TILE = 16  # rows of a tile of bfloat16
+CONVERTED_AT_ONCE = 2  # heads
+FP8_CHIPS = ("v7x",)  # chips that multiply e5m2 faster than bfloat16
 
 
 def unsupported(num_heads: int, num_entries: int) -> str | None:
@@ -80,29 +88,36 @@ def index_bits(
     last = jnp.max(visible, axis=2)
     visible = jnp.tile(visible, (1, 1, groups))[:, :, None]
 
-    def key_index(b, i, k, last):
+    in_fp8 = keys.dtype == jnp.bfloat16 and dispatch.target_chip() in FP8_CHIPS
+    exact = [_are_e5m2(keys, key_block)] if in_fp8 else []
+    columns = (num_heads // groups, LANES, width)
+
+    def key_index(b, i, k, last, *_):
         return b, jnp.minimum(k, jnp.maximum(pl.cdiv(last[b, i], key_block) - 1, 0)), 0
 
-    kernel = functools.partial(_kernel, topk=topk, groups=groups, num_entries=num_entries)
+    kernel = functools.partial(
+        _kernel, in_fp8=in_fp8, topk=topk, groups=groups, num_entries=num_entries
+    )
     scored = batch * num_queries * num_entries // 2
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=1 + len(exact),
             grid=(batch, num_blocks, pl.cdiv(num_entries, key_block)),
             in_specs=[
-                pl.BlockSpec((None, block, num_heads, width), lambda b, i, k, _: (b, i, 0, 0)),
-                pl.BlockSpec((None, None, *weights.shape[2:]), lambda b, i, k, _: (b, i, 0, 0)),
-                pl.BlockSpec((None, None, 1, LANES), lambda b, i, k, _: (b, i, 0, 0)),
+                pl.BlockSpec((None, block, num_heads, width), lambda b, i, k, *_: (b, i, 0, 0)),
+                pl.BlockSpec((None, None, *weights.shape[2:]), lambda b, i, k, *_: (b, i, 0, 0)),
+                pl.BlockSpec((None, None, 1, LANES), lambda b, i, k, *_: (b, i, 0, 0)),
                 pl.BlockSpec((None, key_block, width), key_index),
             ],
             out_specs=pl.BlockSpec(
-                (None, block, num_words, LANES), lambda b, i, k, _: (b, i, 0, 0)
+                (None, block, num_words, LANES), lambda b, i, k, *_: (b, i, 0, 0)
             ),
             scratch_shapes=[
-                pltpu.VMEM((num_heads // groups, LANES, width), q.dtype),
                 pltpu.VMEM((num_words * ENTRIES_PER_WORD_ROW // groups, LANES), jnp.int32),
                 pltpu.VMEM((2, 8, LANES), jnp.int32),
+                pltpu.VMEM(columns, q.dtype),
+                *([pltpu.VMEM(columns, jnp.float8_e5m2), pltpu.SMEM((1,), jnp.int32)] * in_fp8),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, num_queries, num_words, LANES), jnp.uint32),
@@ -117,24 +132,38 @@ def index_bits(
         ),
         interpret=interpret,
         name="index_bits",
-    )(last, q, weights, visible, keys)
+    )(last, *exact, q, weights, visible, keys)
+
+
+def _are_e5m2(keys: jax.Array, block: int) -> jax.Array:
+    """[B, S, I] -> int32 [B, ceil(S / block)]: 1 where all of a block's keys are e5m2 values."""
+    exact = jax.lax.reduce_precision(keys, exponent_bits=5, mantissa_bits=2) == keys
+    exact = jnp.all(exact, axis=-1)
+    exact = jnp.pad(exact, [(0, 0), (0, -exact.shape[1] % block)], constant_values=True)
+    return jnp.all(exact.reshape(keys.shape[0], -1, block), axis=-1).astype(jnp.int32)
 
 
 def _kernel(
     last_ref,  # [B, blocks] int32: entries that some query of a block sees
-    q_ref,  # [block, A, I]
-    weights_ref,  # [A / F, 128] float32
-    visible_ref,  # [1, 128] int32
-    keys_ref,  # [key block, I]
-    bits_ref,  # [block, W, 128] uint32
-    columns,  # [A / F, 128, I]: queries as columns of the product
-    scores,  # [4096 W / F, 128] int32, see the module
-    range_ref,  # [2, 8, 128] int32: least and greatest score
-    *,
+    *refs,
+    in_fp8: bool,
     topk: int,
     groups: int,
     num_entries: int,
 ):
+    if in_fp8:
+        exact_keys, *refs = refs  # [B, key blocks] int32: 1 where they are e5m2 values
+    (
+        q_ref,  # [block, A, I]
+        weights_ref,  # [A / F, 128] float32
+        visible_ref,  # [1, 128] int32
+        keys_ref,  # [key block, I]
+        bits_ref,  # [block, W, 128] uint32
+        scores,  # [4096 W / F, 128] int32, see the module
+        range_ref,  # [2, 8, 128] int32: least and greatest score
+        columns,  # [A / F, 128, I]: queries as columns of the product
+        *fp8_refs,
+    ) = refs
     last = last_ref[pl.program_id(0), pl.program_id(1)]
     step = pl.program_id(2)
     key_block = keys_ref.shape[0]
@@ -149,6 +178,8 @@ def _kernel(
     @pl.when((step == 0) & (last > topk))
     def _():
         _gather_columns(q_ref, columns, groups)
+        if in_fp8:
+            _convert_columns(columns, *fp8_refs)
         range_ref[0] = jnp.full((8, LANES), 2**31 - 1, jnp.int32)
         range_ref[1] = jnp.full((8, LANES), MISSING, jnp.int32)
 
@@ -157,12 +188,12 @@ def _kernel(
         first = row // part_rows * ENTRIES_PER_WORD_ROW + row % part_rows
         return first + group * part_rows + jax.lax.broadcasted_iota(jnp.int32, (CHUNK, LANES), 0)
 
-    def score(c, _):
+    def score(columns, c, _):
         row = pl.multiple_of(step * part + c * CHUNK, CHUNK)
         found = jnp.zeros((CHUNK, LANES), jnp.float32)
         for g in range(groups):
             keys = keys_ref[pl.ds(pl.multiple_of(g * part + c * CHUNK, CHUNK), CHUNK)]
-            total = _scores(keys, columns, weights_ref)
+            total = _scores(keys.astype(columns.dtype), columns, weights_ref)
             total = threshold.across_groups(total, jnp.add, groups)
             found = jnp.where(group == g, total, found)
         is_visible = entry_of(row) < visible
@@ -179,13 +210,17 @@ def _kernel(
         scores[pl.ds(row, CHUNK)] = jnp.where(entry_of(row) < visible, 0, MISSING)
         return 0
 
-    @pl.when(last > topk)
-    def _():
-        jax.lax.fori_loop(0, num_chunks(step), score, 0)
+    def run(loop, condition):
+        jax.lax.fori_loop(0, jnp.where(condition, num_chunks(step), 0), loop, 0)
 
-    @pl.when(last <= topk)
-    def _():
-        jax.lax.fori_loop(0, num_chunks(step), fill, 0)
+    if in_fp8:
+        columns_fp8, exact_queries = fp8_refs
+        is_exact = exact_keys[pl.program_id(0), step] * exact_queries[0] == 1
+        run(functools.partial(score, columns_fp8), (last > topk) & is_exact)
+        run(functools.partial(score, columns), (last > topk) & ~is_exact)
+    else:
+        run(functools.partial(score, columns), last > topk)
+    run(fill, last <= topk)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
@@ -243,6 +278,21 @@ def _gather_columns(q_ref, columns, groups: int):
         return 0
 
     jax.lax.fori_loop(0, block // QUERY_TILE, some, 0)
+
+
+def _convert_columns(columns, columns_fp8, exact):
+    """Columns as e5m2, and whether none changed."""
+
+    def convert(a, changed):
+        x = columns[a]
+        converted = x.astype(columns_fp8.dtype)
+        columns_fp8[a] = converted
+        return jnp.where(converted.astype(x.dtype) == x, changed, jnp.ones_like(x))
+
+    changed = jax.lax.fori_loop(
+        0, columns.shape[0], convert, jnp.zeros_like(columns[0]), unroll=CONVERTED_AT_ONCE
+    )
+    exact[0] = (jnp.max(changed.astype(jnp.float32)) == 0).astype(jnp.int32)
 
 
 def _scores(

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import indexer
-from pallas_kernels.indexer import block_sizes, xla
+from pallas_kernels import dispatch, indexer, quantize
+from pallas_kernels.indexer import block_sizes, tpu_prefill, xla
 from pallas_kernels.packed_rows import PackedKeys
 from pallas_kernels.selection import Selection
 from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
@@ -243,6 +243,56 @@ def test_kernel_in_bfloat16_selects_the_same_where_products_are_exact(num_querie
     expected = selection(scores_of(*args[:3]), args[3], 6, 4)
     actual = index_topk(*args, topk=6, ratio=4, implementation="interpret")
     np.testing.assert_array_equal(np.sort(actual, axis=-1), expected)
+
+
+def fp4_inputs():
+    """Two blocks of queries and two of keys, as the released rounding leaves them."""
+    rng = np.random.default_rng(0)
+    q, keys = (
+        np.array(quantize.round_fp4(rng.standard_normal(shape).astype(ml_dtypes.bfloat16)))
+        for shape in ((2, 150, 4, 64), (2, 4500, 64))
+    )
+    weights = rng.standard_normal((2, 150, 4)).astype(np.float32)
+    positions = np.stack([np.arange(150), np.arange(17900, 18050)]).astype(np.int32)
+    return q, weights, keys, positions
+
+
+@pytest.mark.parametrize("inexact", [None, "query", "key", "small key", "large query"])
+def test_kernel_in_fp8_selects_the_same(inexact, monkeypatch):
+    monkeypatch.setattr(dispatch, "target_chip", lambda: "v7x")
+    q, weights, keys, positions = fp4_inputs()
+    match inexact:
+        case "query":
+            q[1, 40, 2, 5] = 1.125
+        case "key":
+            keys[1, 4400, 7] = 3.25
+        case "small key":
+            keys[0, 300, 7] = 2.0**-20
+        case "large query":
+            q[0, 149, 3, 0] = 2.0**17
+    args, options = (q, weights, keys, positions), dict(topk=16, ratio=4)
+    expected = select(*args, **options, implementation="reference")
+    actual = select(*args, **options, implementation="interpret")
+    np.testing.assert_array_equal(actual.mask(), expected.mask())
+
+
+def test_products_in_fp8_are_taken_only_where_both_operands_are_exact(monkeypatch):
+    monkeypatch.setattr(dispatch, "target_chip", lambda: "v7x")
+    q, weights, keys, positions = fp4_inputs()
+    keys = (keys * (1 + np.arange(64) % 4 / 16)).astype(keys.dtype)  # two bits more
+    options = dict(topk=16, ratio=4)
+
+    def is_right(q):
+        expected = select(q, weights, keys, positions, **options, implementation="reference")
+        actual = select(q, weights, keys, positions, **options, implementation="interpret")
+        return (actual.mask() == expected.mask()).all()
+
+    assert is_right(q)
+    claim = lambda k, block: jnp.ones((2, -(-k.shape[1] // block)), jnp.int32)  # noqa: E731
+    monkeypatch.setattr(tpu_prefill, "_are_e5m2", claim)
+    assert not is_right(q)
+    q[:, ::64, 0, 0] = 1.125  # one query of each block
+    assert is_right(q)
 
 
 @pytest.mark.parametrize("integer", [True, False])
