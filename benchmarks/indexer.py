@@ -47,14 +47,14 @@ def _prefill_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -
     ends = range(context - num_queries + block, context + 1, block)
     last = [end // RATIO for end in ends if end // RATIO > cfg.indexer.topk]
     key_block = min(4096, num_entries)
-    steps = sum(-(-n // key_block) for n in last)
-    chunks = sum(
-        n // key_block * (key_block // groups // block_sizes.CHUNK)
-        + -(-min(n % key_block, key_block // groups) // block_sizes.CHUNK)
+    chunks = [  # of each step
+        -(-min(n - first, key_block // groups) // block_sizes.CHUNK)
         for n in last
-    )
+        for first in range(0, n, key_block)
+    ]
+    steps = len(chunks)
     blocks = len(last) / steps  # per step
-    pairs = chunks / len(last) / 2
+    pairs = sum(chunks) / len(last) / 2
     num_words = -(-num_entries // 4096)
     pack = (2 * pairs * block_sizes.CHUNK / 128,)
     if num_words > 1:
@@ -62,10 +62,10 @@ def _prefill_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -
     else:
         pack = (blocks * pack[0],)
     columns = (blocks * block // 16,) if block > 16 else ()
-    scores = (chunks / steps,)
-    if chip in tpu_prefill.FP8_CHIPS:  # converts columns, and has a loop over bfloat16 as well
+    scores = (sum(n // 2 for n in chunks) / steps, sum(n % 2 for n in chunks) / steps)
+    if chip in tpu_prefill.FP8_CHIPS:  # converts columns, and has loops over bfloat16 as well
         columns += (blocks * cfg.indexer.num_heads / groups / tpu_prefill.CONVERTED_AT_ONCE,)
-        scores += (0,)
+        scores += (0, 0)
     search = blocks * PASSES["prefill"]
     trips = (batch * steps, *columns, *scores, 0, search, pairs, 0, 0, 0, 0, *pack)
     return {"index_bits": trips}

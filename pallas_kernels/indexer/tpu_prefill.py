@@ -210,17 +210,21 @@ def _kernel(
         scores[pl.ds(row, CHUNK)] = jnp.where(entry_of(row) < visible, 0, MISSING)
         return 0
 
-    def run(loop, condition):
-        jax.lax.fori_loop(0, jnp.where(condition, num_chunks(step), 0), loop, 0)
+    def score_all(columns, condition):
+        """Two chunks at a time: products of the second hide what is left to do for the first."""
+        one = functools.partial(score, columns)
+        count = jnp.where(condition, num_chunks(step), 0)
+        jax.lax.fori_loop(0, count // 2, lambda i, _: one(2 * i + 1, one(2 * i, 0)), 0)
+        jax.lax.fori_loop(count // 2 * 2, count, one, 0)
 
     if in_fp8:
         columns_fp8, exact_queries = fp8_refs
         is_exact = exact_keys[pl.program_id(0), step] * exact_queries[0] == 1
-        run(functools.partial(score, columns_fp8), (last > topk) & is_exact)
-        run(functools.partial(score, columns), (last > topk) & ~is_exact)
+        score_all(columns_fp8, (last > topk) & is_exact)
+        score_all(columns, (last > topk) & ~is_exact)
     else:
-        run(functools.partial(score, columns), last > topk)
-    run(fill, last <= topk)
+        score_all(columns, last > topk)
+    jax.lax.fori_loop(0, jnp.where(last > topk, 0, num_chunks(step)), fill, 0)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
