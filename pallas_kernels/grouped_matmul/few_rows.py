@@ -194,7 +194,8 @@ def _product(fmt: Format, spread_ref, w_refs, columns, depth, rows) -> jax.Array
     dtype = spread_ref.dtype
     if not fmt.is_packed:
         return dot(spread_ref[...], w_refs[0][:, columns].astype(dtype))
-    scale = scale_rows(dataclasses.replace(fmt, scales_in_bf16=False), w_refs[1][:, columns])
+    fmt = dataclasses.replace(fmt, scales_in_bf16=False, is_e4m3b11=False)
+    scale = scale_rows(fmt, w_refs[1][:, columns])
     values = codes(fmt, w_refs[0], 0, fmt.num_inputs, columns)
     if dtype == jnp.float32:
         values = [value.astype(jnp.float32) for value in values]

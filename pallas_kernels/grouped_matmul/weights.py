@@ -10,8 +10,8 @@ outputs beforehand: 3 % of the weights' bytes). For bfloat16 and power-of-two sc
 as 32-bit words that hold the scale twice, so that spreading a word over eight sublanes gives a
 bfloat16 register of sixteen rows without a conversion.
 
-FP8 becomes bfloat16 by a conversion, but v6e has none and would take fifteen operations for a
-register of bfloat16. There bits are moved (`_e4m3_to_bf16`), in nine.
+FP8 (e4m3fn) is read as e4m3b11fnuz: the same bits times 2**-4, which chips before v7x convert in
+three operations instead of fifteen. Only minus zero, there a NaN, becomes zero first.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray, fp4_block
 
 E5M2_EXPONENT = 14
 BF16_SCALES = ("v6e", "v7x")  # chips that multiply in bfloat16
-CONVERTS_E4M3 = ("v7x",)  # of these, those that convert to bfloat16 at once
+E4M3B11_EXPONENT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Format:
     dtype: jnp.dtype  # of the products' operands
     value_bytes: float  # of a weight in HBM, scale not counted
     scales_in_bf16: bool
-    moves_e4m3: bool = False  # e4m3 becomes bfloat16 by moving bits
+    is_e4m3b11: bool = False  # e4m3 is read as e4m3b11fnuz
 
     @property
     def group(self) -> int:
@@ -72,9 +72,9 @@ def format_of(w: jax.Array | QuantizedArray, dtype, chip: str) -> Format:
         return Format("float", *w.shape[1:], dtype, w.dtype.itemsize, False)
     powers = w.scale.dtype == jnp.float8_e8m0fnu
     in_bf16 = powers and dtype == jnp.bfloat16 and chip in BF16_SCALES
-    kind, size = ("fp4", 0.5) if w.is_fp4 else ("fp8", 1)
-    moves = in_bf16 and not w.is_fp4 and chip not in CONVERTS_E4M3
-    return Format(kind, *w.shape[1:], dtype, size, in_bf16, moves)
+    if w.is_fp4:
+        return Format("fp4", *w.shape[1:], dtype, 0.5, in_bf16)
+    return Format("fp8", *w.shape[1:], dtype, 1, in_bf16, is_e4m3b11=chip != "v7x")
 
 
 def unsupported(w: jax.Array | QuantizedArray) -> str | None:
@@ -116,8 +116,8 @@ def rows_of_operands(fmt: Format, num_inputs: int) -> list[int]:
 def scale_rows(fmt: Format, scale: jax.Array) -> jax.Array:
     """Scales [groups, out] as the 32-bit rows that `unpack` spreads."""
     bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
-    if fmt.kind == "fp4":
-        bits = bits + (E5M2_EXPONENT << 23)
+    exponent = E5M2_EXPONENT if fmt.kind == "fp4" else E4M3B11_EXPONENT * fmt.is_e4m3b11
+    bits = bits + (exponent << 23)
     if fmt.scales_in_bf16:
         bits = bits | bits >> 16
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -141,29 +141,15 @@ def unpack(fmt: Format, values_ref, rows_ref, first, num_inputs: int, columns) -
             parts.append((values.astype(jnp.float32) * row).astype(fmt.dtype))
             continue
         pairs = jnp.broadcast_to(row, (fmt.group // 2, row.shape[1]))
-        values = _e4m3_to_bf16(values) if fmt.moves_e4m3 else values.astype(jnp.bfloat16)
-        parts.append(values * pltpu.bitcast(pairs, jnp.bfloat16))
+        parts.append(values.astype(jnp.bfloat16) * pltpu.bitcast(pairs, jnp.bfloat16))
     return jnp.concatenate(parts)
-
-
-def _e4m3_to_bf16(values: jax.Array) -> jax.Array:
-    """Finite e4m3 [r, n] -> bfloat16, by moving bits.
-
-    The bits eeeemmm below the right exponent are f = 2**(eeee - 7) (1 + mmm / 8), which is the value
-    but for subnormals (eeee = 0), where f lies in 2**-7 * [1, 2) and 2 f - 2**-6 is: the smaller one.
-    """
-    bits = pltpu.bitcast(pltpu.bitcast(values, jnp.int8).astype(jnp.int16), jnp.uint32)
-    magnitude = ((bits << 4) & jnp.uint32(0x07F007F0)) + jnp.uint32(0x3C003C00)
-    magnitude = pltpu.bitcast(magnitude, jnp.bfloat16)
-    magnitude = jnp.minimum(magnitude, magnitude + (magnitude - 2.0**-6))
-    signed = pltpu.bitcast(magnitude, jnp.uint32) | (bits & jnp.uint32(0x80008000))
-    return pltpu.bitcast(signed, jnp.bfloat16)
 
 
 def codes(fmt: Format, values_ref, first, num_inputs: int, columns) -> list[jax.Array]:
     """The values of `unpack` before scaling, FP8, group by group."""
     if fmt.kind == "fp8":
-        blocks = [values_ref[pl.ds(_aligned(first, fmt.block), num_inputs), columns]]
+        block = values_ref[pl.ds(_aligned(first, fmt.block), num_inputs), columns]
+        blocks = [_e4m3b11(block) if fmt.is_e4m3b11 else block]
     else:
         half, blocks = fmt.block // 2, []
         for block in range(num_inputs // fmt.block):
@@ -172,6 +158,14 @@ def codes(fmt: Format, values_ref, first, num_inputs: int, columns) -> list[jax.
     return [
         block[i : i + fmt.group] for block in blocks for i in range(0, block.shape[0], fmt.group)
     ]
+
+
+def _e4m3b11(values: jax.Array) -> jax.Array:
+    """Finite e4m3fn -> e4m3b11fnuz, times 2**-4."""
+    word = pltpu.bitcast(values, jnp.uint32)
+    is_nonzero = (word & jnp.uint32(0x7F7F7F7F)) + jnp.uint32(0x7F7F7F7F)  # in the sign bits
+    word = word & (is_nonzero | jnp.uint32(0x7F7F7F7F))
+    return pltpu.bitcast(word, jnp.float8_e4m3b11fnuz)
 
 
 def _halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
