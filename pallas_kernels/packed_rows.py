@@ -12,7 +12,8 @@ these: XLA holds u8[B, S, 584] with rows on lanes, where a kernel wants them on 
 
 A row has H channels, of which the last `rope_dim` are bfloat16 and the others e4m3 with one E8M0
 scale per 64, and is padded to 8 bytes: 584 bytes for 448 + 64 channels (bfloat16: 1024). Packing is
-exact for rows that `quantize.round_fp8` has rounded in blocks of 64. A key has I channels of e2m1
+exact for rows that `quantize.round_fp8` has rounded in blocks of 64, but for the sign of zeros: there
+is no minus zero in e4m3, as e4m3b11fnuz, which kernels may read it as, has none. A key has I channels of e2m1
 with one E8M0 scale per 32, and is padded to 4 bytes: 68 for 128 channels. Exact for keys that
 `quantize.round_fp4` has rounded in blocks of 32.
 
@@ -353,7 +354,8 @@ def _parts(rows: jax.Array, nope_dim: int, rope_dim: int) -> tuple[jax.Array, ..
     padding = row_bytes(nope_dim, rope_dim) - nope_dim - 2 * rope_dim - scale.shape[-1]
     scale = jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, padding)])
     rope = _bitcast(rows[..., nope_dim:].astype(jnp.bfloat16), jnp.uint16)
-    return _bitcast(values, jnp.uint8), rope, scale
+    values = _bitcast(values, jnp.uint8)
+    return jnp.where(values == 0x80, 0, values), rope, scale  # no minus zero
 
 
 def _rows(values, rope, scale, dtype) -> jax.Array:
