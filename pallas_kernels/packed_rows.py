@@ -39,7 +39,7 @@ bytes are 128 consecutive ones, in the lanes they are wanted in.
 
 | words  | meaning                                                                          |
 |--------|----------------------------------------------------------------------------------|
-| 0..15  | codes: byte i % 32 of 32 holds channels i and i + 32 of 64, the latter high      |
+| 0..15  | codes: byte i % 32 of 32 holds channels i and i + 32 of 64 (`join_codes`)        |
 | 16     | scales: that of block b is byte b                                                |
 """
 
@@ -51,6 +51,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import packed_append
 from pallas_kernels.packed_append import LINE
+from pallas_kernels.quantize import join_codes, split_codes
 from pallas_kernels.quantize_rows import dequantize_rows, quantize_rows
 
 ROW_BLOCK = 64  # channels per scale of a row
@@ -309,14 +310,14 @@ class PackedKeys(_OnLanes):
         codes, scale = quantize_rows(keys, "fp4", KEY_BLOCK)
         codes = jnp.concatenate([codes & 0xF, codes >> 4], axis=-1)
         low, high = jnp.split(codes.reshape(*codes.shape[:-1], -1, 2 * self._half), 2, axis=-1)
-        codes = (low | high << 4).reshape(*codes.shape[:-1], -1)
+        codes = join_codes(low, high).reshape(*codes.shape[:-1], -1)
         scale = jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, -scale.shape[-1] % 4)])
         return _words_of_bytes(jnp.concatenate([codes, scale], axis=-1))
 
     def _from_words(self, words: jax.Array, dtype) -> jax.Array:
         codes, scale = jnp.split(_bytes_of_words(words), [self.width // 2], axis=-1)
         codes = codes.reshape(*codes.shape[:-1], -1, self._half)
-        codes = jnp.concatenate([codes & 0xF, codes >> 4], axis=-1)
+        codes = jnp.concatenate(split_codes(codes), axis=-1)
         codes = codes.reshape(*codes.shape[:-2], 2, self.width // 2)
         codes = codes[..., 0, :] | codes[..., 1, :] << 4
         scale = scale[..., : -(-self.width // KEY_BLOCK)]

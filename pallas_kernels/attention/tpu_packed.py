@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tpu_formats
 from pallas_kernels.packed_rows import LINE, PRODUCTS, ROW_BLOCK, row_bytes
 
 CHANNELS = (448, 64)
@@ -47,19 +47,17 @@ def keys_of_columns(lines_ref, dtype) -> jax.Array:
 
 def _keys_of_group(lines_ref, first: int) -> jax.Array:
     nope, rope = CHANNELS
-    chip = dispatch.target_chip()
-    product = PRODUCTS[chip]
-    # Chips before v7x convert e4m3b11fnuz, the same bits times 2**-4, in a fifth of the operations.
-    fp8, exponent = (jnp.float8_e4m3fn, 0) if chip == "v7x" else (jnp.float8_e4m3b11fnuz, 4)
+    product = PRODUCTS[dispatch.target_chip()]
+    fp8 = tpu_formats.best_e4m3(dispatch.target_chip())
     scales = lines_ref[pl.ds(first + WORDS - 2, 2)]
     rows = []
     for block in range(nope // ROW_BLOCK):
         words = lines_ref[pl.ds(first + block * ROW_BLOCK // 4, ROW_BLOCK // 4)]
         values = pltpu.bitcast(words, fp8).astype(product)
         scale = scales[block // 4 : block // 4 + 1]
-        # A power of two is its exponent.
-        scale = _shift(scale, 23 - 8 * (block % 4)) & 0x7F800000
-        scale = _float(scale + jnp.uint32(exponent << 23)).astype(product)
+        scale = _shift(scale, 23 - 8 * (block % 4)) & 0x7F800000  # a power of two is its exponent
+        scale = tpu_formats.scale_words(scale, fp8, product)
+        scale = tpu_formats.spread(scale, ROW_BLOCK, product)
         rows.append((values * scale).astype(jnp.bfloat16))
     words = lines_ref[pl.ds(first + nope // 4, rope // 2)]
     return jnp.concatenate([*rows, pltpu.bitcast(words, jnp.bfloat16)], axis=0)

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_formats
 from pallas_kernels.grouped_matmul import block_sizes
 from pallas_kernels.grouped_matmul.block_sizes import BlockSizes
 from pallas_kernels.grouped_matmul.tpu import Product, Weight
@@ -194,8 +195,11 @@ def _product(fmt: Format, spread_ref, w_refs, columns, depth, rows) -> jax.Array
     dtype = spread_ref.dtype
     if not fmt.is_packed:
         return dot(spread_ref[...], w_refs[0][:, columns].astype(dtype))
-    fmt = dataclasses.replace(fmt, scales_in_bf16=False, is_e4m3b11=False)
+    # The matrix unit takes e4m3 as it is.
+    read_as = fmt.read_as if fmt.kind == "fp4" else tpu_formats.E4M3
+    fmt = dataclasses.replace(fmt, read_as=read_as, scale_dtype=jnp.dtype(jnp.float32))
     scale = scale_rows(fmt, w_refs[1][:, columns])
+    scale = jax.lax.bitcast_convert_type(scale, jnp.float32)
     values = codes(fmt, w_refs[0], 0, fmt.num_inputs, columns)
     if dtype == jnp.float32:
         values = [value.astype(jnp.float32) for value in values]

@@ -116,7 +116,7 @@ def grouped_product(
             in_specs.append(pl.BlockSpec((None, height, width), weight_at))
             arrays.append(array)
         if fmt.is_packed:
-            weight_scratch.append(pltpu.VMEM((inputs // fmt.group, width), jnp.float32))
+            weight_scratch.append(pltpu.VMEM((inputs // fmt.group, width), jnp.uint32))
             weight_scratch.append(pltpu.VMEM((inputs, width), fmt.dtype))
     in_specs += [pl.BlockSpec((rows, 1), rows_at) for _ in row_values]
     in_specs += [pl.BlockSpec((rows, sizes.columns), columns_at) for _ in column_values]

@@ -6,7 +6,7 @@ Scores of all visible entries are kept in VMEM (4 bytes each), the threshold is 
 XLA instead writes the scores to HBM and sorts all S of them.
 
 Packed keys are unpacked in VMEM. They lie on lanes, where scores do: [I, 128 n] is what a product
-takes. Codes become e5m2, which holds 2**-14 times every e2m1 value, and the scales 2**14 times more.
+takes.
 
 Scores: heads are rows of the product q [A, I] x keys [256 n, I]^T; the weighted sum over heads is
 over rows. Entry s lies in row s // 128, lane s % 128 of the scores.
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tpu_formats
 from pallas_kernels.indexer import block_sizes, threshold
 from pallas_kernels.indexer.threshold import LANES, MISSING
 from pallas_kernels.packed_rows import KEY_BLOCK, PRODUCTS, PackedKeys, key_words
@@ -164,20 +164,21 @@ def _kernel(
 def _unpack(keys_ref, first, count: int, dtype):
     """[I, 128 count]: packed keys of groups `first` .. first + count - 1."""
     product = PRODUCTS[dispatch.target_chip()]
+    exponents = keys_ref[pl.ds((first + 1) * PACKED_WORDS - 1, count, PACKED_WORDS)]
+    scales = []  # of each block of channels: words [count, 128]
+    for block in range(PACKED_WIDTH // KEY_BLOCK):
+        bits = (exponents >> 8 * block & 0xFF) << 23
+        scales.append(tpu_formats.scale_words(bits, tpu_formats.E5M2, product))
     groups = []
     for group in range(count):
         line = (first + group) * PACKED_WORDS
-        scales = keys_ref[pl.ds(line + PACKED_WORDS - 1, 1)]
         blocks = []
         for pair in range(PACKED_WIDTH // (2 * KEY_BLOCK)):
             codes = keys_ref[pl.ds(line + pair * KEY_BLOCK // 4, KEY_BLOCK // 4)]
-            low = (codes & 0x07070707) << 1 | (codes & 0x08080808) << 4
-            high = codes >> 3 & 0x0E0E0E0E | codes & jnp.uint32(0x80808080)
-            for half, values in enumerate((low, high)):
-                byte = scales >> 8 * (2 * pair + half) & 0xFF
-                scale = jax.lax.bitcast_convert_type(byte + 14 << 23, jnp.float32)
-                values = pltpu.bitcast(values, jnp.float8_e5m2).astype(product)
-                blocks.append((values * scale.astype(product)).astype(jnp.bfloat16))
+            for half, values in enumerate(tpu_formats.e5m2_of_codes(codes)):
+                scale = scales[2 * pair + half][group : group + 1]
+                scale = tpu_formats.spread(scale, KEY_BLOCK, product)
+                blocks.append((values.astype(product) * scale).astype(jnp.bfloat16))
         groups.append(jnp.concatenate(blocks, axis=0))
     return jnp.concatenate(groups, axis=1).astype(dtype)
 

@@ -288,8 +288,7 @@ def test_products_in_fp8_are_taken_only_where_both_operands_are_exact(monkeypatc
         return (actual.mask() == expected.mask()).all()
 
     assert is_right(q)
-    claim = lambda k, block: jnp.ones((2, -(-k.shape[1] // block)), jnp.int32)  # noqa: E731
-    monkeypatch.setattr(tpu_prefill, "_are_e5m2", claim)
+    monkeypatch.setattr(tpu_prefill, "_are_e5m2", lambda *_: jnp.ones((2, 2), jnp.int32))
     assert not is_right(q)
     q[:, ::64, 0, 0] = 1.125  # one query of each block
     assert is_right(q)
