@@ -21,6 +21,9 @@ NANO = ROOT / "v4jax" / "assets" / "nano"
 # Workers compile many of the same programs, and so does the next run.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# Most programs run once, and a third of the time to compile them is LLVM's. What scripts compile in
+# processes of their own is optimized.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +50,24 @@ def official_small_f32() -> dict[str, np.ndarray]:
 @pytest.fixture
 def not_kept():
     """Programs for absent devices can be kept on disk, but not be read again: keeps none."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    seconds = getattr(jax.config, name)
-    jax.config.update(name, 1e9)
+    yield from _configured(
+        jax_persistent_cache_min_compile_time_secs=1e9, jax_disable_most_optimizations=False
+    )
+
+
+@pytest.fixture
+def optimized():
+    """Programs are compiled as users compile them."""
+    yield from _configured(jax_disable_most_optimizations=False)
+
+
+def _configured(**options):
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
     yield
-    jax.config.update(name, seconds)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ from flax import nnx
 
 from v4jax import Transformer
 
-FAST = {"xla_backend_optimization_level": 0}  # to compile, for programs that run once
-
 
 def random_model(cfg, *args, seed: int = 0, **options) -> Transformer:
     """`Transformer(cfg, *args, **options)` with the numbers of a seed."""
@@ -16,7 +14,7 @@ def random_model(cfg, *args, seed: int = 0, **options) -> Transformer:
     def make(key):
         return Transformer(cfg, *args, **options, rngs=nnx.Rngs(key))
 
-    return jax.jit(make, compiler_options=FAST)(jax.random.key(seed))
+    return jax.jit(make)(jax.random.key(seed))
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from sharding import DECODE, TRAIN, make_mesh, spmd
-from tests.models import FAST, random_model
+from tests.models import random_model
 from v4jax import Transformer, V4Config, checkpoint, nano_path, tiny
 from v4jax.generate import Generator
 from v4jax.placement import check_mesh, specs
@@ -85,9 +85,9 @@ def _compiled(model: Transformer, tokens: np.ndarray):
         return nnx.merge(graphdef, params, fixed)(inputs)
 
     step = loss_and_gradients(graphdef, LossWeights(balance=1.0), TRAIN, remat=model.cfg == tiny())
-    step = jax.jit(step, compiler_options=FAST)
+    step = jax.jit(step)
     forward = spmd.per_device(forward, TRAIN, (*placed, TRAIN.tokens), TRAIN.tokens)
-    forward = jax.jit(forward, compiler_options=FAST)
+    forward = jax.jit(forward)
 
     def run(*state):
         if not jax.sharding.get_abstract_mesh().empty:
