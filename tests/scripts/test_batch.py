@@ -164,23 +164,22 @@ def test_processes_without_a_coordinator_and_merging_by_hand(requests, whole):
     assert "12 results" in run("batch", "--output", output, "--merge")[1]
 
 
-def test_an_interrupt_leaves_what_was_written(tmp_path, whole):
-    """So many requests that the first results are there long before the last."""
-    requests, output = tmp_path / "many.jsonl", tmp_path / "interrupted.jsonl"
-    lines = [json.dumps({"prompt": f"Emma {word}"}) for word in WORDS]
-    requests.write_text("\n".join(lines * 60), encoding="utf-8")
-    process, deadline = start("batch", *arguments(requests, output)), time.monotonic() + 300
+def test_an_interrupt_leaves_what_was_written(requests, whole, tmp_path):
+    """With so many requests that the first results are there long before the last."""
+    longer, output = tmp_path / "longer.jsonl", tmp_path / "interrupted.jsonl"
+    more = "\n".join(json.dumps({"prompt": f"Emma {word}"}) for word in 60 * WORDS)
+    longer.write_text(f"{requests.read_text(encoding='utf-8')}\n{more}", encoding="utf-8")
+    process, deadline = start("batch", *arguments(longer, output)), time.monotonic() + 300
     while not count(output) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=300)
 
     assert process.returncode == 130 and "the same command goes on" in err
-    results = [json.loads(line) for line in output.read_bytes().splitlines()]
-    expected = [json.loads(line)["text"] for line in whole[0][0].splitlines()][-len(WORDS) :]
-    assert 0 < len(results) < 60 * len(WORDS)
-    for result in results:
-        assert result["text"] == expected[(result["line"] - 1) % len(WORDS)]
+    results = output.read_bytes().splitlines()
+    assert 0 < len(results) < 12 + 60 * len(WORDS)
+    results = {result for result in results if json.loads(result)["line"] <= 14}
+    assert results <= set(whole[0][0].splitlines())
 
 
 def test_the_recipe_reaches_the_model(requests, tmp_path, monkeypatch):

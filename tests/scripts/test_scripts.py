@@ -23,6 +23,7 @@ def start(script: str, *args: object, devices: int = 1, **options) -> subprocess
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     command = [sys.executable, "-m", f"scripts.{script}", *map(str, args)]
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}

@@ -34,7 +34,12 @@ def _run(count: int, checkpoint_folder, folder) -> list[dict]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     cache = str(ROOT / ".pytest_cache" / "jax")
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in conftest.py
+    }
     command = [sys.executable, "-m", "tests.sharding.one_of_several", str(port), str(count)]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(open(folder / f"{i}.log", "w+")) for i in range(count)]
