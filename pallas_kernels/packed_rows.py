@@ -12,10 +12,10 @@ these: XLA holds u8[B, S, 584] with rows on lanes, where a kernel wants them on 
 
 A row has H channels, of which the last `rope_dim` are bfloat16 and the others e4m3 with one E8M0
 scale per 64, and is padded to 8 bytes: 584 bytes for 448 + 64 channels (bfloat16: 1024). Packing is
-exact for rows that `quantize.round_fp8` has rounded in blocks of 64, but for the sign of zeros: there
-is no minus zero in e4m3, as e4m3b11fnuz, which kernels may read it as, has none. A key has I channels of e2m1
-with one E8M0 scale per 32, and is padded to 4 bytes: 68 for 128 channels. Exact for keys that
-`quantize.round_fp4` has rounded in blocks of 32.
+exact for rows that `quantize.round_fp8` has rounded in blocks of 64, but for the sign of zeros: no
+e4m3 value is minus zero, which the format that kernels read it as does not have (`tpu_formats.py`). A
+key has I channels of e2m1 with one E8M0 scale per 32, and is padded to 4 bytes: 68 for 128 channels.
+Exact for keys that `quantize.round_fp4` has rounded in blocks of 32.
 
 `PackedRows`: a section of n bytes is n / 4 words, byte i being byte i // (n / 4) of word
 i % (n / 4). So the bytes of a word are of channels far apart, and the channels of all words' first

@@ -7,7 +7,6 @@ best. Factors of both go into the scale (`tpu_formats.py`).
 
 Scales become one row per group of inputs (32 for FP4, 128 for FP8, whose scales are repeated along
 outputs beforehand: 3 % of the weights' bytes).
-
 """
 
 import dataclasses

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
+from pallas_kernels import dispatch
+from pallas_kernels.attention import tpu_packed
 from pallas_kernels.indexer import index_topk
 from pallas_kernels.packed_append import append
 from pallas_kernels.packed_rows import PackedColumns, PackedKeys, PackedRows
@@ -52,6 +55,25 @@ def test_every_code_of_e4m3_and_every_bfloat16(kind):
     rope = np.asarray(bits.view(ml_dtypes.bfloat16), np.float32)
     both = np.concatenate([values, np.where(np.isfinite(rope), rope, 0)], axis=-1)
     np.testing.assert_array_equal(kind.pack(both, 8192).unpack(jnp.float32), both)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "v7x"])  # they convert in different ways
+def test_a_kernel_reads_every_code_of_e4m3(chip, monkeypatch):
+    monkeypatch.setattr(dispatch, "target_chip", lambda: chip)
+    codes = (np.arange(128 * 448).reshape(128, 448) + 7) % 256
+    codes[codes % 128 == 127] = 0  # NaN
+    codes[:, ::64] = 0x7E  # 448, so that the scale is 1
+    nope = codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert (np.signbit(nope) & (nope == 0)).any()  # minus zero
+    rows = np.concatenate([nope, np.ones((128, 64), np.float32)], axis=1)
+
+    def kernel(lines_ref, keys_ref):
+        keys_ref[...] = tpu_packed.keys_of_columns(lines_ref, jnp.float32)
+
+    keys = pl.pallas_call(
+        kernel, out_shape=jax.ShapeDtypeStruct((512, 128), jnp.float32), interpret=True
+    )(PackedColumns.pack(rows, 64).data)
+    np.testing.assert_array_equal(keys, rows.T)
 
 
 def test_every_code_of_e2m1():
