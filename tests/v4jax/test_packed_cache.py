@@ -34,7 +34,10 @@ def extend(model):
 
 
 def test_logits_are_those_of_a_float_cache_bit_for_bit(model, extend, optimized):
-    """Rows of different length, an odd chunk, one that ends in padding, then decoding."""
+    """Rows of different length, an odd chunk, one that ends in padding, then decoding.
+
+    As users compile it: otherwise XLA may round the sums of the two programs in different ways.
+    """
     tokens = np.random.default_rng(0).integers(0, 256, (2, 280)).astype(np.int32)
     caches = [model.init_cache(2, CAPACITY, format) for format in ("packed", "float")]
     start = 0
