@@ -56,8 +56,6 @@ from pallas_kernels.quantize_rows import dequantize_rows, quantize_rows
 
 ROW_BLOCK = 64  # channels per scale of a row
 KEY_BLOCK = 32  # of a key
-# In which a chip multiplies numbers by their scales in the least time. Exact in both.
-PRODUCTS = {"v5e": jnp.float32, "v5p": jnp.float32, "v6e": jnp.bfloat16, "v7x": jnp.bfloat16}
 _ALIGNMENT = 8  # bytes a row is padded to
 _TILE = 8  # lines
 

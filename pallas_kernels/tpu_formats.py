@@ -19,6 +19,8 @@ E5M2 = jnp.dtype(jnp.float8_e5m2)
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 E4M3B11 = jnp.dtype(jnp.float8_e4m3b11fnuz)
 EXPONENTS = {E5M2: 14, E4M3: 0, E4M3B11: 4}  # log2 of what a value read as this has lost
+# In which a chip multiplies values by their scales in the least time. Exact in both.
+PRODUCTS = {"v5e": jnp.float32, "v5p": jnp.float32, "v6e": jnp.bfloat16, "v7x": jnp.bfloat16}
 
 
 def e5m2_of_codes(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -43,7 +45,7 @@ def read_e4m3(values: jax.Array, read_as: jnp.dtype) -> jax.Array:
 
 
 def scale_words(bits: jax.Array, read_as: jnp.dtype, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """float32 bits of the scales of values that are read as something -> what `spread` takes.
+    """float32 bits of the scales of values that are read as something -> what `scaled` takes.
 
     For bfloat16, scales are powers of two, and a word holds one twice.
     """
@@ -51,8 +53,8 @@ def scale_words(bits: jax.Array, read_as: jnp.dtype, dtype: jax.typing.DTypeLike
     return bits | bits >> 16 if jnp.dtype(dtype) == jnp.bfloat16 else bits
 
 
-def spread(words: jax.Array, rows: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A row [1, n] of `scale_words` -> scales that broadcast to [rows, n], without a conversion."""
-    if jnp.dtype(dtype) == jnp.bfloat16:
-        words = jnp.broadcast_to(words, (rows // 2, words.shape[1]))
-    return pltpu.bitcast(words, dtype)
+def scaled(values: jax.Array, words: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """FP8 values [r, n] times the scales of a row [1, n] of `scale_words`, in `dtype`."""
+    if jnp.dtype(dtype) == jnp.bfloat16:  # two rows to a word
+        words = jnp.broadcast_to(words, (values.shape[0] // 2, words.shape[1]))
+    return values.astype(dtype) * pltpu.bitcast(words, dtype)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch, tpu_formats
-from pallas_kernels.packed_rows import LINE, PRODUCTS, ROW_BLOCK, row_bytes
+from pallas_kernels.packed_rows import LINE, ROW_BLOCK, row_bytes
 
 CHANNELS = (448, 64)
 WORDS = row_bytes(*CHANNELS) // 4
@@ -47,18 +47,17 @@ def keys_of_columns(lines_ref, dtype) -> jax.Array:
 
 def _keys_of_group(lines_ref, first: int) -> jax.Array:
     nope, rope = CHANNELS
-    product = PRODUCTS[dispatch.target_chip()]
-    fp8 = tpu_formats.best_e4m3(dispatch.target_chip())
+    chip = dispatch.target_chip()
+    fp8, product = tpu_formats.best_e4m3(chip), tpu_formats.PRODUCTS[chip]
     scales = lines_ref[pl.ds(first + WORDS - 2, 2)]
     rows = []
     for block in range(nope // ROW_BLOCK):
         words = lines_ref[pl.ds(first + block * ROW_BLOCK // 4, ROW_BLOCK // 4)]
-        values = pltpu.bitcast(words, fp8).astype(product)
+        values = pltpu.bitcast(words, fp8)
         scale = scales[block // 4 : block // 4 + 1]
         scale = _shift(scale, 23 - 8 * (block % 4)) & 0x7F800000  # a power of two is its exponent
         scale = tpu_formats.scale_words(scale, fp8, product)
-        scale = tpu_formats.spread(scale, ROW_BLOCK, product)
-        rows.append((values * scale).astype(jnp.bfloat16))
+        rows.append(tpu_formats.scaled(values, scale, product).astype(jnp.bfloat16))
     words = lines_ref[pl.ds(first + nope // 4, rope // 2)]
     return jnp.concatenate([*rows, pltpu.bitcast(words, jnp.bfloat16)], axis=0)
 

@@ -19,8 +19,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu_formats
 from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray, fp4_block
 
-BF16_SCALES = ("v6e", "v7x")  # chips that multiply in bfloat16
-
 
 @dataclasses.dataclass(frozen=True)
 class Format:
@@ -65,8 +63,8 @@ def format_of(w: jax.Array | QuantizedArray, dtype, chip: str) -> Format:
     if not isinstance(w, QuantizedArray):
         return Format("float", *w.shape[1:], dtype, w.dtype.itemsize)
     powers = w.scale.dtype == jnp.float8_e8m0fnu
-    in_bf16 = powers and dtype == jnp.bfloat16 and chip in BF16_SCALES
-    scale_dtype = jnp.dtype(jnp.bfloat16 if in_bf16 else jnp.float32)
+    fits_bf16 = powers and dtype == jnp.bfloat16
+    scale_dtype = jnp.dtype(tpu_formats.PRODUCTS[chip] if fits_bf16 else jnp.float32)
     if w.is_fp4:
         return Format("fp4", *w.shape[1:], dtype, 0.5, tpu_formats.E5M2, scale_dtype)
     return Format("fp8", *w.shape[1:], dtype, 1, tpu_formats.best_e4m3(chip), scale_dtype)
@@ -109,7 +107,7 @@ def rows_of_operands(fmt: Format, num_inputs: int) -> list[int]:
 
 
 def scale_rows(fmt: Format, scale: jax.Array) -> jax.Array:
-    """Scales [groups, out] as the 32-bit rows that `unpack` spreads."""
+    """Scales [groups, out] as the 32-bit rows that `unpack` takes."""
     bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
     return tpu_formats.scale_words(bits, fmt.read_as, fmt.scale_dtype)
 
@@ -127,8 +125,8 @@ def unpack(fmt: Format, values_ref, rows_ref, first, num_inputs: int, columns) -
         pl.ds(_aligned(first // fmt.group, fmt.block // fmt.group), num_groups), columns
     ]
     for group, values in enumerate(codes(fmt, values_ref, first, num_inputs, columns)):
-        scale = tpu_formats.spread(rows[group : group + 1], fmt.group, fmt.scale_dtype)
-        parts.append((values.astype(fmt.scale_dtype) * scale).astype(fmt.dtype))
+        row = rows[group : group + 1]
+        parts.append(tpu_formats.scaled(values, row, fmt.scale_dtype).astype(fmt.dtype))
     return jnp.concatenate(parts)
 
 

@@ -33,7 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import dispatch, tpu_formats
 from pallas_kernels.indexer import block_sizes, threshold
 from pallas_kernels.indexer.threshold import LANES, MISSING
-from pallas_kernels.packed_rows import KEY_BLOCK, PRODUCTS, PackedKeys, key_words
+from pallas_kernels.packed_rows import KEY_BLOCK, PackedKeys, key_words
 
 PACKED_WIDTH = 128  # channels of packed keys
 PACKED_WORDS = key_words(PACKED_WIDTH)
@@ -163,7 +163,7 @@ def _kernel(
 
 def _unpack(keys_ref, first, count: int, dtype):
     """[I, 128 count]: packed keys of groups `first` .. first + count - 1."""
-    product = PRODUCTS[dispatch.target_chip()]
+    product = tpu_formats.PRODUCTS[dispatch.target_chip()]
     exponents = keys_ref[pl.ds((first + 1) * PACKED_WORDS - 1, count, PACKED_WORDS)]
     scales = []  # of each block of channels: words [count, 128]
     for block in range(PACKED_WIDTH // KEY_BLOCK):
@@ -177,8 +177,7 @@ def _unpack(keys_ref, first, count: int, dtype):
             codes = keys_ref[pl.ds(line + pair * KEY_BLOCK // 4, KEY_BLOCK // 4)]
             for half, values in enumerate(tpu_formats.e5m2_of_codes(codes)):
                 scale = scales[2 * pair + half][group : group + 1]
-                scale = tpu_formats.spread(scale, KEY_BLOCK, product)
-                blocks.append((values.astype(product) * scale).astype(jnp.bfloat16))
+                blocks.append(tpu_formats.scaled(values, scale, product).astype(jnp.bfloat16))
         groups.append(jnp.concatenate(blocks, axis=0))
     return jnp.concatenate(groups, axis=1).astype(dtype)
 

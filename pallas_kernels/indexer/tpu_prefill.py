@@ -14,7 +14,7 @@ contraction is as deep as a head is wide (128), which fills half of a 256 x 256 
 v7x): the products take twice the time that FLOPs suggest, whatever the layout.
 
 v7x multiplies e5m2 twice as fast as bfloat16. Queries and keys that were rounded to FP4 (e2m1 times a
-power of two for 32 channels) are e5m2 values if these powers lie between 2**-15 and 2**13, and both
+power of two for 32 channels) are e5m2 values if these powers lie between 2**-13 and 2**13, and both
 kinds of products are exact in float32. So queries are converted once a block and compared, keys are
 compared beforehand, and where all are equal the loop over FP8 runs, else that over bfloat16.
 
@@ -136,7 +136,10 @@ def index_bits(
 
 
 def _are_e5m2(keys: jax.Array, block: int) -> jax.Array:
-    """[B, S, I] -> int32 [B, ceil(S / block)]: 1 where all of a block's keys are e5m2 values."""
+    """[B, S, I] -> int32 [B, ceil(S / block)]: 1 where all of a block's keys are e5m2 values.
+
+    Normal ones or zero. XLA drops a conversion to e5m2 and back, but not `reduce_precision`.
+    """
     exact = jax.lax.reduce_precision(keys, exponent_bits=5, mantissa_bits=2) == keys
     exact = jnp.all(exact, axis=-1)
     exact = jnp.pad(exact, [(0, 0), (0, -exact.shape[1] % block)], constant_values=True)
