@@ -19,7 +19,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 NANO = ROOT / "v4jax" / "assets" / "nano"
 
 # Workers compile many of the same programs, and so does the next run.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+CACHE_ENVIRONMENT = {  # of processes that tests start
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
+jax.config.update("jax_compilation_cache_dir", CACHE_ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # Most programs run once, and a third of the time to compile them is LLVM's. What scripts compile in
 # processes of their own is optimized.

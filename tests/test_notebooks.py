@@ -8,7 +8,7 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import CACHE_ENVIRONMENT, ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
@@ -27,7 +27,8 @@ def test_notebook_is_the_script(script: pathlib.Path):
 @pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(script: pathlib.Path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+    for name, value in CACHE_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""))
     notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
 

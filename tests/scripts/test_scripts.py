@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import GOLDEN, NANO, ROOT
+from tests.conftest import CACHE_ENVIRONMENT, GOLDEN, NANO, ROOT
 from v4jax import checkpoint
 
 PROMPT = "Elizabeth was surprised to see him, but"
@@ -22,8 +22,7 @@ def start(script: str, *args: object, devices: int = 1, **options) -> subprocess
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        **CACHE_ENVIRONMENT,
     }
     command = [sys.executable, "-m", f"scripts.{script}", *map(str, args)]
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
@@ -143,12 +142,11 @@ def test_the_example_of_the_readme_runs(tmp_path):
         r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
     )
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
-    cache = str(ROOT / ".pytest_cache" / "jax")
     env = {
         **os.environ,
         "XLA_FLAGS": "",
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": cache,
+        **CACHE_ENVIRONMENT,
     }
 
     done = subprocess.run(

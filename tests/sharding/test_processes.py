@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import CACHE_ENVIRONMENT, ROOT
 from tests.models import random_model
 from v4jax import checkpoint, tiny
 from v4jax.config import LayerSpec
@@ -33,11 +33,9 @@ def _run(count: int, checkpoint_folder, folder) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    cache = str(ROOT / ".pytest_cache" / "jax")
     environment = {
         **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        **CACHE_ENVIRONMENT,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in conftest.py
     }
     command = [sys.executable, "-m", "tests.sharding.one_of_several", str(port), str(count)]
