@@ -17,7 +17,7 @@ from v4jax import checkpoint
 PROMPT = "Elizabeth was surprised to see him, but"
 
 
-def start(script: str, *args: object, devices: int = 1) -> subprocess.Popen:
+def start(script: str, *args: object, devices: int = 1, **options) -> subprocess.Popen:
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -26,7 +26,7 @@ def start(script: str, *args: object, devices: int = 1) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", f"scripts.{script}", *map(str, args)]
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes, **options)
 
 
 def run(script: str, *args: object, stdin: str = "", devices: int = 1) -> tuple[str, str]:
