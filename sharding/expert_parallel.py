@@ -8,9 +8,9 @@ they are:
 * "all_to_all": each row travels to its expert's device. Shapes must not depend on the routing, so
   rows travel in rounds of `capacity` rows between any two devices; a round more is made for as long
   as any pair has rows left (none are dropped, and memory does not grow with an uneven load).
-  With an even load two rounds are enough; one's rows can travel while the other's are computed
-  (docs/sharding.md has what the compiler makes of that). On TPU and GPU only rows that exist travel
-  (`ragged_all_to_all`); XLA's CPU backend has no such operation, so there whole buffers do.
+  With an even load two rounds are enough; on TPU and GPU one's rows can travel while the other's are
+  computed (docs/sharding.md has what the compiler makes of that), and only rows that exist travel
+  (`ragged_all_to_all`). XLA's CPU backend has no such operation, so there whole buffers do.
 
 Backward, rows travel again and experts are computed again: nothing of the size of the exchanged rows
 is kept.
@@ -200,9 +200,12 @@ def _swap(buffer: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def _ragged(axes: tuple[str, ...]) -> bool:
     """Whether the platform compiled for has a ragged exchange, over one mesh axis."""
+    return _platform() != "cpu" and len(axes) == 1
+
+
+def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return platform != "cpu" and len(axes) == 1
+    return jax.default_backend() if device is None else device.platform
 
 
 def _like(mask, rows):
@@ -218,8 +221,11 @@ def _in_rounds(plan: _Plan, one: Callable, carry):
     """`carry = one(number, carry)` for each round.
 
     Those of an even load stand one after the other, so that the rows of one can travel while those
-    of another are computed; what is left is a loop.
+    of another are computed; what is left is a loop. On a CPU all rounds are: nothing would overlap,
+    and the program would be three times as long to compile.
     """
+    if _platform() == "cpu":
+        return jax.lax.fori_loop(0, plan.rounds, one, carry)
     for number in range(EVEN_ROUNDS):
         carry = one(number, carry)
     with jax.named_scope(UNEVEN_ROUNDS):

@@ -66,13 +66,10 @@ CASES = [("once", shape) for shape in _allowed()]
 CASES += [("tiny", dict(expert=2, tensor=2, context=2))]
 
 
-@pytest.fixture(scope="module")
-def tokens() -> np.ndarray:
-    rows = np.random.default_rng(1).integers(2, 256, (4000, LENGTH + 2))
-    return rows[list(ROWS)].astype(np.int32)
+TOKENS = np.random.default_rng(1).integers(2, 256, (4000, LENGTH + 2))[list(ROWS)].astype(np.int32)
 
 
-def _compiled(model: Transformer, tokens: np.ndarray):
+def _compiled(model: Transformer):
     """A function of parameters and fixed variables: gradients by name, metrics and logits.
 
     Over the ambient mesh, where it puts its arguments first. tiny() is computed as it is trained,
@@ -93,25 +90,25 @@ def _compiled(model: Transformer, tokens: np.ndarray):
         if not jax.sharding.get_abstract_mesh().empty:
             sharding = functools.partial(jax.NamedSharding, jax.sharding.get_mesh())
             state = jax.device_put(state, jax.tree.map(sharding, tuple(placed)))
-        gradients, metrics = step(*state, *shifted(tokens))
+        gradients, metrics = step(*state, *shifted(TOKENS))
         named = jax.tree_util.tree_leaves_with_path(gradients)
         gradients = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in named}
-        return gradients, metrics, np.asarray(forward(*state, tokens[:, :LENGTH]))
+        return gradients, metrics, np.asarray(forward(*state, TOKENS[:, :LENGTH]))
 
     return run
 
 
-@pytest.fixture(scope="module")
-def one_device(request, tokens):
+@functools.cache
+def _one_device(name: str):
     """A model and what one device computes, from its parameters and from ones a rounding away."""
-    model = random_model(MODELS[request.param], rules=TRAIN, seed=1)
+    model = random_model(MODELS[name], rules=TRAIN, seed=1)
     _, params, fixed = nnx.split(model, nnx.Param, ...)
     rng = np.random.default_rng(0)
 
     def moved(x):
         return x * (1 + NOISE * rng.normal(size=x.shape)).astype(np.float32)
 
-    run = _compiled(model, tokens)
+    run = _compiled(model)
     return model, run(params, fixed), run(jax.tree.map(moved, params), fixed)
 
 
@@ -134,18 +131,18 @@ def test_meshes_over_every_axis_and_pair_of_axes_are_allowed():
     assert len(pairs) == 6
 
 
-@pytest.mark.parametrize("one_device", MODELS, indirect=True)
-def test_rounding_decides_nothing(one_device):
+@pytest.mark.parametrize("name", MODELS)
+def test_rounding_decides_nothing(name):
     """Else the gradients of another mesh might belong to another choice of experts."""
-    _, expected, moved = one_device
+    _, expected, moved = _one_device(name)
     _assert_same(moved, expected)
 
 
-@pytest.mark.parametrize(("one_device", "shape"), CASES, ids=str, indirect=["one_device"])
-def test_loss_gradients_and_logits_are_those_of_one_device(one_device, shape, tokens):
-    model, expected, _ = one_device
+@pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
+def test_loss_gradients_and_logits_are_those_of_one_device(name, shape):
+    model, expected, _ = _one_device(name)
     with jax.set_mesh(make_mesh(**shape)):
-        found = _compiled(model, tokens)(*nnx.split(model, nnx.Param, ...)[1:])
+        found = _compiled(model)(*nnx.split(model, nnx.Param, ...)[1:])
 
     _assert_same(found, expected)
 
@@ -153,16 +150,16 @@ def test_loss_gradients_and_logits_are_those_of_one_device(one_device, shape, to
 PROMPTS = [np.random.default_rng(n).integers(2, 256, n).tolist() for n in (150, 37, 201)]
 
 
-def _serve(tokens):
+def _serve():
     model = random_model(tiny(), rules=DECODE, seed=1)
     generator = Generator(model, chunks=(136,))
     completions = generator.generate(PROMPTS, max_new_tokens=8, stop_ids=(0,))
-    return completions, Scorer(model).logits(tokens[:, :LENGTH])
+    return completions, Scorer(model).logits(TOKENS[:, :LENGTH])
 
 
 @pytest.fixture(scope="module")
-def served(tokens):
-    return _serve(tokens)
+def served():
+    return _serve()
 
 
 @pytest.mark.parametrize(
@@ -170,9 +167,9 @@ def served(tokens):
     [dict(expert=2, context=4), dict(fsdp=2, tensor=2, context=2), dict(expert=4, tensor=2)],
     ids=str,
 )
-def test_generation_and_logits_are_those_of_one_device(shape, tokens, served):
+def test_generation_and_logits_are_those_of_one_device(shape, served):
     with jax.set_mesh(make_mesh(**shape)):
-        completions, logits = _serve(tokens)
+        completions, logits = _serve()
 
     assert completions == served[0]
     np.testing.assert_allclose(logits, served[1], atol=TOLERANCE)
@@ -205,11 +202,11 @@ def test_a_device_must_hold_whole_blocks_of_quantised_weights():
             Generator(model)
 
 
-def test_a_mesh_is_refused_before_anything_is_compiled(compilations, tokens):
+def test_a_mesh_is_refused_before_anything_is_compiled(compilations):
     model = random_model(tiny(), rules=DECODE, seed=1)
     before = compilations()
     with jax.set_mesh(make_mesh(tensor=4)), pytest.raises(ValueError, match="o_groups=2"):
         Generator(model)
     with jax.set_mesh(make_mesh(context=8)), pytest.raises(ValueError, match="length=20"):
-        Scorer(model).logits(tokens[:, :20])
+        Scorer(model).logits(TOKENS[:, :20])
     assert compilations() == before
