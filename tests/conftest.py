@@ -1,33 +1,40 @@
 """Eight fake CPU devices, warnings as errors, and models that several tests share."""
 
 import os
+import pathlib
+
+
+def _flags(devices: int) -> str:
+    return f"--xla_force_host_platform_device_count={devices}"
+
 
 # Before jax is imported, here or in a test.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-
-import pathlib
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + _flags(8)
 
 import jax
 import numpy as np
 import pytest
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 NANO = ROOT / "v4jax" / "assets" / "nano"
 
-# Workers compile many of the same programs, and so does the next run.
-CACHE_ENVIRONMENT = {  # of processes that tests start
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+SETTINGS = {
+    # Workers compile many of the same programs, and so does the next run.
+    "jax_compilation_cache_dir": str(ROOT / ".pytest_cache" / "jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    # Most programs run once, and a third of the time to compile them is LLVM's.
+    "jax_disable_most_optimizations": True,
 }
-jax.config.update("jax_compilation_cache_dir", CACHE_ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-# Most programs run once, and a third of the time to compile them is LLVM's. What scripts compile in
-# processes of their own is optimized.
-jax.config.update("jax_disable_most_optimizations", True)
+for name, value in SETTINGS.items():
+    jax.config.update(name, value)
+
+
+def environment(devices: int = 1, **settings: object) -> dict[str, str]:
+    """Of a process that a test starts, with so many devices and, but for `settings`, ours."""
+    settings = {name.upper(): str(value) for name, value in {**SETTINGS, **settings}.items()}
+    return {**os.environ, **settings, "XLA_FLAGS": _flags(devices)}
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import nbclient
 import nbformat
 import pytest
 
-from tests.conftest import CACHE_ENVIRONMENT, ROOT
+from tests.conftest import ROOT, environment
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
@@ -26,10 +26,9 @@ def test_notebook_is_the_script(script: pathlib.Path):
 
 @pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(script: pathlib.Path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    for name, value in CACHE_ENVIRONMENT.items():
+    path = str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", "")
+    for name, value in {**environment(), "PYTHONPATH": path}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""))
     notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
 
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()

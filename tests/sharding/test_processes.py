@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,18 +10,18 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import CACHE_ENVIRONMENT, ROOT
+from tests.conftest import ROOT, environment
 from tests.models import random_model
 from v4jax import checkpoint, tiny
 from v4jax.config import LayerSpec
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture
+def folder(tmp_path):
     """A checkpoint of a CSA and an HCA layer, one of them hash-routed."""
     layers = (LayerSpec(compress_ratio=4, hash_routed=True), LayerSpec(compress_ratio=128))
     cfg = dataclasses.replace(tiny(), layers=layers, mtp_layers=())
-    path = tmp_path_factory.mktemp("several") / "checkpoint"
+    path = tmp_path / "checkpoint"
     checkpoint.save(random_model(cfg), path)
     return path
 
@@ -33,11 +32,6 @@ def _run(count: int, checkpoint_folder, folder) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        **CACHE_ENVIRONMENT,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in conftest.py
-    }
     command = [sys.executable, "-m", "tests.sharding.one_of_several", str(port), str(count)]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(open(folder / f"{i}.log", "w+")) for i in range(count)]
@@ -45,7 +39,7 @@ def _run(count: int, checkpoint_folder, folder) -> list[dict]:
             subprocess.Popen(
                 [*command, str(i), str(checkpoint_folder), str(folder)],
                 cwd=ROOT,
-                env=environment,
+                env=environment(devices=4 // count),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -64,25 +58,16 @@ def _run(count: int, checkpoint_folder, folder) -> list[dict]:
     return [json.loads((folder / f"{i}.json").read_text()) for i in range(count)]
 
 
-@pytest.fixture(scope="module")
-def alone(folder, tmp_path_factory) -> dict:
-    (result,) = _run(1, folder, tmp_path_factory.mktemp("one") / "run")
-    return result
+def test_several_processes_compute_what_one_does(folder, tmp_path):
+    (alone,) = _run(1, folder, tmp_path / "1")
+    assert alone["restored"] == alone["after"] != alone["trained"]
 
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_compute_what_one_does(count, folder, alone, tmp_path):
-    results = _run(count, folder, tmp_path / "run")
-
-    for result in results:
+    for count, result in [
+        (n, found) for n in (2, 4) for found in _run(n, folder, tmp_path / f"{n}")
+    ]:
         assert result["share held"] == alone["share held"] / count  # each reads its part alone
         assert result["step"] == alone["step"]
         assert result["restored"] == result["after"]
         assert result["tokens"] == alone["tokens"]
         for name in ("trained", "after"):
             np.testing.assert_allclose(result[name], alone[name], rtol=1e-5)
-
-
-def test_a_restored_state_is_the_trained_one(alone):
-    assert alone["restored"] == alone["after"]
-    assert alone["trained"] != alone["after"]

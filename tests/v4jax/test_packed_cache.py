@@ -88,27 +88,33 @@ def test_small_models_grow_as_the_cost_model_says(cfg):
     assert growth == 3 * costs.cache_bytes_per_token(cfg)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _pack(kind, rows):
+    return kind.pack(rows) if kind is PackedKeys else kind.pack(rows, 16)
+
+
+_unpack = jax.jit(lambda packed: packed.unpack())
+
+
 @pytest.mark.parametrize("capacity", [5, 9])
-def test_nothing_is_written_past_the_end(capacity):
+@pytest.mark.parametrize("kind", [PackedRows, PackedColumns, PackedKeys])
+def test_nothing_is_written_past_the_end(kind, capacity):
     """Entries 3.. of 2 and 4 new ones, the rest of which are not complete."""
     rows = jax.random.normal(jax.random.key(0), (2, capacity, 64), jnp.bfloat16)
     new = jax.random.normal(jax.random.key(1), (2, 4, 64), jnp.bfloat16)
     start, counts = jnp.array([3, 3]), jnp.array([2, 4])
-    packings = (PackedRows.pack, PackedColumns.pack, lambda r, _: PackedKeys.pack(r))
-    for pack in (functools.partial(lambda p, r: p(r, 16), p) for p in packings):
-        packed = append_entries(pack(rows), new, start, counts)
-        expected = np.array(pack(rows).unpack(), np.float32)
-        for row, count in enumerate(counts):
-            stop = min(3 + int(count), capacity)
-            expected[row, 3:stop] = pack(new).unpack()[row, : stop - 3]
-        np.testing.assert_array_equal(packed.unpack(jnp.float32), expected)
+    packed = jax.jit(append_entries)(_pack(kind, rows), new, start, counts)
+    expected, written = (np.array(_unpack(_pack(kind, x))) for x in (rows, new))
+    for row, count in enumerate(counts):
+        stop = min(3 + int(count), capacity)
+        expected[row, 3:stop] = written[row, : stop - 3]
+    np.testing.assert_array_equal(_unpack(packed), expected)
 
 
 @pytest.mark.parametrize("kind", [PackedRows, PackedColumns, PackedKeys])
 def test_entries_of_all_devices_are_written(kind):
     """A prompt cut over two devices, which complete different numbers of entries."""
     new = jax.random.normal(jax.random.key(0), (2, 8, 64), jnp.bfloat16)
-    pack = kind.pack if kind is PackedKeys else functools.partial(kind.pack, rope_dim=16)
     start, counts = jnp.array([[3, 9], [7, 11]]), jnp.array([[4, 2], [3, 4]])  # [device, B]
 
     def write(entries, new, start, counts):
@@ -120,26 +126,26 @@ def test_entries_of_all_devices_are_written(kind):
     )
     with jax.set_mesh(make_mesh(context=2)):
         written = jax.jit(spmd.per_device(write, PREFILL, parts, jax.P()))
-        written = written(pack(empty), new, start, counts).unpack()
-    expected = np.zeros(written.shape, written.dtype)
+        written = _unpack(written(_pack(kind, empty), new, start, counts))
+    expected, rows = np.zeros(written.shape, written.dtype), np.array(_unpack(_pack(kind, new)))
     for device, b in np.ndindex(2, 2):
         first, count = start[device, b], counts[device, b]
-        expected[b, first : first + count] = pack(new).unpack()[b, 4 * device :][:count]
+        expected[b, first : first + count] = rows[b, 4 * device :][:count]
     np.testing.assert_array_equal(written, expected)
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_the_ring_holds_the_last_tokens(length):
     kv = jax.random.normal(jax.random.key(0), (2, length, 64), jnp.bfloat16)
-    kv = PackedColumns.pack(kv, 16).unpack()
+    kv = _unpack(_pack(PackedColumns, kv))
     start, counts = jnp.array([30, 7]), jnp.array([length, length // 2])
     chunk = Chunk.make(start, counts, length)
     before = jax.random.normal(jax.random.key(1), (2, 16, 64), jnp.bfloat16)
-    packed = PackedColumns.pack(before, 16)
-    ring = write_window(packed, kv, chunk)
-    expected = write_window(packed.unpack(), kv, chunk)
-    np.testing.assert_array_equal(ring.unpack(), expected)
-    np.testing.assert_array_equal(window_rows(ring, kv, chunk), window_rows(expected, kv, chunk))
+    packed = _pack(PackedColumns, before)
+    write, window = jax.jit(write_window), jax.jit(window_rows)
+    ring, expected = write(packed, kv, chunk), write(_unpack(packed), kv, chunk)
+    np.testing.assert_array_equal(_unpack(ring), expected)
+    np.testing.assert_array_equal(window(ring, kv, chunk), window(expected, kv, chunk))
 
 
 def test_decoding_does_not_unpack_the_cache():

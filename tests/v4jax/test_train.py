@@ -87,9 +87,14 @@ def test_terms_of_the_loss(model, tokens):
         tokens
     )
 
-    streams, _ = model.trunk(jnp.asarray(tokens[:, :LENGTH]))
-    ce = cross_entropy(model, model.hidden(streams), tokens[:, 1:-1]).mean()
-    mtp_ce = cross_entropy(model, model.mtp_hidden(streams, tokens[:, 1:-1])[0], tokens[:, 2:])
+    @jax.jit
+    def cross_entropies(inputs, following, after):
+        streams, _ = model.trunk(inputs)
+        mtp_hidden, _ = model.mtp_hidden(streams, following)
+        ce = cross_entropy(model, model.hidden(streams), following)
+        return ce.mean(), cross_entropy(model, mtp_hidden, after)
+
+    ce, mtp_ce = cross_entropies(*shifted(tokens))
     assert_close(metrics.ce, ce, FLOAT32)
     assert_close(metrics.mtp_ce, mtp_ce.mean(), FLOAT32)
     expected = ce + 0.3 * mtp_ce.mean() + 0.01 * metrics.balance + 0.5 * metrics.indexer
@@ -219,12 +224,11 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
         losses.append(float(metrics.ce))
     assert losses[-1] < 0.8 * losses[0]
 
-    other = Trainer(_make_model(), optimizer)
-    resumed, step = saver.restore(other.init())
+    resumed, step = saver.restore(Trainer(_make_model(), optimizer).init())
     saver.close()
     assert step == 3
     for step in range(3, 6):
-        resumed, metrics = other.step(resumed, shifted(tokens))
+        resumed, metrics = trainer.step(resumed, shifted(tokens))
         assert float(metrics.ce) == losses[step]
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
