@@ -12,6 +12,7 @@ MODULES = (
     "grouped_matmul",
     "hyper_connections",
     "indexer",
+    "linear",
     "quantize",
 )
 

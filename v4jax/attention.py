@@ -36,7 +36,7 @@ from v4jax.compressor import Compressor
 from v4jax.config import LayerSpec, V4Config
 from v4jax.indexer import Indexer, indexer_loss
 from v4jax.layers import KeyStream, Linear, RMSNorm, param, rope_frequencies, rotate
-from v4jax.numerics import Numerics, dense
+from v4jax.numerics import Numerics
 
 
 class Attention(nnx.Module):
@@ -205,15 +205,8 @@ class Attention(nnx.Module):
     def _output(self, out: jax.Array, positions: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B, T, D]"""
         with jax.named_scope("attention/output"):
-            groups, dtype = self.cfg.o_groups // spmd.size("heads"), self.numerics.dtype
+            groups = self.cfg.o_groups // spmd.size("heads")
             out = rotate(out, positions, self._frequencies, inverse=True)
-            out = out.reshape(*out.shape[:2], groups, -1)  # [B, T, G, heads_dim / G]
-            wo_a = dense(self.wo_a[...], dtype).reshape(out.shape[-1], groups, -1)
-            latent = jnp.einsum(
-                "btgi,igr->btgr",
-                out,
-                wo_a,
-                precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-                preferred_element_type=jnp.float32,
-            )
-            return self.wo_b(cast(latent, dtype).reshape(*out.shape[:2], -1))
+            out = out.reshape(*out.shape[:2], -1)  # the heads of a group side by side
+            latent = self.numerics.product(out, self.wo_a[...], groups)
+            return self.wo_b(cast(latent, self.numerics.dtype))

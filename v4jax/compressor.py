@@ -16,12 +16,13 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.gated_pool import Pool, pool_windows
+from pallas_kernels.linear import linear
 from pallas_kernels.quantize import cast
 from sharding import AxisRules, spmd
 from v4jax.cache import Chunk, OpenPool, init_pool
 from v4jax.config import LayerSpec, V4Config
 from v4jax.layers import KeyStream, RMSNorm, param, rope_frequencies, rotate
-from v4jax.numerics import Numerics, matmul
+from v4jax.numerics import Numerics
 
 
 class Compressor(nnx.Module):
@@ -163,7 +164,7 @@ class Compressor(nnx.Module):
         return jax.tree.map(lambda s: s[spmd.index("seq")], before), end
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return matmul(x, self.wkv[...]), matmul(x, self.wgate[...])
+        return linear(x, self.wkv[...]), linear(x, self.wgate[...])
 
     def _pool_chunk(self, value: jax.Array, gate: jax.Array, chunk: Chunk) -> Pool:
         """Partial sums of the chunk's tokens by window: [B, n, F], window 0 being the open one."""

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.indexer import index_topk, selected_scores
+from pallas_kernels.linear import linear
 from pallas_kernels.selection import Selection
 from sharding import AxisRules, spmd
 from v4jax.compressor import Compressor
 from v4jax.config import LayerSpec, V4Config
 from v4jax.layers import KeyStream, Linear, param, rope_frequencies, rotate
-from v4jax.numerics import Numerics, matmul
+from v4jax.numerics import Numerics
 
 
 class Indexer(nnx.Module):
@@ -56,7 +57,7 @@ class Indexer(nnx.Module):
         heads, width = self.cfg.indexer.num_heads, self.cfg.indexer.head_dim
         q = self.wq_b(latent).reshape(*latent.shape[:2], heads, width)
         q = rotate(q, positions, rope_frequencies(self.cfg, compressed=True))
-        weights = matmul(x, self.weights_proj[...].astype(x.dtype)) / math.sqrt(width * heads)
+        weights = linear(x, self.weights_proj[...].astype(x.dtype)) / math.sqrt(width * heads)
         return self.numerics.round_indexer(q), weights
 
     def select(

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.linear import linear
 from sharding import AxisRules, spmd
 from v4jax.attention import Attention
 from v4jax.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
@@ -27,7 +28,7 @@ from v4jax.config import LayerSpec, V4Config
 from v4jax.hyper_connections import HyperConnection, HyperHead
 from v4jax.layers import KeyStream, Linear, RMSNorm, param
 from v4jax.moe import MoE, RouterStats
-from v4jax.numerics import Numerics, matmul, plain
+from v4jax.numerics import Numerics, plain
 from v4jax.placement import gathered
 
 
@@ -321,7 +322,7 @@ class Transformer(nnx.Module):
         """`logits` of this device's part of the vocabulary."""
         with jax.named_scope("head"):
             head = spmd.gather(self.head[...], "embed", axis=1)
-            return matmul(spmd.enter(hidden, "vocab"), head.T)
+            return linear(spmd.enter(hidden, "vocab"), head.T)
 
     def mtp_hidden(
         self, streams: jax.Array, next_tokens: jax.Array, depth: int = 0

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.grouped_matmul import swiglu
+from pallas_kernels.linear import linear
 from pallas_kernels.quantize import cast
 from sharding import AxisRules, spmd
 from sharding.expert_parallel import apply_experts
 from v4jax.config import LayerSpec, V4Config
 from v4jax.layers import HashTable, KeyStream, Linear, RoutingBias, param
-from v4jax.numerics import Numerics, matmul
+from v4jax.numerics import Numerics
 
 
 @functools.partial(
@@ -75,7 +76,7 @@ class Router(nnx.Module):
         tokens: jax.Array,  # [B, T] int32
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Experts [B, T, K] int32, weights [B, T, K] float32, and statistics."""
-        scores = jnp.sqrt(jax.nn.softplus(matmul(x, self.kernel[...])))  # [B, T, E]
+        scores = jnp.sqrt(jax.nn.softplus(linear(x, self.kernel[...])))  # [B, T, E]
         if self.table is not None:
             experts = jnp.take(self.table[...], tokens, axis=0)
         else:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.linear import linear
 from pallas_kernels.quantize import QuantizedArray, cast, hadamard
 from pallas_kernels.quantize_rows import round_rows
 from sharding import spmd
@@ -115,8 +116,13 @@ class Numerics:
         if self.recipe == "fp8":
             out = fp8_matmul(x, w)
         else:
-            out = matmul(self.round_input(x), dense(w, self.dtype))
+            out = self.product(self.round_input(x), w)
         return cast(spmd.leave(out, summed) if summed else out, self.dtype)
+
+    def product(self, x: jax.Array, w: jax.Array | QuantizedArray, groups: int = 1) -> jax.Array:
+        """x [..., groups * in] times w [in, groups * out], float32 [..., groups * out]."""
+        w = w if isinstance(w, QuantizedArray) else w.astype(self.dtype)
+        return linear(x, w, groups=groups, implementation=self.implementation)
 
     def grouped_swiglu(self, rows, w_gate, w_up, group_sizes, row_weights, *, limit) -> jax.Array:
         """First half of the experts, for rows that `round_input` has rounded (see the operation)."""
@@ -150,23 +156,6 @@ def released(
 ) -> Numerics:
     """The rounding of the released inference code."""
     return Numerics("released", dtype, implementation, recipe)
-
-
-def dense(w: jax.Array | QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The weight as a float array of `dtype`."""
-    return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
-
-
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., in] times w [in, out] with a float32 sum and a float32 result.
-
-    bfloat16 factors are multiplied as they are (their products are exact in float32); if either
-    factor is float32, both are, at full precision.
-    """
-    if x.dtype != w.dtype:
-        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
 
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:

@@ -73,7 +73,8 @@ def sizes_for(
     num_x = len(formats) if product.transposed else 1
     fixed = 2 * rows * (num_x * contracted * size + 4 * LANES * (1 + 2 * product.has_row_sums))
     per_column = sum(f.vmem_bytes() for f in formats) * contracted
-    per_column += rows * (3 * len(product.result_dtypes) + 2 * num_extras) * size
+    results = sum(jnp.dtype(dtype).itemsize for dtype in product.result_dtypes)
+    per_column += rows * (3 * results + 2 * num_extras * size)
     multiple = first.block if product.transposed else LANES
     max_step = block_sizes.STEP_WEIGHTS[chip] // (contracted * len(formats))
     return block_sizes.choose(chip, rows, num_columns, fixed, int(per_column), multiple, max_step)

@@ -15,8 +15,14 @@ from pallas_kernels.grouped_matmul.reference import swiglu
 from pallas_kernels.quantize import QuantizedArray
 
 
-def unsupported(x: jax.Array, ws: list[tpu.Weight]) -> str | None:
-    """Why the kernels cannot take these arguments, None if they can."""
+def unsupported(
+    x: jax.Array, ws: list[tpu.Weight], products: list[tpu.Product] | None = None
+) -> str | None:
+    """Why the kernels cannot take these arguments, None if they can.
+
+    Args:
+      products: what is to be formed; default what forward and backward need.
+    """
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"x must be float32 or bfloat16, not {x.dtype}"
     if x.shape[0] == 0:
@@ -29,7 +35,7 @@ def unsupported(x: jax.Array, ws: list[tpu.Weight]) -> str | None:
     chip, rows = target_chip(), block_sizes.MAX_ROW_TILE
     formats = [weights.format_of(w, x.dtype, chip) for w in ws]
     again = tpu.Product("", None, (x.dtype,) * len(ws), has_row_sums=True)  # of the gradient
-    for product in (again, transposed(x.dtype)):
+    for product in products or (again, transposed(x.dtype)):
         if tpu.sizes_for(product, chip, rows, formats, 1) is None:
             return f"a row of {ws[0].shape} weights is too long for the VMEM of {chip}"
     return None
@@ -38,7 +44,7 @@ def unsupported(x: jax.Array, ws: list[tpu.Weight]) -> str | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(x, w, group_sizes, interpret):
     """See `ops.grouped_matmul`."""
-    return _forward(_matmul(x.dtype), x, [w], group_sizes, [], interpret)
+    return forward(matmul_product(x.dtype), x, [w], group_sizes, [], interpret)
 
 
 def _matmul_fwd(x, w, group_sizes, interpret):
@@ -64,7 +70,7 @@ def grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, interpret):
 
     product = tpu.Product("grouped_swiglu", epilogue, (x.dtype,))
     weight = row_weights.astype(jnp.float32)[:, None]
-    return _forward(product, x, [w_gate, w_up], group_sizes, [weight], interpret)
+    return forward(product, x, [w_gate, w_up], group_sizes, [weight], interpret)
 
 
 def _swiglu_fwd(x, w_gate, w_up, group_sizes, row_weights, limit, interpret):
@@ -110,7 +116,8 @@ def _swiglu_with_gradients(gate, up, limit):
     return silu * clipped, d_gate, d_up
 
 
-def _matmul(dtype) -> tpu.Product:
+def matmul_product(dtype: jax.typing.DTypeLike) -> tpu.Product:
+    """Plain products, in `dtype`."""
     return tpu.Product("grouped_matmul", lambda products, _: products, (dtype,))
 
 
@@ -120,7 +127,8 @@ def transposed(dtype: jax.typing.DTypeLike) -> tpu.Product:
     return tpu.Product(name, lambda products, _: products, (dtype,), transposed=True)
 
 
-def _forward(product, x, ws, group_sizes, row_values, interpret):
+def forward(product, x, ws, group_sizes, row_values, interpret) -> jax.Array:
+    """The product [P, out], by the kernel that is made for so many rows."""
     chip = target_chip()
     rows = block_sizes.few_rows(x.shape[0], ws[0].shape[0], x.shape[1])
     formats = [weights.format_of(w, x.dtype, chip) for w in ws]

@@ -1,0 +1,62 @@
+"""Dense linears in FP8: those of a layer of V4-Flash and V4-Pro, decoding and in prefill.
+
+python -m benchmarks.linear --list
+python -m benchmarks.linear --only "Flash output, 8 rows"
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.case import Case, Trips, main
+from benchmarks.grouped_matmul import product_trips
+from pallas_kernels.linear import linear
+from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray
+
+SHAPES = {  # inputs and outputs of a group, groups
+    "Flash query": (1024, 32768, 1),
+    "Flash output groups": (4096, 1024, 8),
+    "Flash output": (8192, 4096, 1),
+    "Flash shared expert": (4096, 2048, 1),
+    "Pro query": (1536, 65536, 1),
+    "Pro output": (16384, 7168, 1),
+}
+
+
+def cases() -> list[Case]:
+    return [_case(name, rows) for rows in (8, 4096) for name in SHAPES]
+
+
+def _case(name: str, rows: int) -> Case:
+    num_inputs, num_outputs, groups = SHAPES[name]
+    count = groups * num_inputs * num_outputs
+
+    def make():
+        scale = tuple(n // b for n, b in zip((num_inputs, groups * num_outputs), FP8_WEIGHT_BLOCK))
+        values = jnp.full((num_inputs, groups * num_outputs), 0.5, jnp.float8_e4m3fn)
+        w = QuantizedArray(values, jnp.full(scale, 1, jnp.float8_e8m0fnu), FP8_WEIGHT_BLOCK)
+        return jnp.ones((rows, groups * num_inputs), jnp.bfloat16), w
+
+    def trips(chip: str) -> Trips:
+        x = jax.ShapeDtypeStruct((groups * rows, num_inputs), jnp.bfloat16)
+        values = jax.ShapeDtypeStruct((groups, num_inputs, num_outputs), jnp.float8_e4m3fn)
+        scale = jax.ShapeDtypeStruct(
+            (groups, num_inputs // 128, num_outputs // 128), jnp.float8_e8m0fnu
+        )
+        w = QuantizedArray(values, scale, FP8_WEIGHT_BLOCK)
+        return product_trips("grouped_matmul", x, [w], chip, (jnp.float32,))
+
+    return Case(
+        op="linear",
+        shape=f"{name}, {rows} rows",
+        run=functools.partial(linear, groups=groups),
+        make=make,
+        flops=2 * rows * count,
+        bytes=count * (1 + 1 / 128**2) + rows * groups * (2 * num_inputs + 4 * num_outputs),
+        trips=trips,
+    )
+
+
+if __name__ == "__main__":
+    main(cases(), __doc__)

@@ -1,0 +1,104 @@
+"""Rows times a weight, which may be packed: the dense linears of the model.
+
+A packed weight goes through the kernels of the experts, as one expert (or one for each group): it
+comes to VMEM in its own bytes and is unpacked there. XLA on a TPU unpacks it in HBM first, at 4 bytes
+a weight: 8192 x 4096 in FP8 times 8 rows takes 790,000 cycles on v6e instead of the 37,000 that
+reading the weight takes (docs/kernels.md).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.grouped_matmul import vjp
+from pallas_kernels.quantize import QuantizedArray
+
+
+def linear(
+    x: jax.Array,  # [..., groups * in]
+    w: jax.Array | QuantizedArray,  # [in, groups * out]
+    *,
+    groups: int = 1,
+    implementation: Implementation = None,
+) -> jax.Array:  # [..., groups * out] float32
+    """Each group of inputs times its own columns of w. Differentiable in x, and in w if it is float.
+
+    Sums are float32. bfloat16 factors are multiplied as they are (their products are exact in
+    float32); if either factor is float32, both are, at full precision.
+
+    Args:
+      groups: how many parts inputs and outputs have.
+      implementation: see `pallas_kernels.dispatch`; of packed weights, float ones are XLA's.
+
+    Raises:
+      ValueError: shapes do not agree, or `implementation` cannot run.
+    """
+    if w.ndim != 2 or x.shape[-1] != groups * w.shape[0] or w.shape[1] % groups:
+        raise ValueError(
+            f"x {x.shape} must be [..., groups * in] and w {w.shape} [in, groups * out], for "
+            f"groups={groups}."
+        )
+    if not isinstance(w, QuantizedArray):
+        return _xla(x, w, groups)
+    match choose(implementation, unsupported=_unsupported(x, w, groups)):
+        case "tpu" | "interpret" as kernel:
+            return _packed(x, w, groups, kernel == "interpret")
+        case _:
+            return _xla(x, w.dequantize(x.dtype), groups)
+
+
+def _xla(x: jax.Array, w: jax.Array, groups: int) -> jax.Array:
+    if x.dtype != w.dtype:
+        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    options = dict(
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    if groups == 1:
+        return jnp.matmul(x, w, **options)
+    x, w = x.reshape(*x.shape[:-1], groups, -1), w.reshape(w.shape[0], groups, -1)
+    out = jnp.einsum("...gi,igo->...go", x, w, **options)
+    return out.reshape(*out.shape[:-2], -1)
+
+
+def _unsupported(x: jax.Array, w: QuantizedArray, groups: int) -> str | None:
+    if groups > 1 and w.shape[1] // groups % w.block[1]:
+        return f"{groups} groups of w {w.shape} cut its blocks of {w.block}"
+    rows, stacked = jax.eval_shape(functools.partial(_as_experts, groups=groups), x, w)
+    return vjp.unsupported(rows, [stacked], [vjp.matmul_product(jnp.float32)])
+
+
+def _as_experts(x: jax.Array, w: QuantizedArray, groups: int):
+    """Rows [groups * P, in], group by group, and weights [groups, in, out]."""
+    rows = x.reshape(-1, groups, w.shape[0]).swapaxes(0, 1).reshape(-1, w.shape[0])
+
+    def part(a):
+        return a.reshape(a.shape[0], groups, -1).swapaxes(0, 1)
+
+    return rows, QuantizedArray(part(w.values), part(w.scale), w.block)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _packed(x, w, groups, interpret):
+    rows, stacked = _as_experts(x, w, groups)
+    sizes = jnp.full(groups, rows.shape[0] // groups, jnp.int32)
+    product = vjp.matmul_product(jnp.float32)
+    out = vjp.forward(product, rows, [stacked], sizes, [], interpret)
+    out = out.reshape(groups, -1, out.shape[-1]).swapaxes(0, 1)
+    return out.reshape(*x.shape[:-1], w.shape[1])
+
+
+def _packed_fwd(x, w, groups, interpret):
+    return _packed(x, w, groups, interpret), (x, w)
+
+
+def _packed_bwd(groups, interpret, residuals, d_out):
+    """Of x alone, by XLA: packed weights are frozen."""
+    x, w = residuals
+    (d_x,) = jax.vjp(lambda x: _xla(x, w.dequantize(x.dtype), groups), x)[1](d_out)
+    return d_x, None
+
+
+_packed.defvjp(_packed_fwd, _packed_bwd)
