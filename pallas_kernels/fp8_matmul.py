@@ -14,7 +14,7 @@ Source: released `inference/kernel.py` (fp8_gemm).
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray
+from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray, float32_scale
 from pallas_kernels.quantize_rows import quantize_rows
 
 
@@ -43,7 +43,7 @@ def fp8_matmul(
         jnp.pad(codes, [(0, 0), (0, padding)]),
         jnp.pad(w.values, [(0, padding), (0, 0)]),
     )
-    w_scale = jnp.repeat(w.scale.astype(jnp.float32), block, axis=1)[:, : w.shape[1]]
+    w_scale = jnp.repeat(float32_scale(w), block, axis=1)[:, : w.shape[1]]
 
     def add(k, total):
         part = jnp.matmul(

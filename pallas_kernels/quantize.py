@@ -119,14 +119,17 @@ def split_codes(packed):
 def _dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
     values = unpack_fp4(w.values) if w.is_fp4 else w.values.astype(jnp.float32)
     *_, rows, cols = values.shape
-    scale = w.scale
-    if scale.dtype == jnp.float8_e8m0fnu:  # exact; libtpu 0.0.42 aborts on e8m0 [32, 64] -> float32
-        scale = scale.astype(jnp.bfloat16)
-    scale = scale.astype(jnp.float32)
+    scale = float32_scale(w)
     # Along outputs first, while there are few: on a TPU that is a copy in memory, the other is not.
     for axis, size in ((-1, w.block[1]), (-2, w.block[0])):
         scale = jnp.repeat(scale, size, axis=axis) if size > 1 else scale
     return (values * scale[..., :rows, :cols]).astype(dtype)
+
+
+def float32_scale(w: QuantizedArray) -> jax.Array:
+    """The block scales. In two steps: libtpu 0.0.42 aborts for v5p on e8m0 [32, 64] -> float32."""
+    scale = w.scale.astype(jnp.bfloat16) if w.scale.dtype == jnp.float8_e8m0fnu else w.scale
+    return scale.astype(jnp.float32)
 
 
 def unpack_fp4(packed: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_formats
-from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray, fp4_block
+from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray, float32_scale, fp4_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def operands(w: jax.Array | QuantizedArray) -> list[jax.Array]:
         return [w]
     if w.is_fp4:
         return [w.values, w.scale]
-    scale = jnp.repeat(w.scale.astype(jnp.float32), FP8_WEIGHT_BLOCK[1], axis=-1)
+    scale = jnp.repeat(float32_scale(w), FP8_WEIGHT_BLOCK[1], axis=-1)
     return [w.values, scale]
 
 

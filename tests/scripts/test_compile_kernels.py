@@ -1,6 +1,6 @@
 """Kernels at real sizes through the real TPU compiler; needs libtpu, not a TPU.
 
-The schedules of the five hottest kernels must not get worse than they were: MEASURED is what
+The schedules of the hottest kernels must not get worse than they were: MEASURED is what
 `python -m scripts.compile_kernels` printed, schedule over the larger of the algorithm's matrix-unit
 and memory floors.
 """
@@ -26,6 +26,7 @@ MEASURED = {
     "grouped_swiglu: Flash FP4, 256 rows": {"v5e": 1.04, "v5p": 1.04, "v6e": 1.47, "v7x": 1.20},
     "hc_post_pre: Flash prefill 8k": {"v5e": 0.78, "v5p": 1.13, "v6e": 0.86, "v7x": 1.48},
     "indexer: Flash prefill 8k": {"v5e": 1.38, "v5p": 1.38, "v6e": 3.54, "v7x": 3.31},
+    "linear: Flash output, 8 rows": {"v5e": 0.22, "v5p": 0.31, "v6e": 0.29, "v7x": 0.36},
 }
 SLACK = 1.1  # another version of libtpu schedules differently
 OTHER_VERSION_SLACK = 1.5
