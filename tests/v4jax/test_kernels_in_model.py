@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.conftest import GOLDEN
 from tests.models import random_model
-from v4jax import Numerics, Transformer, checkpoint, plain, tiny
+from v4jax import Numerics, Transformer, checkpoint, nano_path, plain, released, tiny
 from v4jax.scoring import Scorer
 
 LENGTH, DECODED = 160, 4  # past the window, and one HCA entry
@@ -51,6 +52,21 @@ def test_logits_through_the_kernels_equal_those_of_transformers(model, hf_small,
 def test_an_implementation_that_cannot_run_is_refused_at_once(implementation, message):
     with pytest.raises(ValueError, match=message):
         Numerics("plain", implementation=implementation)
+
+
+def test_packed_weights_go_through_the_kernels():
+    """Weights are arguments: XLA on a CPU folds FP8 constants of an interpreted kernel wrongly."""
+    tokens = np.random.default_rng(0).integers(2, 1000, (1, 140))
+    logits, calls = [], []
+    for name in (INTERPRETED, "xla"):
+        model = checkpoint.load(nano_path(), released("float32", implementation=name))
+        graphdef, params = nnx.split(model)
+        run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))  # noqa: B023
+        calls.append(str(run.trace(params, tokens).jaxpr).count("_packed"))
+        logits.append(run(params, tokens))
+
+    assert calls[0] > calls[1] == 0
+    np.testing.assert_allclose(*logits, atol=1e-4)
 
 
 def test_reference_and_xla_agree_on_every_kind_of_layer():
