@@ -38,13 +38,13 @@ def cases() -> list[Case]:
     return found
 
 
-def _weight(fmt: str, num_inputs: int, num_outputs: int) -> jax.Array | QuantizedArray:
-    """Values do not matter for time; all are one half."""
-    shape = (NUM_EXPERTS, num_inputs, num_outputs)
+def weight(fmt: str, *shape: int) -> jax.Array | QuantizedArray:
+    """A weight [..., in, out]. Values do not matter for time; all are one half."""
 
     def full(divisors, value, dtype):
-        divided = (s // d for s, d in zip(shape, (1, *divisors)))
-        return jnp.full(tuple(divided), value, dtype)
+        *batch, num_inputs, num_outputs = shape
+        divided = (num_inputs // divisors[0], num_outputs // divisors[1])
+        return jnp.full((*batch, *divided), value, dtype)
 
     if fmt == "bf16":
         return full((1, 1), 0.5, jnp.bfloat16)
@@ -59,7 +59,7 @@ def _make(num_weights: int, fmt: str, rows: int, num_inputs: int, num_outputs: i
     num_rows = rows * NUM_EXPERTS
     sizes = jnp.full((NUM_EXPERTS,), rows, jnp.int32)
     x = jnp.ones((num_rows, num_inputs), jnp.bfloat16)
-    ws = [_weight(fmt, num_inputs, num_outputs) for _ in range(num_weights)]
+    ws = [weight(fmt, NUM_EXPERTS, num_inputs, num_outputs) for _ in range(num_weights)]
     row_weights = jnp.ones((num_rows,), jnp.float32)
     return (x, *ws, sizes) if num_weights == 1 else (x, *ws, sizes, row_weights)
 
@@ -91,10 +91,10 @@ def _case(op, model, fmt, rows, num_weights, num_inputs, num_outputs) -> Case:
 
 def _trips(op: str, make, chip: str) -> Trips:
     x, *ws = jax.tree.leaves(jax.eval_shape(make), is_leaf=_is_weight)
-    return product_trips(op, x, [w for w in ws if w.ndim == 3], chip, (x.dtype,))
+    return product_trips(op, x, [w for w in ws if w.ndim == 3], chip, x.dtype)
 
 
-def product_trips(op: str, x, ws, chip: str, result_dtypes: tuple) -> Trips:
+def product_trips(op: str, x, ws, chip: str, result_dtype) -> Trips:
     """Of rows x [P, in], as many for each of the weights [E, in, out]."""
     num_experts = ws[0].shape[0]
     formats = [weights.format_of(w, x.dtype, chip) for w in ws]
@@ -107,7 +107,7 @@ def product_trips(op: str, x, ws, chip: str, result_dtypes: tuple) -> Trips:
         tiles = (num_rows + max(rows, 8)) // 8
         inner = (tiles / visits, *((steps,) if steps > 1 else ()), 1 / visits)
         return {f"{op}_few_rows": (num_outputs // sizes.columns * visits, *inner)}
-    product = tpu.Product(op, None, result_dtypes)
+    product = tpu.Product(op, None, (result_dtype,))
     return {op: _tiled_trips(product, formats, chip, num_rows, num_outputs, 0, num_experts)}
 
 
@@ -197,7 +197,7 @@ def _gradient(op, model, fmt, rows, num_weights, num_inputs, num_outputs) -> Cas
 
 
 def _weight_shape(fmt: str, num_inputs: int, num_outputs: int):
-    return jax.eval_shape(functools.partial(_weight, fmt, num_inputs, num_outputs))
+    return jax.eval_shape(functools.partial(weight, fmt, NUM_EXPERTS, num_inputs, num_outputs))
 
 
 if __name__ == "__main__":

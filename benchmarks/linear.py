@@ -1,7 +1,9 @@
 """Dense linears in FP8: those of a layer of V4-Flash and V4-Pro, decoding and in prefill.
 
-python -m benchmarks.linear --list
-python -m benchmarks.linear --only "Flash output, 8 rows"
+    python -m benchmarks.linear --list
+    python -m benchmarks.linear --only "Flash output, 8 rows"
+
+Rows are those of all sequences on a device.
 """
 
 import functools
@@ -10,9 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
-from benchmarks.grouped_matmul import product_trips
-from pallas_kernels.linear import linear
-from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray
+from benchmarks.grouped_matmul import BYTES, product_trips, weight
+from pallas_kernels.linear import as_experts, linear
 
 SHAPES = {  # inputs and outputs of a group, groups
     "Flash query": (1024, 32768, 1),
@@ -33,19 +34,12 @@ def _case(name: str, rows: int) -> Case:
     count = groups * num_inputs * num_outputs
 
     def make():
-        scale = tuple(n // b for n, b in zip((num_inputs, groups * num_outputs), FP8_WEIGHT_BLOCK))
-        values = jnp.full((num_inputs, groups * num_outputs), 0.5, jnp.float8_e4m3fn)
-        w = QuantizedArray(values, jnp.full(scale, 1, jnp.float8_e8m0fnu), FP8_WEIGHT_BLOCK)
-        return jnp.ones((rows, groups * num_inputs), jnp.bfloat16), w
+        x = jnp.ones((rows, groups * num_inputs), jnp.bfloat16)
+        return x, weight("FP8", num_inputs, groups * num_outputs)
 
     def trips(chip: str) -> Trips:
-        x = jax.ShapeDtypeStruct((groups * rows, num_inputs), jnp.bfloat16)
-        values = jax.ShapeDtypeStruct((groups, num_inputs, num_outputs), jnp.float8_e4m3fn)
-        scale = jax.ShapeDtypeStruct(
-            (groups, num_inputs // 128, num_outputs // 128), jnp.float8_e8m0fnu
-        )
-        w = QuantizedArray(values, scale, FP8_WEIGHT_BLOCK)
-        return product_trips("grouped_matmul", x, [w], chip, (jnp.float32,))
+        x, w = jax.eval_shape(lambda: as_experts(*make(), groups))
+        return product_trips("grouped_matmul", x, [w], chip, jnp.float32)
 
     return Case(
         op="linear",
@@ -53,7 +47,7 @@ def _case(name: str, rows: int) -> Case:
         run=functools.partial(linear, groups=groups),
         make=make,
         flops=2 * rows * count,
-        bytes=count * (1 + 1 / 128**2) + rows * groups * (2 * num_inputs + 4 * num_outputs),
+        bytes=count * BYTES["FP8"] + rows * groups * (2 * num_inputs + 4 * num_outputs),
         trips=trips,
     )
 

@@ -66,11 +66,11 @@ def _xla(x: jax.Array, w: jax.Array, groups: int) -> jax.Array:
 def _unsupported(x: jax.Array, w: QuantizedArray, groups: int) -> str | None:
     if groups > 1 and w.shape[1] // groups % w.block[1]:
         return f"{groups} groups of w {w.shape} cut its blocks of {w.block}"
-    rows, stacked = jax.eval_shape(functools.partial(_as_experts, groups=groups), x, w)
+    rows, stacked = jax.eval_shape(functools.partial(as_experts, groups=groups), x, w)
     return vjp.unsupported(rows, [stacked], [vjp.matmul_product(jnp.float32)])
 
 
-def _as_experts(x: jax.Array, w: QuantizedArray, groups: int):
+def as_experts(x: jax.Array, w: QuantizedArray, groups: int):
     """Rows [groups * P, in], group by group, and weights [groups, in, out]."""
     rows = x.reshape(-1, groups, w.shape[0]).swapaxes(0, 1).reshape(-1, w.shape[0])
 
@@ -82,7 +82,7 @@ def _as_experts(x: jax.Array, w: QuantizedArray, groups: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _packed(x, w, groups, interpret):
-    rows, stacked = _as_experts(x, w, groups)
+    rows, stacked = as_experts(x, w, groups)
     sizes = jnp.full(groups, rows.shape[0] // groups, jnp.int32)
     product = vjp.matmul_product(jnp.float32)
     out = vjp.forward(product, rows, [stacked], sizes, [], interpret)

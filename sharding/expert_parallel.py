@@ -222,7 +222,7 @@ def _in_rounds(plan: _Plan, one: Callable, carry):
 
     Those of an even load stand one after the other, so that the rows of one can travel while those
     of another are computed; what is left is a loop. On a CPU all rounds are: nothing would overlap,
-    and the program would be three times as long to compile.
+    and the exchange would stand in the program three times.
     """
     if _platform() == "cpu":
         return jax.lax.fori_loop(0, plan.rounds, one, carry)
