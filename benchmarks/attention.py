@@ -20,8 +20,8 @@ from benchmarks.case import Case, Trips, main
 from pallas_kernels.attention import block_sizes, selected_attention, window_attention
 from pallas_kernels.attention.tpu_prefill import band_size
 from pallas_kernels.selection import ENTRIES_PER_WORD_ROW, Selection
-from sharding.topology import topology_mesh
 from v4jax.config import CSA_RATIO, HCA_RATIO, V4Config, flash, pro
+from v4jax.planning.topologies import topology_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python -m benchmarks.attention --list
     python -m benchmarks.attention --only "Flash prefill 8k" --implementation xla
 
-`scripts/compile_kernels.py` compiles the same cases for TPUs.
+`benchmarks/compile_kernels.py` compiles the same cases for TPUs.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import jax
 
-from sharding.topology import CHIPS, Chip
+from v4jax.planning.topologies import CHIPS, Chip
 
 Trips = dict[str, tuple[int, ...]]  # name of a Pallas kernel -> trips of its loops
 

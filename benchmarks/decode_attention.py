@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
 from pallas_kernels.attention import decode_attention, tpu_decode
-from pallas_kernels.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 from v4jax import config
 
 ROPE = config.flash().rope_head_dim

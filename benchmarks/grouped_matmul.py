@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
+from pallas_kernels.formats.quantize import FP4_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK, QuantizedArray
 from pallas_kernels.grouped_matmul import (
     block_sizes,
     few_rows,
@@ -21,7 +22,6 @@ from pallas_kernels.grouped_matmul import (
     vjp,
     weights,
 )
-from pallas_kernels.quantize import FP4_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK, QuantizedArray
 
 NUM_EXPERTS, LIMIT = 32, 10.0
 DIMS = {"Flash": (4096, 2048), "Pro": (7168, 3072)}  # model width, expert width

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
+from pallas_kernels.formats.packed_rows import PackedKeys, key_words
+from pallas_kernels.formats.quantize import round_fp4
 from pallas_kernels.indexer import block_sizes, index_topk, threshold, tpu_prefill
-from pallas_kernels.packed_rows import PackedKeys, key_words
-from pallas_kernels.quantize import round_fp4
 from v4jax import config
 
 RATIO = 4

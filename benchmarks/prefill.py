@@ -16,7 +16,7 @@ import numpy as np
 
 import v4jax
 from v4jax import Numerics, checkpoint
-from v4jax.generate import Generator
+from v4jax.inference.generate import Generator
 
 
 def main() -> None:

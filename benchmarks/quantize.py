@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
-from pallas_kernels import quantize_rows
+from pallas_kernels.formats import quantize_rows
 
 TOKENS = 8192
 _OPS = {"round": quantize_rows.round_rows, "quantize": quantize_rows.quantize_rows}

@@ -61,7 +61,7 @@ def target_platform() -> str:
     """ "tpu", "gpu" or "cpu": what the program being traced is compiled for.
 
     The mesh set with `jax.set_mesh` says so, which may be of a machine that is not there
-    (`sharding.topology`); without one it is jax's default backend.
+    (`v4jax.planning.topologies`); without one it is jax's default backend.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

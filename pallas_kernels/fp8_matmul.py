@@ -14,8 +14,8 @@ Source: released `inference/kernel.py` (fp8_gemm).
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray, float32_scale
-from pallas_kernels.quantize_rows import quantize_rows
+from pallas_kernels.formats.quantize import FP8_WEIGHT_BLOCK, QuantizedArray, float32_scale
+from pallas_kernels.formats.quantize_rows import quantize_rows
 
 
 @jax.custom_vjp

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.formats.quantize import QuantizedArray
 from pallas_kernels.grouped_matmul import vjp
-from pallas_kernels.quantize import QuantizedArray
 
 
 def linear(

@@ -1,91 +1,11 @@
-"""Continues a prompt.
+"""`v4jax generate` from a checkout: python scripts/generate.py ..."""
 
-    python -m scripts.generate --checkpoint v4jax/assets/nano --prompt "Emma was" --mode raw
-    python -m scripts.generate --checkpoint DIR --prompt "Name three primes." --mode think-high
-
-In the modes non-think, think-high and think-max the prompt is rendered as a user turn; `raw`
-continues the text as it is. The token rate goes to stderr.
-"""
-
-import argparse
 import pathlib
 import sys
-import time
 
-from scripts.errors import one_message
-from v4jax import Numerics, checkpoint
-from v4jax.encoding import BOS, MODES, encode_messages
-from v4jax.generate import Generator
-from v4jax.numerics import RECIPES
-from v4jax.sampling import sampler_of
-from v4jax.tokenizer import Tokenizer
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options shared with scripts.chat and scripts.batch."""
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--numerics", choices=["plain", "released"], default="released")
-    parser.add_argument(
-        "--recipe", choices=RECIPES, help="of released numerics, see v4jax.numerics"
-    )
-    parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
-
-
-def render(prompt: str, mode: str) -> str:
-    """The text that is fed to the model."""
-    if mode == "raw":
-        return BOS + prompt
-    thinking_mode, effort = MODES[mode]
-    messages = [{"role": "user", "content": prompt}]
-    return encode_messages(messages, thinking_mode, reasoning_effort=effort)
-
-
-def main() -> None:
-    """Generates and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--mode", choices=["raw", *MODES], default="non-think")
-    add_sampling_arguments(parser)
-    args = parser.parse_args()
-
-    sampler = sampler_of(args.temperature, args.top_k, args.top_p)
-    numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
-    tokenizer = Tokenizer(args.checkpoint)
-    generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
-    prompt = tokenizer.encode(render(args.prompt, args.mode))
-    times = [time.monotonic()]
-
-    def ids():
-        steps = generator.stream(
-            [prompt],
-            sampler=sampler,
-            max_new_tokens=args.max_new_tokens,
-            stop_ids=tokenizer.stop_ids,
-            seed=args.seed,
-        )
-        for step in steps:
-            times.append(time.monotonic())
-            if step[0] not in tokenizer.stop_ids:
-                yield step[0]
-
-    for piece in tokenizer.decode_stream(ids()):
-        print(piece, end="", flush=True)
-    print()
-    count = len(times) - 1
-    rate = (count - 1) / (times[-1] - times[1]) if count > 1 else 0.0
-    print(
-        f"[{len(prompt)} prompt tokens, {count} generated; first after {times[1] - times[0]:.2f} s "
-        f"(compilation included), then {rate:.1f} tokens/s]",
-        file=sys.stderr,
-    )
-
+from v4jax.cli import main
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    main(["generate", *sys.argv[1:]])

@@ -13,7 +13,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from v4jax import costs, flash, pro
+from v4jax import flash, pro
+from v4jax.planning import costs
 
 GiB, TFLOP = 2**30, 1e12
 CONTEXTS = np.unique(np.geomspace(1024, 2**20, 81).astype(int))

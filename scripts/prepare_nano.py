@@ -18,9 +18,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from scripts.errors import one_message
-from v4jax.encoding import BOS, EOS, MODES, encode_messages
-from v4jax.tokenizer import Tokenizer, train_tokenizer
+from v4jax.cli.errors import one_message
+from v4jax.text.encoding import BOS, EOS, MODES, encode_messages
+from v4jax.text.tokenizer import Tokenizer, train_tokenizer
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "austen"
 MODE_SHARES = {"non-think": 0.5, "think-high": 0.35, "think-max": 0.15}

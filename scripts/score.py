@@ -1,89 +1,11 @@
-"""Writes the logits of given tokens, or prints the perplexity of a text.
+"""`v4jax score` from a checkout: python scripts/score.py ..."""
 
-    python -m scripts.score --checkpoint DIR --tokens tokens.npy --out logits.npz \\
-        --dtype float32 --numerics plain
-    python -m scripts.score --checkpoint v4jax/assets/nano --text scripts/data/austen/heldout.txt
-
-`--tokens` holds int32 [B, T]; `logits` in the output is float32 [B, T, V]. With `--decode-from N`
-the first N tokens are fed at once and the others one at a time through the cache.
-"""
-
-import argparse
-import math
 import pathlib
 import sys
 
-import jax.numpy as jnp
-import numpy as np
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from scripts.errors import one_message
-from v4jax import Numerics, checkpoint
-from v4jax.encoding import BOS
-from v4jax.numerics import RECIPES
-from v4jax.scoring import Scorer
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--tokens", type=pathlib.Path, help=".npy, integers [B, T]")
-    what.add_argument("--text", type=pathlib.Path, help="print the perplexity of this file")
-    parser.add_argument("--out", type=pathlib.Path, help=".npz to write (with --tokens)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--numerics", choices=["plain", "released"], default="released")
-    parser.add_argument(
-        "--recipe", choices=RECIPES, help="of released numerics, see v4jax.numerics"
-    )
-    parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
-    parser.add_argument("--decode-from", type=int, metavar="N")
-    parser.add_argument("--context", type=int, default=512, help="window of the perplexity")
-    args = parser.parse_args()
-    if args.tokens and not args.out:
-        parser.error("--tokens needs --out FILE.npz")
-    if args.text and (args.out or args.decode_from is not None):
-        parser.error("--out and --decode-from go with --tokens; --text prints a perplexity.")
-    if args.out and not args.out.absolute().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}.")
-    return args
-
-
-def read_tokens(path: pathlib.Path) -> np.ndarray:
-    """The array of a `.npy` file.
-
-    Raises:
-      ValueError: it is another kind of file.
-    """
-    try:
-        tokens = np.load(path)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a .npy file of integers [B, T].") from error
-    if not hasattr(tokens, "ndim"):  # an .npz file
-        raise ValueError(f"{path} holds several arrays: expected a .npy file of integers [B, T].")
-    return tokens
-
-
-def main() -> None:
-    """Scores."""
-    args = parse_args()
-    numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
-    tokens = read_tokens(args.tokens) if args.tokens else None
-    scorer = Scorer(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
-    if args.tokens:
-        logits = scorer.logits(tokens, decode_from=args.decode_from)
-        np.savez(args.out, logits=logits)
-        print(f"wrote logits {logits.shape} to {args.out}", file=sys.stderr)
-        return
-    from v4jax.tokenizer import Tokenizer
-
-    text = args.text.read_text(encoding="utf-8")
-    tokens = Tokenizer(args.checkpoint).encode(BOS + text)
-    perplexity, count = scorer.perplexity(tokens, context=args.context)
-    bits = math.log2(perplexity) * count / len(text.encode())
-    print(f"perplexity {perplexity:.4f} per token over {count} tokens, {bits:.4f} bits per byte")
-
+from v4jax.cli import main
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    main(["score", *sys.argv[1:]])

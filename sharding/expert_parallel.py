@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sharding import spmd
+from sharding import collectives
 
 CAPACITY_SLACK = 1.25  # of rounds, over an even load
 ROW_MULTIPLE = 8
@@ -48,11 +48,11 @@ def apply_experts(
     Tokens are cut over the logical axes "batch" and "seq", experts over "expert". Where an axis cuts
     experts but not tokens, each device adds what its own experts give.
     """
-    token_axes = spmd.mesh_axes("batch", "seq")
-    expert_axes = spmd.mesh_axes("expert")
+    token_axes = collectives.mesh_axes("batch", "seq")
+    expert_axes = collectives.mesh_axes("expert")
     exchanged = tuple(axis for axis in expert_axes if axis in token_axes)
     shared = tuple(axis for axis in expert_axes if axis not in token_axes)
-    if spmd.dispatch_method() == "all_to_all" and exchanged:
+    if collectives.dispatch_method() == "all_to_all" and exchanged:
         if shared:
             raise ValueError(
                 f'dispatch="all_to_all" with experts over {expert_axes} and tokens over '
@@ -65,15 +65,16 @@ def apply_experts(
 
 def _gathered(experts_fn, exchanged, shared, params, x, experts, weights, num_local):
     x, experts, weights = (
-        spmd.gather_over(y, exchanged, 0) for y in (spmd.enter_over(x, shared), experts, weights)
+        collectives.all_gather_over(y, exchanged, 0)
+        for y in (collectives.copy_to_over(x, shared), experts, weights)
     )
-    weights = spmd.enter_over(weights, shared)
-    axes = spmd.mesh_axes("expert")
+    weights = collectives.copy_to_over(weights, shared)
+    axes = collectives.mesh_axes("expert")
     first = jax.lax.axis_index(axes) * num_local if axes else 0
     local = experts - first
     local = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
     out = _run(experts_fn, params, x, local, weights, num_local)
-    return spmd.scatter_sum_over(spmd.leave_over(out, shared), exchanged, 0)
+    return collectives.psum_scatter_over(collectives.reduce_from_over(out, shared), exchanged, 0)
 
 
 def _run(experts_fn, params, x, local, weights, num_local):
@@ -130,7 +131,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(experts: jax.Array, axes: tuple[str, ...], num_local: int, capacity: int) -> _Plan:
-    devices = spmd.axes_size(axes)
+    devices = collectives.size_of_axes(axes)
     order = by_expert(experts.reshape(-1), devices * num_local)
     counts = jax.lax.all_gather(order.sizes.reshape(devices, num_local), axes)
     most = jnp.max(jnp.sum(counts, axis=-1))
@@ -241,7 +242,7 @@ def _local(experts_fn, num_local, expert, params, rows, weights):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _all_to_all(experts_fn, axes, num_local, params, x, experts, weights):
     k = experts.shape[1]
-    capacity = _capacity(experts.size, spmd.axes_size(axes))
+    capacity = _capacity(experts.size, collectives.size_of_axes(axes))
     plan = _plan(experts, axes, num_local, capacity)
     rows, row_weights = x[plan.order.row // k], weights.reshape(-1)[plan.order.row]
 
@@ -264,7 +265,7 @@ def _all_to_all_fwd(experts_fn, axes, num_local, params, x, experts, weights):
 def _all_to_all_bwd(experts_fn, axes, num_local, residuals, d_out):
     params, x, experts, weights = residuals
     k = experts.shape[1]
-    capacity = _capacity(experts.size, spmd.axes_size(axes))
+    capacity = _capacity(experts.size, collectives.size_of_axes(axes))
     plan = _plan(experts, axes, num_local, capacity)
     token = plan.order.row // k
     rows, row_weights = x[token], weights.reshape(-1)[plan.order.row]

@@ -1,30 +1,41 @@
 """DeepSeek-V4 in pure JAX.
 
-    from v4jax import checkpoint
-    from v4jax.generate import Generator
-    from v4jax.tokenizer import Tokenizer
+    import v4jax
+    from v4jax.inference.generate import Generator
 
-    generator = Generator(checkpoint.load(v4jax.nano_path(), v4jax.released()))
-    tokenizer = Tokenizer(v4jax.nano_path())
+    tokenizer = v4jax.Tokenizer(v4jax.nano_path())
+    generator = Generator(v4jax.load(v4jax.nano_path(), v4jax.released()))
 
-Modules: `config`, `numerics`, `model`, `cache`, `checkpoint`, `encoding`, `tokenizer`, `generate`,
-`sampling`, `scoring`, `quantization`, `summary`, `train`.
+Packages: `nn` (the model), `text` (prompts and tokens), `checkpoint`, `inference`, `train`,
+`planning` (costs, memory, meshes) and `cli`. Names below are imported on first use.
 """
 
+import importlib
 import pathlib
 
-from v4jax.config import (
-    V4Config,
-    flash,
-    flash_base,
-    from_hf,
-    nano,
-    pro,
-    pro_base,
-    tiny,
-)
-from v4jax.model import Transformer
-from v4jax.numerics import Numerics, plain, released
+_HOMES = {
+    "AxisRules": "sharding",
+    "Numerics": "v4jax.nn.numerics",
+    "Tokenizer": "v4jax.text.tokenizer",
+    "Transformer": "v4jax.nn.model",
+    "V4Config": "v4jax.config",
+    "describe": "v4jax.planning.describe",
+    "flash": "v4jax.config",
+    "flash_base": "v4jax.config",
+    "from_hf": "v4jax.checkpoint.hf_config",
+    "load": "v4jax.checkpoint.loading",
+    "make_mesh": "sharding",
+    "nano": "v4jax.config",
+    "plain": "v4jax.nn.numerics",
+    "pro": "v4jax.config",
+    "pro_base": "v4jax.config",
+    "released": "v4jax.nn.numerics",
+    "save": "v4jax.checkpoint.saving",
+    "tiny": "v4jax.config",
+}
+
+__version__ = "0.2.0"
+__all__ = ["__version__", "nano_path", *_HOMES]  # noqa: PLE0604
 
 
 def nano_path() -> pathlib.Path:
@@ -32,18 +43,13 @@ def nano_path() -> pathlib.Path:
     return pathlib.Path(__file__).parent / "assets" / "nano"
 
 
-__all__ = [
-    "Numerics",
-    "Transformer",
-    "V4Config",
-    "flash",
-    "flash_base",
-    "from_hf",
-    "nano",
-    "nano_path",
-    "plain",
-    "pro",
-    "pro_base",
-    "released",
-    "tiny",
-]
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'v4jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,7 +14,7 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
-from pallas_kernels.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.selection import Selection
 
 

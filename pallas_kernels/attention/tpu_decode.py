@@ -36,7 +36,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import tpu_packed
-from pallas_kernels.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 
 # Entries of a block. A block's copy should take longer than the 0.35 us a grid step costs.
 BLOCK_ENTRIES = {"v5e": 1024, "v5p": 1024, "v6e": 1024, "v7x": 2048}

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch, tpu_formats
-from pallas_kernels.packed_rows import LINE, ROW_BLOCK, row_bytes
+from pallas_kernels import dispatch
+from pallas_kernels.formats import tpu_formats
+from pallas_kernels.formats.packed_rows import LINE, ROW_BLOCK, row_bytes
 
 CHANNELS = (448, 64)
 WORDS = row_bytes(*CHANNELS) // 4

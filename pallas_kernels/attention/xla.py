@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import cast
+from pallas_kernels.formats.quantize import cast
 
 BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 512

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import reference
-from pallas_kernels.packed_rows import PackedRows
-from pallas_kernels.quantize import cast
+from pallas_kernels.formats.packed_rows import PackedRows
+from pallas_kernels.formats.quantize import cast
 
 
 def decode_attention(q, window, entries, indices, sink, positions, *, ratio, scale):

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu_formats
+from pallas_kernels.formats import tpu_formats
 from pallas_kernels.grouped_matmul import block_sizes
 from pallas_kernels.grouped_matmul.block_sizes import BlockSizes
 from pallas_kernels.grouped_matmul.tpu import Product, Weight

@@ -10,10 +10,11 @@ Source: report section 2.4; clamp and place of the routing weight as in the rele
 
 import jax
 
-from pallas_kernels import checks, quantize
+from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.formats import quantize
+from pallas_kernels.formats.quantize import QuantizedArray
 from pallas_kernels.grouped_matmul import reference, vjp, xla
-from pallas_kernels.quantize import QuantizedArray
 
 
 def grouped_matmul(

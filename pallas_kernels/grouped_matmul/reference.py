@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import QuantizedArray
+from pallas_kernels.formats.quantize import QuantizedArray
 
 
 def dense_weight(w: jax.Array | QuantizedArray) -> jax.Array:

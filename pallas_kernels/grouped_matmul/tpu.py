@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.formats.quantize import QuantizedArray
 from pallas_kernels.grouped_matmul import block_sizes
 from pallas_kernels.grouped_matmul.block_sizes import BlockSizes
 from pallas_kernels.grouped_matmul.visits import Visits
@@ -38,7 +39,6 @@ from pallas_kernels.grouped_matmul.weights import (
     scale_rows,
     unpack,
 )
-from pallas_kernels.quantize import QuantizedArray
 
 LANES = 128
 Weight = jax.Array | QuantizedArray

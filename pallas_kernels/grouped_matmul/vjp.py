@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target_chip
+from pallas_kernels.formats.quantize import QuantizedArray
 from pallas_kernels.grouped_matmul import block_sizes, few_rows, gradients, tpu, visits, weights
 from pallas_kernels.grouped_matmul.reference import swiglu
-from pallas_kernels.quantize import QuantizedArray
 
 
 def unsupported(

@@ -16,8 +16,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu_formats
-from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray, float32_scale, fp4_block
+from pallas_kernels.formats import tpu_formats
+from pallas_kernels.formats.quantize import (
+    FP8_WEIGHT_BLOCK,
+    QuantizedArray,
+    float32_scale,
+    fp4_block,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formats.quantize import QuantizedArray, cast
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul.reference import swiglu
-from pallas_kernels.quantize import QuantizedArray, cast
 
 MAX_TILE = 256
 MIN_TILE = 8

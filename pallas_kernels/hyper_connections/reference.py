@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import cast
+from pallas_kernels.formats.quantize import cast
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantize import cast
+from pallas_kernels.formats.quantize import cast
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
+from pallas_kernels.formats.packed_rows import PackedKeys
 from pallas_kernels.indexer import reference, tpu_decode, tpu_prefill, xla
-from pallas_kernels.packed_rows import PackedKeys
 from pallas_kernels.selection import Selection
 
 

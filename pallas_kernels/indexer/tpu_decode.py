@@ -30,10 +30,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch, tpu_formats
+from pallas_kernels import dispatch
+from pallas_kernels.formats import tpu_formats
+from pallas_kernels.formats.packed_rows import KEY_BLOCK, PackedKeys, key_words
 from pallas_kernels.indexer import block_sizes, threshold
 from pallas_kernels.indexer.threshold import LANES, MISSING
-from pallas_kernels.packed_rows import KEY_BLOCK, PackedKeys, key_words
 
 PACKED_WIDTH = 128  # channels of packed keys
 PACKED_WORDS = key_words(PACKED_WIDTH)

@@ -7,7 +7,7 @@ one the block can see, so memory is [block, S] and never [T, S].
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.packed_rows import LINE, PackedKeys
+from pallas_kernels.formats.packed_rows import LINE, PackedKeys
 
 BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 1024

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import decode_attention, tpu_decode
-from pallas_kernels.packed_rows import PackedColumns, PackedRows
-from pallas_kernels.quantize import round_fp8
+from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.quantize import round_fp8
 from tests.tolerances import BFLOAT16, FLOAT32, assert_close
 
 IMPLEMENTATIONS = ["interpret", "xla"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.formats.quantize import QuantizedArray, quantize_weight
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu, visits
-from pallas_kernels.quantize import QuantizedArray, quantize_weight
 from tests.reference.fp4 import two_codes
 from tests.tolerances import BFLOAT16, FLOAT32, GRADIENT_FLOAT32, assert_close
 

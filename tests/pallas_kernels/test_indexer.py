@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, indexer, quantize
+from pallas_kernels import dispatch, indexer
+from pallas_kernels.formats import quantize
+from pallas_kernels.formats.packed_rows import PackedKeys
 from pallas_kernels.indexer import block_sizes, tpu_prefill, xla
-from pallas_kernels.packed_rows import PackedKeys
 from pallas_kernels.selection import Selection
 from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
 

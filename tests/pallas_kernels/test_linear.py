@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.formats.quantize import FP8_WEIGHT_BLOCK, QuantizedArray
 from pallas_kernels.linear import linear
-from pallas_kernels.quantize import FP8_WEIGHT_BLOCK, QuantizedArray
 from tests.tolerances import BFLOAT16, FLOAT32, assert_close
 
 SHAPES = [

@@ -12,10 +12,10 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import tpu_packed
+from pallas_kernels.formats.packed_append import append
+from pallas_kernels.formats.packed_rows import PackedColumns, PackedKeys, PackedRows
+from pallas_kernels.formats.quantize import round_fp4, round_fp8
 from pallas_kernels.indexer import index_topk
-from pallas_kernels.packed_append import append
-from pallas_kernels.packed_rows import PackedColumns, PackedKeys, PackedRows
-from pallas_kernels.quantize import round_fp4, round_fp8
 
 KINDS = pytest.mark.parametrize("kind", [PackedRows, PackedColumns, PackedKeys])
 

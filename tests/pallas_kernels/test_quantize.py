@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize import (
+from pallas_kernels.formats.quantize import (
     QuantizedArray,
     cast,
     decode_e2m1,

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize import round_fp4, round_fp8
-from pallas_kernels.quantize_rows import dequantize_rows, quantize_rows, round_rows
+from pallas_kernels.formats.quantize import round_fp4, round_fp8
+from pallas_kernels.formats.quantize_rows import dequantize_rows, quantize_rows, round_rows
 
 ROUND = {"fp8": jax.jit(round_fp8, static_argnums=1), "fp4": jax.jit(round_fp4, static_argnums=1)}
 FORMATS = pytest.mark.parametrize("fmt, block", [("fp8", 128), ("fp8", 64), ("fp4", 32)])

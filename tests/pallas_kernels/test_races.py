@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import packed_append
 from pallas_kernels.attention import (
     block_sizes,
     decode_attention,
@@ -18,6 +17,7 @@ from pallas_kernels.attention import (
     tpu,
     tpu_decode,
 )
+from pallas_kernels.formats import packed_append
 from pallas_kernels.selection import Selection
 from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
 

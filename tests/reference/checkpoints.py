@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.quantize import QuantizedArray
+from pallas_kernels.formats.quantize import QuantizedArray
 from tests.reference.fp4 import two_codes, two_codes_joined
 from tests.reference.official import read_tensors
-from v4jax.model import Transformer
+from v4jax.nn.model import Transformer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 OFFICIAL, HF = GOLDEN / "official_small", GOLDEN / "hf_small"

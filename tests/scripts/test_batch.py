@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from scripts import batch
 from tests.conftest import NANO
 from tests.scripts.test_scripts import run, start
 from v4jax import checkpoint
+from v4jax.cli import batch
 
 MESSAGE = "She was very {}."
 WORDS = ("happy", "proud", "angry", "young", "kind")

@@ -1,7 +1,7 @@
 """Kernels at real sizes through the real TPU compiler; needs libtpu, not a TPU.
 
 The schedules of the hottest kernels must not get worse than they were: MEASURED is what
-`python -m scripts.compile_kernels` printed, schedule over the larger of the algorithm's matrix-unit
+`python -m benchmarks.compile_kernels` printed, schedule over the larger of the algorithm's matrix-unit
 and memory floors.
 """
 
@@ -14,8 +14,8 @@ import sys
 import pytest
 
 from benchmarks.hlo import largest_of_xla
-from sharding.topology import CHIPS
 from tests.conftest import ROOT
+from v4jax.planning.topologies import CHIPS
 
 pytest.importorskip("libtpu")
 
@@ -38,7 +38,7 @@ def reports(tmp_path_factory) -> list[dict]:
     path = tmp_path_factory.mktemp("reports") / "reports.json"
     only = [part for name in MEASURED for part in ("--only", name)]
     subprocess.run(
-        [sys.executable, "-m", "scripts.compile_kernels", *only, "--json", str(path)],
+        [sys.executable, "-m", "benchmarks.compile_kernels", *only, "--json", str(path)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         check=True,
@@ -101,7 +101,7 @@ def test_schedules_are_no_worse_than_they_were(reports):
 
 def test_a_case_that_does_not_exist_is_refused_with_the_names():
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.compile_kernels", "--only", "no such case"],
+        [sys.executable, "-m", "benchmarks.compile_kernels", "--only", "no such case"],
         cwd=ROOT,
         check=False,
         capture_output=True,

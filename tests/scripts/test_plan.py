@@ -1,4 +1,4 @@
-"""scripts/plan.py as a user runs it; needs libtpu, not a TPU."""
+"""v4jax/cli/plan.py as a user runs it; needs libtpu, not a TPU."""
 
 import json
 import os
@@ -8,20 +8,20 @@ import sys
 import jax
 import pytest
 
-from scripts.plan import GiB, memory_of_error
 from sharding import make_mesh
-from sharding.hlo import collectives
-from sharding.topology import CHIPS, topology_devices
 from tests.conftest import ROOT
 from v4jax import tiny
-from v4jax.plan import Job, program
+from v4jax.cli.plan import GiB, memory_of_error
+from v4jax.planning.hlo import collectives
+from v4jax.planning.plan import Job, program
+from v4jax.planning.topologies import CHIPS, topology_devices
 
 pytest.importorskip("libtpu")
 
 
 def _plan(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "scripts.plan", *arguments],
+        [sys.executable, "-m", "v4jax.cli.plan", *arguments],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         capture_output=True,

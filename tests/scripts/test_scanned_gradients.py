@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.hyper_connections import hc_post, hc_post_pre, hc_pre
-from sharding.topology import compile_on
 from v4jax import flash
+from v4jax.planning.topologies import compile_on
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.usefixtures("not_kept")

@@ -15,10 +15,10 @@ import numpy as np
 
 from sharding import DECODE, TRAIN, make_mesh
 from v4jax import checkpoint
-from v4jax.generate import Generator
+from v4jax.inference.generate import Generator
 from v4jax.train.data import TokenStream
-from v4jax.train.loop import Saver, Trainer
-from v4jax.train.optimizer import OptimizerConfig
+from v4jax.train.optimizers import OptimizerConfig
+from v4jax.train.trainer import Saver, Trainer
 
 STEPS, BATCH, LENGTH = 2, 4, 136
 

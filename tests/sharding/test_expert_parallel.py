@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax import P
 
-from sharding import TRAIN, make_mesh, spmd
+from sharding import TRAIN, collectives, make_mesh
 from sharding.expert_parallel import COUNT_BLOCK, apply_experts, by_expert
-from sharding.hlo import exchanges
-from sharding.topology import COMPILER_OPTIONS, topology_devices
+from v4jax.planning.hlo import exchanges
+from v4jax.planning.topologies import COMPILER_OPTIONS, topology_devices
 
 
 @pytest.mark.parametrize("num_rows", [1, COUNT_BLOCK, COUNT_BLOCK + 1, 3 * COUNT_BLOCK - 7])
@@ -46,7 +46,7 @@ def test_rows_of_one_round_travel_while_those_of_another_are_computed(not_kept):
     with jax.set_mesh(mesh):
         cut = jax.NamedSharding(mesh, P("expert"))
         shapes = [jax.ShapeDtypeStruct(*array, sharding=cut) for array in arrays]
-        step = jax.jit(spmd.per_device(fn, TRAIN, (P("expert"),) * 4, P("expert")))
+        step = jax.jit(collectives.per_device(fn, TRAIN, (P("expert"),) * 4, P("expert")))
         compiled = step.lower(*shapes).compile(COMPILER_OPTIONS)
 
     found = exchanges(compiled.as_text())

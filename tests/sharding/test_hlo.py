@@ -6,7 +6,7 @@ import pytest
 from jax import P
 
 from sharding import make_mesh
-from sharding.hlo import array_bytes, collectives, exchanges
+from v4jax.planning.hlo import array_bytes, collectives, exchanges
 
 
 def _text(fn, *shapes, **sizes) -> str:

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sharding import DECODE, TRAIN, make_mesh, spmd
+from sharding import DECODE, TRAIN, collectives, make_mesh
 from tests.models import random_model
 from v4jax import Transformer, V4Config, checkpoint, nano_path, tiny
-from v4jax.generate import Generator
-from v4jax.placement import check_mesh, specs
-from v4jax.scoring import Scorer
-from v4jax.train.loop import loss_and_gradients
-from v4jax.train.loss import LossWeights, shifted
+from v4jax.inference.generate import Generator
+from v4jax.inference.score import Scorer
+from v4jax.nn.placement import check_mesh, specs
+from v4jax.train.losses import LossWeights, shifted
+from v4jax.train.trainer import loss_and_gradients
 
 LENGTH, BATCH = 136, 8  # past 128 (HCA) and 4 * topk = 64; 136 = 8 * 17
 TOLERANCE = 1e-4  # of logits and gradients, and of the loss relative to it
@@ -84,7 +84,7 @@ def _compiled(model: Transformer):
 
     step = loss_and_gradients(graphdef, LossWeights(balance=1.0), TRAIN, remat=model.cfg == tiny())
     step = jax.jit(step, compiler_options=COMPILER_OPTIONS)
-    forward = spmd.per_device(forward, TRAIN, (*placed, TRAIN.tokens), TRAIN.tokens)
+    forward = collectives.per_device(forward, TRAIN, (*placed, TRAIN.tokens), TRAIN.tokens)
     forward = jax.jit(forward, compiler_options=COMPILER_OPTIONS)
 
     def run(*state):

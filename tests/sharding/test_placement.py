@@ -8,8 +8,8 @@ from jax import P
 from sharding import AXES, AxisRules, ambient, make_mesh
 from tests.models import random_model
 from v4jax import tiny
-from v4jax.train.loop import Saver, Trainer
-from v4jax.train.optimizer import OptimizerConfig
+from v4jax.train.optimizers import OptimizerConfig
+from v4jax.train.trainer import Saver, Trainer
 
 
 def test_rules_give_specs():

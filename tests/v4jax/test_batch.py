@@ -12,13 +12,28 @@ import pytest
 from tests.conftest import NANO, ROOT
 from tests.models import random_model
 from v4jax import tiny
-from v4jax.batch import Job, JobError, Plan, RequestError, Settings, merge_files, parse_request
-from v4jax.batch import files as batch_files
-from v4jax.batch.files import Journal, Sidecar, errors_path, fingerprint, part_path, read_lines
-from v4jax.encoding import BOS, EOS, encode_messages
-from v4jax.generate import Generator
-from v4jax.sampling import Greedy, Temperature, TopK, TopP
-from v4jax.tokenizer import Tokenizer
+from v4jax.inference.batch import (
+    Job,
+    JobError,
+    Plan,
+    RequestError,
+    Settings,
+    merge_files,
+    parse_request,
+)
+from v4jax.inference.batch import files as batch_files
+from v4jax.inference.batch.files import (
+    Journal,
+    Sidecar,
+    errors_path,
+    fingerprint,
+    part_path,
+    read_lines,
+)
+from v4jax.inference.generate import Generator
+from v4jax.inference.sampling import Greedy, Temperature, TopK, TopP
+from v4jax.text.encoding import BOS, EOS, encode_messages
+from v4jax.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "Who is Emma?"}
 TOOL = {"type": "function", "function": {"name": "walk"}}
@@ -215,7 +230,7 @@ def test_merging_needs_a_job(tmp_path):
 
 HOLD = """
 import pathlib, sys
-from v4jax.batch.files import Sidecar
+from v4jax.inference.batch.files import Sidecar
 sidecar = Sidecar(pathlib.Path(sys.argv[1]))
 sidecar.lock_share(int(sys.argv[2]), int(sys.argv[3]))
 print("locked", flush=True)

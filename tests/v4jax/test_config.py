@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 
+from v4jax.checkpoint.hf_config import ConfigError, from_hf, to_hf
 from v4jax.config import (
     VARIANTS,
-    ConfigError,
     IndexerConfig,
     LayerSpec,
     MoEConfig,
@@ -15,12 +15,10 @@ from v4jax.config import (
     V4Config,
     flash,
     flash_base,
-    from_hf,
     nano,
     pro,
     pro_base,
     tiny,
-    to_hf,
 )
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

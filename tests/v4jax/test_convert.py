@@ -16,7 +16,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize import QuantizedArray, expand_to_fp8, pack_planes, quantize_weight
+from pallas_kernels.formats.quantize import (
+    QuantizedArray,
+    expand_to_fp8,
+    pack_planes,
+    quantize_weight,
+)
 from sharding import make_mesh
 from tests.conftest import NANO, ROOT
 from tests.reference.checkpoints import (
@@ -35,12 +40,12 @@ from tests.reference.checkpoints import (
 )
 from tests.reference.official import Official, read_tensors
 from tests.v4jax.test_load import in_transformers_memory, to_fp8_experts
-from v4jax.checkpoint import Checkpoint, CheckpointError, convert, formats, load, names, save
+from v4jax.checkpoint import Checkpoint, CheckpointError, codecs, convert, load, names, save
+from v4jax.checkpoint.codecs import Matrix
 from v4jax.checkpoint.convert import Conversion
-from v4jax.checkpoint.formats import Matrix
-from v4jax.config import from_hf
-from v4jax.quantization import to_float, to_released
-from v4jax.scoring import Scorer
+from v4jax.checkpoint.hf_config import from_hf
+from v4jax.inference.score import Scorer
+from v4jax.nn.quantization import to_float, to_released
 
 WIDTH = ("fsdp", "context")  # where the model width of parameters is cut
 
@@ -92,7 +97,7 @@ def awkward(shape: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(256, 512), (64, 96), (130, 64)])
 def test_rounding_for_files_is_rounding_in_memory_bit_for_bit(fmt, shape):
     x = awkward(shape)
-    stored, _ = formats.quantize(x, fmt)
+    stored, _ = codecs.quantize(x, fmt)
     in_memory = quantize_weight(jnp.asarray(x.T), fmt)
     values = pack_planes(stored.data) if fmt == "fp4" else stored.data
     assert np.asarray(in_memory.values).T.tobytes() == values.tobytes()
@@ -107,7 +112,7 @@ def test_every_byte_of_fp4_decodes_to_two_values_low_nibble_first():
     decoded = Matrix(data, scale).decode()
     np.testing.assert_array_equal(decoded, expected)
     np.testing.assert_array_equal(np.signbit(decoded), np.signbit(expected))
-    again, saturated = formats.quantize(decoded, "fp4")
+    again, saturated = codecs.quantize(decoded, "fp4")
     same = again.decode() == expected
     assert same.all() and saturated == 0
     # Rows with a 4 or 6 keep their scale, and with it every code but minus zero.
@@ -123,7 +128,7 @@ def test_every_finite_e4m3_code_survives_decoding_and_rounding():
     codes = np.arange(256, dtype=np.uint8)
     codes[[0x7F, 0xFF]] = 0  # NaN
     matrix = Matrix(codes.reshape(16, 16).view(E4M3), np.full((1, 1), 0.5, E8M0))
-    again, saturated = formats.quantize(matrix.decode(), "fp8")
+    again, saturated = codecs.quantize(matrix.decode(), "fp8")
     assert again.data.tobytes() == codes.tobytes() and saturated == 0
     assert again.scale.tobytes() == matrix.scale.tobytes()
 
@@ -131,11 +136,11 @@ def test_every_finite_e4m3_code_survives_decoding_and_rounding():
 def test_values_just_above_the_largest_of_their_block_are_counted_as_saturated():
     x = np.zeros((128, 128), np.float32)
     x[0, :3] = np.nextafter(np.float32(448), np.float32(500)), -448, 447
-    matrix, saturated = formats.quantize(x, "fp8")
+    matrix, saturated = codecs.quantize(x, "fp8")
     scale = float(matrix.scale.astype(np.float32)[0, 0])
     assert saturated == np.count_nonzero(np.abs(x) > 448 * scale)
     x[0, 0] = 1.0  # no rounding of amax / 448 to bring it under a power of two
-    assert formats.quantize(x, "fp8")[1] == 0
+    assert codecs.quantize(x, "fp8")[1] == 0
 
 
 def fp4_tile(spread: int, lowest: int = 100) -> Matrix:
@@ -157,7 +162,7 @@ def in_memory(matrix: Matrix) -> QuantizedArray:
 def test_fp4_is_fp8_exactly_up_to_a_spread_of_14(lowest):
     for spread in range(min(15, 255 - lowest)):
         tile = fp4_tile(spread, lowest)
-        expanded, lossy_tiles = formats.expand_fp4(tile)
+        expanded, lossy_tiles = codecs.expand_fp4(tile)
         assert lossy_tiles == 0
         np.testing.assert_array_equal(expanded.decode(), tile.decode())
         (scale,) = expanded.scale.view(np.uint8).ravel()
@@ -176,7 +181,7 @@ def test_a_wider_spread_is_refused_in_memory_and_counted_for_files():
             for part in ("data", "scale")
         )
     )
-    expanded, lossy_tiles = formats.expand_fp4(tiles)
+    expanded, lossy_tiles = codecs.expand_fp4(tiles)
     assert lossy_tiles == 1
     assert (expanded.decode() != tiles.decode())[:, 128:].any()
     np.testing.assert_array_equal(expanded.decode()[:, :128], tiles.decode()[:, :128])
@@ -509,7 +514,7 @@ def test_an_interrupted_conversion_goes_on_with_the_next_file(tmp_path, sharded,
 
 def test_the_script_goes_on_where_it_was_killed(tmp_path, sharded):
     run(sharded, tmp_path / "whole", to="fp8")
-    command = [sys.executable, "-m", "scripts.convert_checkpoint", sharded, tmp_path / "new"]
+    command = [sys.executable, "-m", "v4jax.cli.convert", sharded, tmp_path / "new"]
     command = [*map(str, command), "--to", "fp8"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from v4jax import Transformer, costs, flash, nano, pro, tiny
-from v4jax.summary import abstract_model, bytes_by_part, count_parameters
+from v4jax import Transformer, flash, nano, pro, tiny
+from v4jax.planning import costs
+from v4jax.planning.describe import abstract_model, bytes_by_part, count_parameters
 
 MILLION = 10**6
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax import encoding
-from v4jax.encoding import (
+from v4jax.text import encoding
+from v4jax.text.encoding import (
     ASSISTANT,
     BOS,
     DSML,

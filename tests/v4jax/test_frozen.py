@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels.quantize import QuantizedArray
+from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import TRAIN
 from tests.models import random_model
 from v4jax import Transformer, tiny
-from v4jax.quantization import Frozen, freeze_experts, to_float
-from v4jax.train.loop import Trainer, loss_and_gradients
-from v4jax.train.loss import LossWeights, shifted
-from v4jax.train.optimizer import OptimizerConfig
+from v4jax.nn.quantization import Frozen, freeze_experts, to_float
+from v4jax.train.losses import LossWeights, shifted
+from v4jax.train.optimizers import OptimizerConfig
+from v4jax.train.trainer import Trainer, loss_and_gradients
 
 CONFIG = dataclasses.replace(tiny(), layers=tiny().layers[:2])
 

@@ -8,10 +8,10 @@ import pytest
 from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, tiny
-from v4jax.cache import CacheFullError
-from v4jax.generate import Completion, Generator
-from v4jax.sampling import Greedy, Temperature, TopK
-from v4jax.scoring import Scorer
+from v4jax.inference.generate import Completion, Generator
+from v4jax.inference.sampling import Greedy, Temperature, TopK
+from v4jax.inference.score import Scorer
+from v4jax.nn.cache import CacheFullError
 
 CHUNKS = (16, 64)
 

@@ -11,11 +11,11 @@ from flax import nnx
 
 from tests.reference.checkpoints import released_table
 from tests.v4jax.test_config import FLASH, PRO
-from v4jax.checkpoint import writer
-from v4jax.checkpoint.reader import leaves
+from v4jax.checkpoint import saving
+from v4jax.checkpoint.loading import leaves
 from v4jax.config import flash, pro
-from v4jax.model import Transformer
-from v4jax.quantization import to_released
+from v4jax.nn.model import Transformer
+from v4jax.nn.quantization import to_released
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Announced:
     is_fully_addressable: bool = True
 
 
-def inventory(config, *, scan_layers: bool) -> list[writer.NewTensor]:
+def inventory(config, *, scan_layers: bool) -> list[saving.NewTensor]:
     """What the writer would write of a model in the released formats; nothing is allocated."""
 
     def make():
         return to_released(Transformer(config, scan_layers=scan_layers, rngs=nnx.Rngs(0)))
 
     model = jax.tree.map(lambda a: Announced(a.shape, a.dtype), nnx.eval_shape(make))
-    return [tensor for leaf in leaves(model) for tensor in writer._tensors(leaf, None)]
+    return [tensor for leaf in leaves(model) for tensor in saving._tensors(leaf, None)]
 
 
 FLASH_COUNTS = {"BF16": 433, "F32": 417, "F8_E4M3": 375, "F8_E8M0": 34_167, "I64": 3, "I8": 33_792}

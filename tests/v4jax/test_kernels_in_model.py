@@ -8,7 +8,7 @@ from flax import nnx
 from tests.conftest import GOLDEN
 from tests.models import random_model
 from v4jax import Numerics, Transformer, checkpoint, nano_path, plain, released, tiny
-from v4jax.scoring import Scorer
+from v4jax.inference.score import Scorer
 
 LENGTH, DECODED = 160, 4  # past the window, and one HCA entry
 INTERPRETED = ("interpret", "xla")  # where a kernel takes the model's widths, it runs
@@ -17,7 +17,7 @@ INTERPRETED = ("interpret", "xla")  # where a kernel takes the model's widths, i
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("v4jax.checkpoint.reader._logger.warning", lambda *args: None)
+        patch.setattr("v4jax.checkpoint.loading._logger.warning", lambda *args: None)
         return checkpoint.load(GOLDEN / "hf_small", plain(implementation=INTERPRETED))
 
 

@@ -35,7 +35,7 @@ from tests.reference.checkpoints import (
 )
 from tests.reference.official import Official, read_tensors
 from v4jax.checkpoint import Checkpoint, CheckpointError, load, save
-from v4jax.config import ConfigError, from_hf
+from v4jax.checkpoint.hf_config import ConfigError, from_hf
 
 
 @pytest.mark.parametrize(

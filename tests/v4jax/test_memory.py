@@ -11,14 +11,14 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from pallas_kernels.quantize import QuantizedArray, quantize_weight
+from pallas_kernels.formats.quantize import QuantizedArray, quantize_weight
 from sharding import make_mesh
 from tests.conftest import NANO
 from tests.reference.checkpoints import OFFICIAL, parameters
 from v4jax import V4Config, flash, pro
 from v4jax.checkpoint import load
-from v4jax.quantization import to_float, to_released
-from v4jax.summary import Part, abstract_model, describe, memory_by_part
+from v4jax.nn.quantization import to_float, to_released
+from v4jax.planning.describe import Part, abstract_model, describe, memory_by_part
 
 WIDTH = ("fsdp", "context")  # where the model width of parameters is cut
 

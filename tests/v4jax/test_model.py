@@ -15,10 +15,10 @@ from flax import nnx
 from tests.models import extend, random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, flash, pro, tiny
-from v4jax.cache import CacheFullError
 from v4jax.config import LayerSpec
-from v4jax.model import plan_stages
-from v4jax.summary import abstract_model, bytes_by_part, count_parameters
+from v4jax.nn.cache import CacheFullError
+from v4jax.nn.model import plan_stages
+from v4jax.planning.describe import abstract_model, bytes_by_part, count_parameters
 
 LENGTH = 301
 CAPACITY = 512

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import decode_attention
+from pallas_kernels.formats.packed_rows import PackedColumns, PackedKeys, PackedRows
 from pallas_kernels.indexer import index_topk
-from pallas_kernels.packed_rows import PackedColumns, PackedKeys, PackedRows
-from sharding import make_mesh, spmd
+from sharding import collectives, make_mesh
 from sharding.rules import PREFILL
 from tests import models
-from v4jax import Transformer, costs, flash, nano, plain, pro, released, tiny
-from v4jax.cache import Chunk, append_entries, init_cache, window_rows, write_window
-from v4jax.generate import Generator
-from v4jax.scoring import Scorer
+from v4jax import Transformer, flash, nano, plain, pro, released, tiny
+from v4jax.inference.generate import Generator
+from v4jax.inference.score import Scorer
+from v4jax.nn.cache import Chunk, append_entries, init_cache, window_rows, write_window
+from v4jax.planning import costs
 
 CAPACITY = 320  # 80 entries of CSA layers: more than top-k (16)
 MILLION = 1 << 20
@@ -125,7 +126,7 @@ def test_entries_of_all_devices_are_written(kind):
         jnp.zeros((2, 40, 64)),
     )
     with jax.set_mesh(make_mesh(context=2)):
-        written = jax.jit(spmd.per_device(write, PREFILL, parts, jax.P()))
+        written = jax.jit(collectives.per_device(write, PREFILL, parts, jax.P()))
         written = _unpack(written(_pack(kind, empty), new, start, counts))
     expected, rows = np.zeros(written.shape, written.dtype), np.array(_unpack(_pack(kind, new)))
     for device, b in np.ndindex(2, 2):

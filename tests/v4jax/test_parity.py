@@ -16,9 +16,9 @@ from tests.conftest import GOLDEN
 from tests.reference import float32_run
 from tests.reference.official import Official, exact, to_bfloat16
 from v4jax import Transformer, checkpoint, plain, released
-from v4jax.cache import Chunk
-from v4jax.layers import rotate
-from v4jax.scoring import Scorer
+from v4jax.inference.score import Scorer
+from v4jax.nn.cache import Chunk
+from v4jax.nn.layers import rotate
 
 # Near a rounding border the last bit decides, and bounds count how many rows it moved.
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -34,7 +34,7 @@ PROMPT = 200  # tokens of official_small that are prefilled; 60 more are decoded
 @pytest.fixture(scope="module")
 def hf_model() -> Transformer:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("v4jax.checkpoint.reader._logger.warning", lambda *args: None)
+        patch.setattr("v4jax.checkpoint.loading._logger.warning", lambda *args: None)
         return checkpoint.load(GOLDEN / "hf_small", plain())
 
 
@@ -77,9 +77,9 @@ def test_parity_would_notice(mistake, hf_model, hf_small, monkeypatch):
             wrong = functools.partial(_transposed, getattr(hyper_connections, name))
             monkeypatch.setattr(hyper_connections, name, wrong)
     elif mistake == "no inverse rotation":
-        monkeypatch.setattr("v4jax.attention.rotate", _no_inverse)
+        monkeypatch.setattr("v4jax.nn.attention.rotate", _no_inverse)
     else:
-        monkeypatch.setattr("v4jax.moe.swiglu", _unclamped)  # of the shared expert only
+        monkeypatch.setattr("v4jax.nn.moe.swiglu", _unclamped)  # of the shared expert only
 
     logits = Scorer(hf_model).logits(hf_small["tokens"][:1, :160])
 

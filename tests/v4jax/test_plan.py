@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from sharding import make_mesh
-from sharding.hlo import Collective
-from sharding.topology import CHIPS, chip_of
 from v4jax import flash, pro, tiny
-from v4jax.plan import Job, choose_mesh, program
-from v4jax.roofline import job_flops, roofline
+from v4jax.planning.hlo import Collective
+from v4jax.planning.plan import Job, choose_mesh, program
+from v4jax.planning.roofline import job_flops, roofline
+from v4jax.planning.topologies import CHIPS, chip_of
 
 MILLION = 2**20
 

@@ -9,16 +9,16 @@ import optax
 import pytest
 from flax import nnx
 
-from pallas_kernels.quantize import QuantizedArray, quantize_weight
+from pallas_kernels.formats.quantize import QuantizedArray, quantize_weight
 from sharding import make_mesh
 from tests.models import random_model
 from tests.tolerances import GRADIENT_FLOAT32, assert_close
 from v4jax import Transformer, checkpoint, plain, released, tiny
-from v4jax.quantization import round_to_released, to_released
-from v4jax.scoring import Scorer
-from v4jax.train.loop import Trainer
-from v4jax.train.loss import shifted, training_loss
-from v4jax.train.optimizer import OptimizerConfig
+from v4jax.inference.score import Scorer
+from v4jax.nn.quantization import round_to_released, to_released
+from v4jax.train.losses import shifted, training_loss
+from v4jax.train.optimizers import OptimizerConfig
+from v4jax.train.trainer import Trainer
 
 CONFIG = dataclasses.replace(tiny(), layers=tiny().layers[:3])  # window, CSA, HCA
 LENGTH = 140

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.formats.quantize import QuantizedArray, quantize_weight, round_fp8
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
-from pallas_kernels.quantize import QuantizedArray, quantize_weight, round_fp8
 from tests.conftest import GOLDEN
 from tests.tolerances import FLOAT32, assert_close
 from tests.v4jax.test_parity import BIT_IDENTICAL, PROMPT, _cached, _inputs, _tokens

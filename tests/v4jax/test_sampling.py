@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.sampling import Greedy, Temperature, TopK, TopP, sampler_of
+from v4jax.inference.sampling import Greedy, Temperature, TopK, TopP, sampler_of
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.25, 0.2, 0.1])).astype(np.float32)
 DRAWS = 20_000

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quantize import QuantizedArray
+from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import make_mesh
 from tests.reference.checkpoints import (
     HF,
@@ -33,10 +33,10 @@ from tests.reference.checkpoints import (
     write_folder,
 )
 from tests.reference.official import Official, power_of_two_above, read_tensors
-from v4jax.checkpoint import Checkpoint, CheckpointError, load, save, writer
-from v4jax.config import from_hf
-from v4jax.model import Transformer
-from v4jax.quantization import to_float, to_released
+from v4jax.checkpoint import Checkpoint, CheckpointError, load, save, saving
+from v4jax.checkpoint.hf_config import from_hf
+from v4jax.nn.model import Transformer
+from v4jax.nn.quantization import to_float, to_released
 
 WIDTH = ("fsdp", "expert", "context")  # where the model width of parameters is cut
 EXPERT_WIDTH = ("fsdp", "context")  # that of experts
@@ -191,7 +191,7 @@ def test_a_folder_with_a_checkpoint_is_not_written_to(tmp_path, official_model, 
 def test_config_comes_last_so_that_a_failed_save_is_no_checkpoint(
     tmp_path, monkeypatch, official_model, limit, num_written
 ):
-    write, written = writer.write_safetensors, []
+    write, written = save.write_safetensors, []
 
     def failing(path, *args):
         if len(written) == num_written:
@@ -199,7 +199,7 @@ def test_config_comes_last_so_that_a_failed_save_is_no_checkpoint(
         write(path, *args)
         written.append(pathlib.Path(path).name)
 
-    monkeypatch.setattr(writer, "write_safetensors", failing)
+    monkeypatch.setattr(saving, "write_safetensors", failing)
     with pytest.raises(OSError, match="the disk is full"):
         save(official_model, tmp_path, single_file_limit=limit)
     assert len(written) == num_written

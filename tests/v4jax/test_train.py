@@ -13,12 +13,13 @@ from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, tiny
 from v4jax.config import LayerSpec
-from v4jax.indexer import indexer_loss
-from v4jax.moe import Router
+from v4jax.nn.cross_entropy import cross_entropy
+from v4jax.nn.indexer import indexer_loss
+from v4jax.nn.moe import Router
 from v4jax.train.data import TokenStream
-from v4jax.train.loop import Saver, Trainer
-from v4jax.train.loss import LossWeights, cross_entropy, shifted, training_loss
-from v4jax.train.optimizer import OptimizerConfig, adamw, update_routing_bias
+from v4jax.train.losses import LossWeights, shifted, training_loss
+from v4jax.train.optimizers import OptimizerConfig, adamw, update_routing_bias
+from v4jax.train.trainer import Saver, Trainer
 
 LENGTH = 140
 

@@ -1,7 +1,7 @@
 """Checkpoints in the released layout and in transformers' naming."""
 
-from v4jax.checkpoint.reader import Checkpoint, load
+from v4jax.checkpoint.loading import Checkpoint, load
 from v4jax.checkpoint.safetensors import CheckpointError
-from v4jax.checkpoint.writer import save
+from v4jax.checkpoint.saving import save
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "save"]

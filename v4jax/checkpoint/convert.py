@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from v4jax.checkpoint import names
-from v4jax.checkpoint.formats import Matrix
-from v4jax.checkpoint.reader import (
+from v4jax.checkpoint.codecs import Matrix
+from v4jax.checkpoint.hf_config import to_hf
+from v4jax.checkpoint.loading import (
     INDEX_NAME,
     Checkpoint,
     Leaf,
@@ -36,8 +37,7 @@ from v4jax.checkpoint.reader import (
 )
 from v4jax.checkpoint.recode import Recoded, Storage, join, parts, recode
 from v4jax.checkpoint.safetensors import CheckpointError, NewTensor, write_safetensors
-from v4jax.checkpoint.writer import copy_other_files, write_text
-from v4jax.config import to_hf
+from v4jax.checkpoint.saving import copy_other_files, write_text
 
 REPORT_NAME = "report.json"
 NAMINGS = ("released", "transformers")

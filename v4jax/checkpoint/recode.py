@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from v4jax.checkpoint.formats import E8M0, TILE, Matrix, count_tiles, expand_fp4, quantize
+from v4jax.checkpoint.codecs import E8M0, TILE, Matrix, count_tiles, expand_fp4, quantize
 from v4jax.checkpoint.safetensors import DTYPES
 
 _PART = 2**20  # values

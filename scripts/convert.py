@@ -1,0 +1,11 @@
+"""`v4jax convert` from a checkout: python scripts/convert.py ..."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from v4jax.cli import main
+
+if __name__ == "__main__":
+    main(["convert", *sys.argv[1:]])

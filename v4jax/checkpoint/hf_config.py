@@ -1,0 +1,366 @@
+"""config.json of checkpoints, in the released form and in that of transformers 5.
+
+`from_hf` reads both; `to_hf` writes the released form.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from v4jax.config import (
+    CSA_RATIO,
+    HCA_RATIO,
+    VARIANTS,
+    IndexerConfig,
+    LayerSpec,
+    MoEConfig,
+    RopeConfig,
+    V4Config,
+)
+
+# Keys whose value this implementation fixes: anything else is another architecture.
+_FIXED = {
+    "model_type": ("deepseek_v4",),
+    "num_key_value_heads": (1,),
+    "n_shared_experts": (1,),
+    "scoring_func": ("sqrtsoftplus",),
+    "topk_method": ("noaux_tc",),
+    "norm_topk_prob": (True,),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "tie_word_embeddings": (False,),
+    "attention_dropout": (0, 0.0),
+    "compress_rates": (
+        {"compressed_sparse_attention": CSA_RATIO, "heavily_compressed_attention": HCA_RATIO},
+    ),
+}
+# Keys that say nothing about the function computed here.
+_IGNORED = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "initializer_range",
+        "name_or_path",
+        "output_router_logits",
+        "pad_token_id",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+# Keys of the draft model of the 0731 / 0813 releases (not part of the decoder).
+_DRAFTER_PREFIX = "dspark_"
+_LAYER_TYPES = {
+    "sliding_attention": 0,
+    "compressed_sparse_attention": CSA_RATIO,
+    "heavily_compressed_attention": HCA_RATIO,
+}
+_QUANTIZATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+
+
+class ConfigError(ValueError):
+    """A config.json that this implementation does not compute."""
+
+
+def from_hf(source: str | os.PathLike | Mapping[str, Any]) -> V4Config:
+    """Reads a released `config.json`, or one written by transformers 5.
+
+    Args:
+      source: the file, the folder that holds it, or its parsed contents.
+
+    Raises:
+      ConfigError: a key or value that is unknown or describes another architecture; the message
+        names it.
+    """
+    if isinstance(source, Mapping):
+        raw = dict(source)
+    else:
+        path = os.fspath(source)
+        path = os.path.join(path, "config.json") if os.path.isdir(path) else path
+        with open(path, encoding="utf-8") as file:
+            try:
+                raw = json.load(file)
+            except ValueError as error:
+                raise ConfigError(f"{path} is not JSON: {error}.") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} holds a {type(raw).__name__}: expected an object.")
+    return _Reader(raw).config()
+
+
+class _Reader:
+    """Takes keys out of a config and complains about what is left."""
+
+    def __init__(self, raw: dict[str, Any]):
+        if raw.get("model_type") == "deepseek_v41" or "text_config" in raw:
+            raise ConfigError(
+                f"model_type={raw.get('model_type')!r}: this is a DeepSeek-V4.1 config, another "
+                "architecture. v4jax reads DeepSeek-V4 (model_type='deepseek_v4')."
+            )
+        if "model_type" not in raw:
+            raise ConfigError("model_type is missing: expected model_type='deepseek_v4'.")
+        self.raw = raw
+
+    def take(self, key: str, *default: Any) -> Any:
+        if key in self.raw:
+            return self.raw.pop(key)
+        if default:
+            return default[0]
+        raise ConfigError(f"{key} is missing from the config.")
+
+    def integer(self, key: str, *default: int) -> int:
+        value = self.take(key, *default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ConfigError(f"{key}={value!r}: expected a whole number.")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.take(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f"{key}={value!r}: expected a number.")
+        return float(value)
+
+    def config(self) -> V4Config:
+        for key, accepted in _FIXED.items():
+            value = self.take(key, accepted[0])
+            if value not in accepted:
+                raise ConfigError(f"{key}={value!r}: expected {accepted[0]!r}.")
+        for key in [k for k in self.raw if k in _IGNORED or k.startswith(_DRAFTER_PREFIX)]:
+            self.raw.pop(key)
+
+        num_layers = self.integer("num_hidden_layers")
+        num_mtp = self.integer("num_nextn_predict_layers", 0)
+        head_dim = self.integer("head_dim")
+        rope_head_dim = self.integer("qk_rope_head_dim")
+        factor = self.take("partial_rotary_factor", None)
+        if factor is not None and round(factor * head_dim) != rope_head_dim:
+            raise ConfigError(
+                f"partial_rotary_factor={factor} does not give qk_rope_head_dim={rope_head_dim} "
+                f"of head_dim={head_dim}."
+            )
+        quantization = self.take("quantization_config", None) or {}
+        if not isinstance(quantization, Mapping):
+            raise ConfigError(f"quantization_config={quantization!r}: expected an object.")
+        for key, expected in _QUANTIZATION.items():
+            if quantization.get(key, expected) != expected:
+                raise ConfigError(
+                    f"quantization_config.{key}={quantization[key]!r}: expected {expected!r}."
+                )
+        values = dict(
+            vocab_size=self.integer("vocab_size"),
+            embed_dim=self.integer("hidden_size"),
+            num_heads=self.integer("num_attention_heads"),
+            head_dim=head_dim,
+            rope_head_dim=rope_head_dim,
+            q_lora_rank=self.integer("q_lora_rank"),
+            o_groups=self.integer("o_groups"),
+            o_lora_rank=self.integer("o_lora_rank"),
+            window=self.integer("sliding_window"),
+            layers=self.layers(num_layers),
+            mtp_layers=(LayerSpec(compress_ratio=0),) * num_mtp,
+            indexer=IndexerConfig(
+                num_heads=self.integer("index_n_heads"),
+                head_dim=self.integer("index_head_dim"),
+                topk=self.integer("index_topk"),
+            ),
+            moe=MoEConfig(
+                num_experts=self.integer("n_routed_experts"),
+                experts_per_token=self.integer("num_experts_per_tok"),
+                expert_dim=self.integer("moe_intermediate_size"),
+                routed_scale=self.number("routed_scaling_factor"),
+                swiglu_limit=self.number("swiglu_limit"),
+            ),
+            rope=self.rope(),
+            num_streams=self.integer("hc_mult"),
+            sinkhorn_iters=self.integer("hc_sinkhorn_iters"),
+            hc_eps=self.number("hc_eps"),
+            norm_eps=self.number("rms_norm_eps"),
+            max_length=self.integer("max_position_embeddings"),
+            bos_id=self.integer("bos_token_id", 0),
+            eos_id=self.integer("eos_token_id", 1),
+            expert_format=self.take("expert_dtype", None),
+        )
+        if self.raw:
+            unknown = ", ".join(f"{k}={v!r}" for k, v in sorted(self.raw.items()))
+            raise ConfigError(f"unknown config keys: {unknown}.")
+        try:
+            config = V4Config(**values)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for variant in VARIANTS.values():
+            if dataclasses.replace(config, name=variant().name) == variant():
+                return variant()
+        return config
+
+    def layers(self, num_layers: int) -> tuple[LayerSpec, ...]:
+        ratios = self.take("compress_ratios", None)
+        types = self.take("layer_types", None)
+        if ratios is None and types is None:
+            raise ConfigError(
+                "compress_ratios is missing: expected it (released form) or layer_types "
+                "(transformers form); there is no safe default."
+            )
+        if types is not None:
+            for layer_type in types:
+                if layer_type not in _LAYER_TYPES:
+                    raise ConfigError(
+                        f"layer_types has {layer_type!r}: expected one of {sorted(_LAYER_TYPES)}."
+                    )
+            of_types = [_LAYER_TYPES[t] for t in types]
+            if ratios is not None and list(ratios[: len(of_types)]) != of_types:
+                raise ConfigError("compress_ratios and layer_types contradict each other.")
+            ratios = of_types if ratios is None else ratios
+        if len(ratios) < num_layers:
+            raise ConfigError(
+                f"compress_ratios/layer_types has {len(ratios)} entries: expected at least "
+                f"num_hidden_layers={num_layers}."
+            )
+        if any(ratios[num_layers:]):
+            raise ConfigError(
+                f"compress_ratios[{num_layers}:]={ratios[num_layers:]}: expected 0 for MTP blocks."
+            )
+        num_hash = self.take("num_hash_layers", None)
+        mlp_types = self.take("mlp_layer_types", None)
+        if mlp_types is not None:
+            hashed = [t == "hash_moe" for t in mlp_types]
+            if set(mlp_types) - {"hash_moe", "moe"} or len(hashed) != num_layers:
+                raise ConfigError(
+                    f"mlp_layer_types={mlp_types}: expected {num_layers} of 'hash_moe' or 'moe'."
+                )
+            if num_hash is not None and sum(hashed) != num_hash:
+                raise ConfigError(
+                    f"num_hash_layers={num_hash} contradicts mlp_layer_types, which has "
+                    f"{sum(hashed)} of 'hash_moe'."
+                )
+        elif num_hash is not None:
+            hashed = [i < num_hash for i in range(num_layers)]
+        else:
+            raise ConfigError("num_hash_layers is missing from the config.")
+        try:
+            return tuple(
+                LayerSpec(compress_ratio=r, hash_routed=h)
+                for r, h in zip(ratios[:num_layers], hashed, strict=True)
+            )
+        except ValueError as error:
+            raise ConfigError(f"compress_ratios: {error}") from error
+
+    def rope(self) -> RopeConfig:
+        nested = self.take("rope_parameters", None)
+        yarn = self.take("rope_scaling", None)
+        theta = self.take("rope_theta", None)
+        compress_theta = self.take("compress_rope_theta", None)
+        if nested is not None:
+            if set(nested) != {"main", "compress"}:
+                raise ConfigError(
+                    f"rope_parameters has keys {sorted(nested)}: expected 'main' and 'compress'."
+                )
+            main, yarn = dict(nested["main"]), dict(nested["compress"])
+            if main.get("rope_type", "default") != "default":
+                raise ConfigError(
+                    f"rope_parameters.main.rope_type={main['rope_type']!r}: expected 'default'."
+                )
+            theta = main.pop("rope_theta", theta)
+            compress_theta = yarn.pop("rope_theta", compress_theta)
+            unknown = set(main) - {"rope_type", "partial_rotary_factor"}
+            if unknown:
+                raise ConfigError(f"unknown keys in rope_parameters.main: {sorted(unknown)}.")
+        if theta is None or compress_theta is None or yarn is None:
+            raise ConfigError(
+                "rope_theta, compress_rope_theta and rope_scaling (or rope_parameters) are needed."
+            )
+        yarn = dict(yarn)
+        kind = yarn.pop("rope_type", None) or yarn.pop("type", None)
+        yarn.pop("type", None)
+        if kind != "yarn":
+            raise ConfigError(f"rope_scaling type={kind!r}: expected 'yarn'.")
+        if yarn.pop("attention_factor", None) not in (None, 1, 1.0):
+            raise ConfigError("rope_scaling.attention_factor: expected 1 (V4 scales nothing).")
+        yarn.pop("partial_rotary_factor", None)
+        try:
+            rope = RopeConfig(
+                theta=float(theta),
+                compress_theta=float(compress_theta),
+                yarn_factor=float(yarn.pop("factor")),
+                yarn_original_length=yarn.pop("original_max_position_embeddings"),
+                yarn_beta_fast=float(yarn.pop("beta_fast")),
+                yarn_beta_slow=float(yarn.pop("beta_slow")),
+            )
+        except KeyError as error:
+            raise ConfigError(f"rope_scaling.{error.args[0]} is missing.") from error
+        if yarn:
+            raise ConfigError(f"unknown keys in rope_scaling: {sorted(yarn)}.")
+        return rope
+
+
+def to_hf(config: V4Config) -> dict[str, Any]:
+    """The released `config.json` of a config; `from_hf` reads it back to an equal one."""
+    num_hash = sum(spec.hash_routed for spec in config.layers)
+    if not all(spec.hash_routed for spec in config.layers[:num_hash]):
+        raise ConfigError("layers: the released form needs all hash-routed layers to come first.")
+    raw = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "moe_intermediate_size": config.moe.expert_dim,
+        "num_hidden_layers": len(config.layers),
+        "num_hash_layers": num_hash,
+        "num_nextn_predict_layers": len(config.mtp_layers),
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": 1,
+        "head_dim": config.head_dim,
+        "qk_rope_head_dim": config.rope_head_dim,
+        "q_lora_rank": config.q_lora_rank,
+        "o_groups": config.o_groups,
+        "o_lora_rank": config.o_lora_rank,
+        "sliding_window": config.window,
+        "compress_ratios": [s.compress_ratio for s in config.layers + config.mtp_layers],
+        "compress_rope_theta": config.rope.compress_theta,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": config.rope.yarn_factor,
+            "beta_fast": config.rope.yarn_beta_fast,
+            "beta_slow": config.rope.yarn_beta_slow,
+            "original_max_position_embeddings": config.rope.yarn_original_length,
+        },
+        "index_n_heads": config.indexer.num_heads,
+        "index_head_dim": config.indexer.head_dim,
+        "index_topk": config.indexer.topk,
+        "n_routed_experts": config.moe.num_experts,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": config.moe.experts_per_token,
+        "scoring_func": "sqrtsoftplus",
+        "norm_topk_prob": True,
+        "topk_method": "noaux_tc",
+        "routed_scaling_factor": config.moe.routed_scale,
+        "swiglu_limit": config.moe.swiglu_limit,
+        "hc_mult": config.num_streams,
+        "hc_sinkhorn_iters": config.sinkhorn_iters,
+        "hc_eps": config.hc_eps,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_length,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "torch_dtype": "bfloat16",
+    }
+    if config.expert_format is not None:
+        raw["expert_dtype"] = config.expert_format
+        raw["quantization_config"] = copy.deepcopy(_QUANTIZATION)
+    return raw

@@ -1,0 +1,161 @@
+"""Writes a model in the released layout: names, orientation, packing, one file or one per layer."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Container, Iterator
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.formats.quantize import QuantizedArray, unpack_planes
+from v4jax.checkpoint import names
+from v4jax.checkpoint.hf_config import to_hf
+from v4jax.checkpoint.loading import INDEX_NAME, SINGLE_NAME, Checkpoint, Leaf, leaves
+from v4jax.checkpoint.safetensors import NewTensor, write_safetensors
+from v4jax.nn.model import Transformer
+
+SINGLE_FILE_LIMIT = 5_000_000_000
+_TAGS = {
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+    np.dtype(ml_dtypes.float8_e8m0fnu): "F8_E8M0",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.uint8): "I8",  # packed FP4
+    np.dtype(np.int32): "I64",  # hash tables
+}
+
+
+def save(
+    model: Transformer,
+    path: str | os.PathLike,
+    *,
+    like: Checkpoint | None = None,
+    single_file_limit: int = SINGLE_FILE_LIMIT,
+) -> None:
+    """Writes `config.json` and safetensors with the released names.
+
+    Parameters are written as they are held: a model that was loaded is written back byte for byte
+    where it was not changed, and a float model becomes a float checkpoint (`to_released` quantises
+    one first). Files are complete or absent; `config.json` comes last.
+
+    Args:
+      path: the folder; made if missing.
+      like: a checkpoint whose order of tensors, integer dtypes, metadata and other files
+        (tokenizer ...) to keep.
+      single_file_limit: bytes up to which everything goes into one file; beyond, one per layer.
+
+    Raises:
+      ValueError: `path` has another checkpoint's files, or the model is spread over processes.
+    """
+    path = os.fspath(path)
+    os.makedirs(path, exist_ok=True)
+    present = [n for n in os.listdir(path) if n.endswith(".safetensors") or n == INDEX_NAME]
+    if present:
+        raise ValueError(
+            f"{path} already holds {present[0]}: give an empty folder, or remove the old checkpoint."
+        )
+    tensors = {t.name: t for leaf in leaves(model) for t in _tensors(leaf, like)}
+    metadata = {"format": "pt"}
+    if like is not None:
+        metadata = like.files[0].metadata
+        order = {name: i for i, name in enumerate(like.tensors)}
+        tensors = dict(sorted(tensors.items(), key=lambda t: order.get(t[0], len(order))))
+        copy_other_files(like, path)
+    total = sum(t.nbytes for t in tensors.values())
+    if total <= single_file_limit:
+        write_safetensors(os.path.join(path, SINGLE_NAME), tensors.values(), metadata)
+    else:
+        _write_shards(path, tensors, total, metadata)
+    experts = next(t.tag for name, t in tensors.items() if name.endswith("experts.0.w1.weight"))
+    fmt = {"I8": "fp4", "F8_E4M3": "fp8"}.get(experts)
+    config = json.dumps(to_hf(dataclasses.replace(model.cfg, expert_format=fmt)), indent=2)
+    write_text(os.path.join(path, "config.json"), config)
+
+
+def _write_shards(
+    path: str, tensors: dict[str, NewTensor], total: int, metadata: dict[str, str]
+) -> None:
+    """One file per layer, embedding, head and MTP block, as the releases have it."""
+    shards: dict[str, list[NewTensor]] = {}
+    for name, tensor in tensors.items():
+        match = re.match(r"(layers|mtp)\.\d+\.", name)
+        group = match[0] if match else ("embed" if name.startswith("embed.") else "head")
+        shards.setdefault(group, []).append(tensor)
+
+    def rank(group: str) -> tuple[int, int]:
+        kind, _, number = group.rstrip(".").partition(".")
+        return ["embed", "layers", "head", "mtp"].index(kind), int(number or 0)
+
+    weight_map = {}
+    for i, group in enumerate(sorted(shards, key=rank)):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(os.path.join(path, name), shards[group], metadata)
+        weight_map.update({tensor.name: name for tensor in shards[group]})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(os.path.join(path, INDEX_NAME), json.dumps(index, indent=2))
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a text file, which appears whole or not at all."""
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+    os.replace(f"{path}.new", path)
+
+
+def copy_other_files(checkpoint: Checkpoint, path: str, besides: Container[str] = ()) -> None:
+    """Copies what is neither config nor weights: tokenizer, licence ..."""
+    for name in sorted(os.listdir(checkpoint.path)):
+        source = os.path.join(checkpoint.path, name)
+        written = name in ("config.json", INDEX_NAME) or name.endswith(".safetensors")
+        if os.path.isfile(source) and not written and name not in besides:
+            shutil.copyfile(source, os.path.join(path, name))
+
+
+def _tensors(leaf: Leaf, like: Checkpoint | None) -> Iterator[NewTensor]:
+    value = leaf.variable.get_value()
+    table = leaf.released_names()
+    arrays = [(value, lambda name: name)]
+    if isinstance(value, QuantizedArray):
+        arrays = [(value.values, lambda name: name), (value.scale, names.scale_name)]
+    for array, rename in arrays:
+        if not array.is_fully_addressable:
+            raise ValueError(
+                f"{leaf.slot.path} is spread over several processes: save with Orbax, and convert "
+                "on one host."
+            )
+        for position in np.ndindex(*table.shape):
+            name = rename(table[position])
+            tag = _TAGS[np.dtype(array.dtype)]
+            if like is not None and tag == "I64" and name in like.tensors:
+                tag = like.tensors[name].tag
+            yield _tensor(name, tag, array, position, leaf.slot.transposed)
+
+
+def _one(array: jax.Array, position: tuple[int, ...]) -> jax.Array:
+    """`array[position]`, gathered from wherever a mesh has its parts."""
+    if not position:
+        return array
+    if isinstance(array.sharding, jax.NamedSharding):
+        whole = jax.NamedSharding(array.sharding.mesh, jax.P())
+        return array.at[position].get(out_sharding=whole)
+    return array[position]
+
+
+def _tensor(
+    name: str, tag: str, array: jax.Array, position: tuple[int, ...], transposed: bool
+) -> NewTensor:
+    shape = array.shape[len(position) :]
+
+    def read() -> np.ndarray:
+        data = np.asarray(_one(array, position))
+        data = data.T if transposed else data
+        if tag == "I8":
+            return unpack_planes(np.ascontiguousarray(data)).view(np.int8)
+        return data.astype(np.int64) if tag == "I64" else data
+
+    return NewTensor(name, tag, shape[::-1] if transposed else shape, read)

@@ -1,0 +1,153 @@
+"""Generates for a file of requests; killed and started again, it goes on.
+
+    v4jax batch --checkpoint v4jax/assets/nano --input requests.jsonl \\
+        --output results.jsonl
+
+A request is a JSON object with `messages` or `prompt`; docs/batch.md lists its keys. Lines that are
+no requests are reported in results.jsonl.errors, by number. On several hosts that see one file
+system every process takes a share: give --coordinator, --num-processes and --process-id, or
+--distributed where jax finds these out by itself (TPU pods, Slurm). With a --mesh of all their devices
+they hold one model together.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+
+import jax
+from tqdm import tqdm
+
+from sharding import DECODE
+from v4jax import Numerics, checkpoint
+from v4jax.cli.generate import add_sampling_arguments
+from v4jax.cli.pod import (
+    add_pod_arguments,
+    from_first,
+    on_mesh,
+    parse_pod_args,
+    spans_processes,
+    start_processes,
+)
+from v4jax.inference.batch import Job, JobError, Settings, merge_files
+from v4jax.inference.batch.files import errors_path, fingerprint
+from v4jax.inference.generate import Generator
+from v4jax.text.encoding import MODES
+from v4jax.text.tokenizer import Tokenizer
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=pathlib.Path)
+    parser.add_argument("--input", type=pathlib.Path, help="requests, JSON lines")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="results, JSON lines")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--mode", choices=list(MODES), default="non-think")
+    add_sampling_arguments(parser)
+    hosts = add_pod_arguments(parser)
+    hosts.add_argument("--merge", action="store_true", help="only join what they have written")
+    args = parse_pod_args(parser)
+    if not args.merge and not (args.checkpoint and args.input):
+        parser.error("--checkpoint and --input are required, except with --merge.")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: expected at least 1.")
+    names = ("mode", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
+    try:
+        args.settings = Settings(**{name: getattr(args, name) for name in names})
+        args.rounding = Numerics(args.numerics, args.dtype, recipe=args.recipe)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def run(args: argparse.Namespace, process: int, count: int) -> int:
+    """Does this process's share and returns the number of requests that are still to do."""
+    files = [args.checkpoint / "config.json", args.checkpoint / "tokenizer.json"]
+    files += sorted(args.checkpoint.glob("*.safetensors"))
+    identity = {
+        "checkpoint": fingerprint(files),
+        "dtype": args.dtype,
+        "numerics": args.numerics,
+        "recipe": args.rounding.recipe,
+        "cache": args.cache,
+        "mesh": args.mesh,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    leads, together, devices = True, {}, jax.local_devices()
+    if spans_processes(args.mesh):
+        leads, devices = process == 0, jax.devices()
+        together = dict(leads=leads, agree=from_first)
+        process, count = 0, 1  # one share for all of them
+    job = Job(
+        *(args.input, args.output, args.settings),
+        batch_size=args.batch_size,
+        identity=identity,
+        process=process,
+        count=count,
+        **together,
+    )
+
+    def say(text: str) -> None:
+        if leads:
+            print(text, file=sys.stderr)
+
+    with job:
+        plan, done, tokens = job.plan, job.total - job.remaining, 0
+        name = f"process {process} of {count}: " if count > 1 else ""
+        say(f"{name}{job.total} requests, {done} of them done")
+        if plan.malformed:
+            lines = ", ".join(str(record["line"]) for record in plan.malformed[:10])
+            more = ", ..." if len(plan.malformed) > 10 else ""
+            say(f"{len(plan.malformed)} malformed lines: {lines}{more}")
+        if job.remaining:
+            tokenizer = Tokenizer(args.checkpoint)
+            # Kernels can run: a program is of one device or of a whole mesh.
+            numerics = dataclasses.replace(args.rounding, implementation=("tpu", "xla"))
+            mesh = on_mesh(args.mesh, devices)
+            bar = tqdm(
+                initial=done, total=job.total, unit="request", desc=name[:-2], disable=not leads
+            )
+            with mesh, bar:
+                model = checkpoint.load(args.checkpoint, numerics, DECODE)
+                generator = Generator(model, cache=args.cache)
+                started = time.monotonic()
+                for progress in job.run(generator, tokenizer):
+                    tokens += progress.tokens
+                    rate = tokens / (time.monotonic() - started)
+                    bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+                    bar.update(progress.requests)
+            seconds = time.monotonic() - started
+            say(
+                f"{name}{tokens} tokens in {seconds:.1f} s, compilation included: "
+                f"{tokens / seconds:.1f} tokens/s"
+            )
+        return job.finish()
+
+
+def main() -> None:
+    """Runs a share of the job, or merges."""
+    args = parse_args()
+    try:
+        if args.merge:
+            results, errors, left = merge_files(args.output)
+            print(f"{results} results in {args.output}, {errors} errors", file=sys.stderr)
+        else:
+            left = run(args, *start_processes(args))
+    except (JobError, checkpoint.CheckpointError, OSError, ValueError) as error:
+        raise SystemExit(f"batch: {error}") from error
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    if left:
+        raise SystemExit(
+            f"batch: {left} requests are still to do: their process has ended or was not started. "
+            "Run the same command again."
+        )
+    if (errors := errors_path(args.output)).exists():
+        print(f"errors are in {errors}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Converts a checkpoint to another storage format, to other tensor names, or both.
+
+    v4jax convert v4jax/assets/nano runs/nano-bf16 --to bf16
+    v4jax convert runs/nano-bf16 runs/nano-fp4 --to released
+    v4jax convert DIR NEW --names transformers
+
+Formats: `released` (FP4 experts, FP8 linears), `fp8` (FP8 experts too), `base` (the same with F32
+scales, as the Base releases have them), `bf16`, and `stored` (nothing changes). No accelerator is
+used, and memory holds one tensor at a time. Run the same command again to continue after an
+interruption. TARGET/report.json says what changed, for each kind of tensor.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator may be busy, and is not needed
+
+from tqdm import tqdm
+
+from v4jax.checkpoint.convert import FORMATS, NAMINGS, Conversion
+from v4jax.cli.errors import one_message
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", type=pathlib.Path, help="folder with config.json and safetensors")
+    parser.add_argument("target", type=pathlib.Path, help="new folder, or one to continue")
+    parser.add_argument("--to", choices=list(FORMATS), default="stored", help="storage format")
+    parser.add_argument("--names", choices=NAMINGS, default="released", help="tensor names")
+    parser.add_argument(
+        "--allow-lossy",
+        action="store_true",
+        help="round where a conversion between formats that should be exact is not",
+    )
+    return parser.parse_args()
+
+
+def table(report: dict) -> str:
+    """The report's lines, in columns; what only moved is counted at the end."""
+    rows = [("tensors", "count", "from", "to", "max error", "relative", "saturated")]
+    kept = 0
+    for kind in report["kinds"]:
+        if kind["source"] == kind["target"]:
+            kept += kind["tensors"]
+            continue
+        errors = f"{kind['max_error']:.3g}", f"{kind['relative_error']:.2%}"
+        counts = f"{kind['tensors']:,}", kind["source"], kind["target"]
+        rows.append((kind["kind"], *counts, *errors, f"{kind['saturated']:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*(lines if len(rows) > 1 else ()), f"{kept:,} tensors kept their format"])
+
+
+def main() -> None:
+    """Converts, with a progress bar, and prints the report."""
+    args = parse_args()
+    try:
+        conversion = Conversion(
+            args.source, args.target, to=args.to, naming=args.names, allow_lossy=args.allow_lossy
+        )
+        size = conversion.num_bytes
+        with tqdm(total=size, unit="B", unit_scale=True, desc=args.target.name) as bar:
+            report = conversion.run(bar.update)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(table(report))
+    for note in report["notes"]:
+        print(f"note: {note}")
+    for kind in report["kinds"]:
+        for name, what in kind["lossy"].items():
+            print(f"rounded: {name}, {what}")
+    print(f"wrote {size:,} bytes of tensors to {args.target}")
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()

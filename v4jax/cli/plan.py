@@ -1,0 +1,342 @@
+"""Compiles a full-size job for TPUs that are not there, and says what a device would hold and do.
+
+    v4jax plan --model flash --topology v6e:4x4 --job decode --context 131072 --batch 16
+
+Needs `pip install 'v4jax[tpu]'`, no TPU; of the model nothing but shapes is made. Without `--mesh` a
+mesh is chosen, and the choice explained. `--layers 5` gives a quick look at a shorter model.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from sharding import AXES, make_mesh
+from v4jax.config import VARIANTS, V4Config
+from v4jax.planning import costs
+from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
+from v4jax.planning.plan import EXPERTS, Job, MeshChoice, choose_mesh, program
+from v4jax.planning.roofline import Roofline, roofline
+from v4jax.planning.topologies import CHIPS, COMPILER_OPTIONS, Chip, chip_of, topology_devices
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, from the compiled program."""
+
+    parameters: float
+    optimizer: float
+    cache: float
+    temp: float  # activations, gathered weights, gradients
+    peak: float
+    limit: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the device's memory."""
+        return self.peak <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that a plan says."""
+
+    command: str
+    model: str
+    layers: int
+    topology: str
+    devices: int
+    chips: int
+    job: Job
+    mesh: dict[str, int]
+    memory: Memory
+    fits: bool
+    error: str  # the compiler's, if the program needs more memory than there is
+    collectives: list[Collective]
+    exchanges: list[Exchange]  # asynchronous ones that carry rows of experts
+    roofline: Roofline | None
+    lower_seconds: float
+    compile_seconds: float
+    has_code: bool  # False: compilation was stopped once memory was assigned and the HLO scheduled
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=sorted(VARIANTS), default="flash")
+    slices = ", ".join(name for chip in CHIPS.values() for name in chip.slices[:2])
+    parser.add_argument("--topology", required=True, help=f"a slice: {slices} ...")
+    parser.add_argument("--job", choices=sorted(EXPERTS), required=True)
+    parser.add_argument("--context", type=int, required=True, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=0, help="sequences; default one a device")
+    parser.add_argument("--chunk", type=int, default=4096, help="prefill: tokens fed at once")
+    parser.add_argument("--mesh", default="", help="such as fsdp=4,expert=16; default: chosen")
+    parser.add_argument("--experts", choices=("fp4", "float", "frozen"), default="")
+    parser.add_argument("--cache", choices=("packed", "float"), help="default: packed where exact")
+    parser.add_argument("--layers", type=int, default=0, help="only the first layers")
+    parser.add_argument(
+        "--schedule", action="store_true", help="stop once the program is scheduled, without code"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    args = parser.parse_args()
+    if args.layers < 0 or args.batch < 0:
+        parser.error("--layers and --batch: expected positive numbers")
+    return args
+
+
+def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
+    """ "fsdp=2,expert=8" -> sizes of all axes.
+
+    Raises:
+      ValueError: an unknown axis, no number, or another number of devices.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.isdigit() or int(size) < 1:
+            raise ValueError(f"--mesh {part!r}: expected AXIS=SIZE with an axis of {AXES}.")
+        sizes[axis] = int(size)
+    product = 1
+    for size in sizes.values():
+        product *= size
+    if product != num_devices:
+        raise ValueError(f"--mesh {text}: {product} devices, but there are {num_devices}.")
+    return sizes
+
+
+def peak_of(compiled: jax.stages.Compiled) -> float:
+    """Bytes of memory that a device needs."""
+    stats = compiled.memory_analysis()
+    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return kept + stats.temp_size_in_bytes
+
+
+def memory_of(peak: float, held: dict[str, float], chip: Chip) -> Memory:
+    """What a device holds at a peak that the compiler says."""
+    known = [held.get(name, 0.0) for name in ("parameters", "optimizer", "cache")]
+    return Memory(*known, max(peak - sum(known), 0.0), peak, chip.hbm)
+
+
+def memory_of_error(message: str, held: dict[str, float], chip: Chip) -> Memory:
+    """The same from the compiler's out-of-memory error.
+
+    Raises:
+      ValueError: the message is of something else.
+    """
+    found = re.search(r"total memory required for \D*\(([\d.]+)([KMGT])\) exceeds", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    if not found:
+        raise ValueError(message)
+    return memory_of(float(found[1]) * 1024 ** (" KMGT".index(found[2])), held, chip)
+
+
+def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
+    """Compiles up to the schedule, which takes a fraction of the time: code is what takes long.
+
+    The compiler writes the scheduled HLO and its memory report before it makes code. It goes on in a
+    thread that ends with the process.
+
+    Returns:
+      the HLO's text, and the bytes of memory that a device needs.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options = COMPILER_OPTIONS | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiling = ThreadPoolExecutor(1).submit(lowered.compile, options)
+        text, reports = "", []
+        while not (reports and is_whole(text)):
+            with contextlib.suppress(TimeoutError):
+                compiling.result(timeout=1)  # raises what the compiler does
+            reports = list(Path(folder).glob("*memory-usage-report.txt"))
+            for path in Path(folder).glob("*.after_optimizations.txt"):
+                text = path.read_text()
+        return text, memory_of_report(reports[0].read_text())
+
+
+def is_whole(text: str) -> bool:
+    """Whether HLO has been written to its end: what is run comes last."""
+    return "\nENTRY " in text and text.rstrip().endswith("\n}")
+
+
+def memory_of_report(report: str) -> float:
+    """Bytes of HBM in the compiler's memory report."""
+    return float(re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report)[1])
+
+
+def plan(
+    cfg: V4Config, topology: str, job: Job, mesh_text: str, *, has_code: bool = True, say=print
+) -> Report:
+    """Chooses or reads a mesh, compiles, and reports.
+
+    Args:
+      has_code: compile to the end, not only to the schedule.
+
+    Raises:
+      ValueError: the topology is unknown, or the mesh does not suit the job.
+    """
+    chip, devices = chip_of(topology), topology_devices(topology)
+    if mesh_text:
+        sizes = mesh_sizes(mesh_text, len(devices))
+    else:
+        choice = choose_mesh(cfg, chip, len(devices), job)
+        sizes = choice.sizes
+        say(describe_choice(choice))
+    started = time.monotonic()
+    mesh = make_mesh(devices=devices, **sizes)
+    planned = program(cfg, job, mesh)
+    lowered = planned.lower()
+    lowering = time.monotonic() - started
+    say(f"lowered in {lowering:.0f} s; compiling for {len(devices)} devices ...")
+    started, error, sent, beside, bound = time.monotonic(), "", [], [], None
+    try:
+        if has_code:
+            compiled = lowered.compile(COMPILER_OPTIONS)
+            text, peak = compiled.as_text(), peak_of(compiled)
+        else:
+            text, peak = schedule(lowered)
+        memory = memory_of(peak, planned.held, chip)
+        sent = collectives(text)
+        beside = [one for one in exchanges(text) if one.kind == "ragged-all-to-all"]
+        bound = roofline(cfg, job, chip, sizes, planned.held, sent)
+    except jax.errors.JaxRuntimeError as failure:
+        error = str(failure)
+        memory = memory_of_error(error, planned.held, chip)
+    seconds = time.monotonic() - started
+    say(f"{'compiled' if has_code else 'scheduled'} in {seconds:.0f} s")
+    return Report(
+        command=" ".join(["v4jax plan", *sys.argv[1:]]),
+        model=cfg.name,
+        layers=len(cfg.layers),
+        topology=topology,
+        devices=len(devices),
+        chips=len(devices) // chip.devices_per_chip,
+        job=job,
+        mesh=sizes,
+        memory=memory,
+        fits=not error and memory.fits,
+        error=error[:2000],
+        collectives=sent,
+        exchanges=beside,
+        roofline=bound,
+        lower_seconds=round(lowering, 1),
+        compile_seconds=round(seconds, 1),
+        has_code=has_code,
+    )
+
+
+def describe_choice(choice: MeshChoice) -> str:
+    """A mesh and why."""
+    sizes = ", ".join(f"{axis}={n}" for axis, n in choice.sizes.items() if n > 1)
+    return "\n".join([f"mesh {sizes or 'of one device'}", *[f"  {r}" for r in choice.reasons]])
+
+
+def describe(report: Report, cfg: V4Config) -> str:
+    """The report for people."""
+    chip, memory = chip_of(report.topology), report.memory
+    unit = "device (half a chip)" if chip.devices_per_chip == 2 else "chip"
+    rows = {
+        "parameters": memory.parameters,
+        "optimizer state": memory.optimizer,
+        "cache": memory.cache,
+        "temporary": memory.temp,
+        "peak": memory.peak,
+        "memory there is": memory.limit,
+    }
+    lines = [f"memory per {unit}, GiB"]
+    for name, size in rows.items():
+        per_chip = ""
+        if chip.devices_per_chip > 1:
+            per_chip = f"   per chip {size * chip.devices_per_chip / GiB:9.2f}"
+        lines += [f"  {name:18} {size / GiB:9.2f}{per_chip}"] if size else []
+    lines.append("fits" if report.fits else "DOES NOT FIT")
+    if report.error:
+        return "\n".join([*lines, report.error.split("\n")[0]])
+    lines.append("collectives per device and step: kind, devices together, count, MB sent, result")
+    for c in report.collectives[:16]:
+        lines.append(
+            f"  {c.kind:18} {c.group:4} {c.count:6} {c.sent_bytes / 1e6:12.2f}  {c.result}"
+        )
+    if len(report.collectives) > 16:
+        rest = report.collectives[16:]
+        sent = sum(c.sent_bytes for c in rest)
+        lines.append(
+            f"  {len(rest)} others          {sum(c.count for c in rest)} {sent / 1e6:12.2f}"
+        )
+    if rows := [c for c in report.collectives if c.kind == "ragged-all-to-all"]:
+        beside = [one for one in report.exchanges if one.work]
+        covered = sum(one.count * array_bytes(one.result) for one in beside)
+        share = covered / sum(c.count * array_bytes(c.result) for c in rows)
+        lines.append(
+            f"rows of experts: {sum(one.count for one in beside)} of {sum(c.count for c in rows)} "
+            f"exchanges, {share:.0%} of their bytes, run beside kernels or matrix products"
+        )
+    bound = report.roofline
+    lines += [
+        "roofline of a step, per device (assumptions: v4jax/planning/roofline.py)",
+        f"  compute {bound.flops / 1e12:10.3f} TFLOP {bound.compute * 1e3:10.3f} ms",
+        f"  HBM     {bound.hbm_bytes / 1e9:10.3f} GB    {bound.memory * 1e3:10.3f} ms",
+        f"  ICI     {bound.ici_bytes / 1e9:10.3f} GB    {bound.links * 1e3:10.3f} ms",
+        f"  at most {bound.tokens_per_second:,.0f} tokens/s on {report.chips} chips: {bound.bound}",
+    ]
+    return "\n".join([*lines, *_kinds(cfg, report.job)])
+
+
+def _kinds(cfg: V4Config, job: Job) -> list[str]:
+    """What one token costs at the end of the context, by kind of layer."""
+    lines = ["one token at the end of the context: layers, GFLOP, MB of weights, MB of cache read"]
+    for kind in costs.by_kind(cfg, job.context, job.recipe):
+        lines.append(
+            f"  {kind.layers:3} {kind.kind:18} {kind.flops.total / 1e9:9.3f} "
+            f"{kind.weight_bytes / 1e6:9.1f} {kind.cache_bytes_read / 1e6:9.3f}"
+        )
+    return lines
+
+
+def main() -> None:
+    """Prints the plan; exits with 1 if it does not fit."""
+    args = parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    cfg = VARIANTS[args.model]()
+    if args.layers:
+        cfg = dataclasses.replace(cfg, layers=cfg.layers[: args.layers])
+    try:
+        chip_of(args.topology)
+        devices = len(topology_devices(args.topology))
+        job = Job(
+            kind=args.job,
+            context=args.context,
+            batch=args.batch or devices,
+            chunk=args.chunk,
+            experts=args.experts,
+            cache=args.cache,
+        )
+        report = plan(cfg, args.topology, job, args.mesh, has_code=not args.schedule, say=say)
+    except ValueError as error:
+        sys.exit(str(error))
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report), indent=1))
+    else:
+        print(describe(report, cfg))
+    sys.stdout.flush()
+    os._exit(0 if report.fits else 1)  # a compilation that was left alone would be waited for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Generation, sampling, scoring and batch jobs."""

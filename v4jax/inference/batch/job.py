@@ -1,0 +1,272 @@
+"""A job: the batches of one process, generated, written, and at the end merged."""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Self
+
+import numpy as np
+
+from v4jax.inference.batch.files import (
+    JobError,
+    Journal,
+    Sidecar,
+    done_lines,
+    errors_path,
+    merge_all,
+    part_path,
+)
+from v4jax.inference.batch.plan import Plan
+from v4jax.inference.batch.requests import Request, Settings
+from v4jax.inference.generate import Generator
+from v4jax.text.encoding import EOS, parse_partial_completion
+from v4jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a step of `Job.run` has added."""
+
+    requests: int  # finished and on the disk
+    tokens: int  # generated
+
+
+class Job:
+    """One process's share of a job, to be used in a `with` statement.
+
+        with Job(input, output, Settings(), batch_size=8, identity={...}) as job:
+            for progress in job.run(generator, tokenizer):
+                ...
+            left = job.finish()
+
+    Every `count`-th batch of the plan, from `process` on, is its share; it leaves out the batches
+    whose requests are all done, whichever process of whichever earlier run has done them.
+
+    Processes whose devices one mesh spans compute a share together, each with a Job of the same
+    arguments: the one that leads reads what is done and writes, the others follow.
+
+    Args:
+      input: JSON lines, see `parse_request`.
+      output: where results go; the other files of the job lie beside it.
+      settings: for lines that do not say otherwise.
+      batch_size: sequences generated together.
+      identity: what else decides the results, such as the checkpoint; JSON values.
+      leads: false for the processes that follow.
+      agree: gives every one of the processes that compute together the leader's array.
+
+    Attributes:
+      plan: what the input holds.
+      total: valid requests of the share.
+      remaining: how many of them were not done when the job was opened.
+
+    Raises:
+      JobError: a process is at work on this share, or the output belongs to another job.
+    """
+
+    def __init__(
+        self,
+        input: str | os.PathLike,
+        output: str | os.PathLike,
+        settings: Settings,
+        *,
+        batch_size: int,
+        identity: Mapping[str, object],
+        process: int = 0,
+        count: int = 1,
+        leads: bool = True,
+        agree: Callable[[np.ndarray], np.ndarray] = lambda array: array,
+    ):
+        if not 0 <= process < count:
+            raise ValueError(f"process={process}: expected 0..{count - 1}.")
+        self.output = pathlib.Path(output)
+        self._leads, self._agree, self._sidecar = leads, agree, None
+        self._results_path = part_path(self.output, process, count)
+        try:
+            done = (
+                self._take(input, settings, batch_size, identity, process, count) if leads else b""
+            )
+        except BaseException:
+            self.close()
+            agree(np.int32(-1))  # the others wait for it
+            raise
+        size = int(agree(np.int32(len(done))))
+        if size < 0:
+            raise JobError(f"the process that leads this one could not open {self.output}.")
+        if not leads:
+            self.plan, done = Plan(input, settings, batch_size), bytes(size)
+        self._done = bytearray(agree(np.frombuffer(done, np.uint8)))
+        self._batches = self.plan.batches[process::count]
+        self.total = sum(end - start for start, end in self._batches)
+        self.remaining = sum(len(self._open(*batch)) for batch in self._batches)
+
+    def _take(self, input, settings, batch_size, identity, process: int, count: int) -> bytearray:
+        """Locks the share and opens its files; a flag for every line that is done."""
+        self._sidecar = Sidecar(self.output)
+        self._sidecar.lock_share(process, count)  # first: the others' pass takes as long
+        self.plan = Plan(input, settings, batch_size)
+        self._sidecar.claim(self._header(identity))
+        self._results = Journal(self._results_path)
+        self._errors = Journal(part_path(errors_path(self.output), process, count))
+        done = self._read_done()
+        if process == 0:
+            self._errors.append([r for r in self.plan.malformed if not done[r["line"]]])
+        return done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the share."""
+        if self._sidecar is not None:
+            self._sidecar.close()
+
+    def _header(self, identity: Mapping[str, object]) -> dict[str, object]:
+        plan = self.plan
+        return {
+            "input": {"bytes": plan.size, "sha256": plan.digest},
+            "requests": plan.count,
+            "batch_size": plan.batch_size,
+            "settings": dataclasses.asdict(plan.settings),
+            **identity,
+        }
+
+    def _read_done(self) -> bytearray:
+        """A flag for every line of the input."""
+        done = bytearray(self.plan.last_line + 1)
+        for line in done_lines(self.output):
+            if line >= len(done):
+                raise JobError(f"{self.output} has a record of line {line}, which does not exist.")
+            done[line] = True
+        return done
+
+    def _open(self, start: int, end: int) -> list[int]:
+        """The lines of a batch that are not done."""
+        lines = map(self.plan.line, range(start, end))
+        return [line for line in lines if not self._done[line]]
+
+    def run(self, generator: Generator, tokenizer: Tokenizer) -> Iterator[Progress]:
+        """Generates what is not done.
+
+        A batch is always computed as a whole, whatever of it is done already, and padded to
+        `batch_size` rows: its requests get the same bits every time.
+
+        Yields:
+          after every step of a batch its tokens, and after every batch its requests.
+        """
+        limit = generator.cfg.max_length
+        for start, end in self._batches:
+            lines = self._open(start, end)
+            if not lines:
+                continue
+            requests = [self.plan.request(position) for position in range(start, end)]
+            prompts = [tokenizer.encode(request.prompt) for request in requests]
+            errors, rows = [], []
+            for request, prompt in zip(requests, prompts):
+                if len(prompt) + request.settings.max_new_tokens <= limit:
+                    rows.append(_Row(request, prompt, tokenizer))
+                elif request.line in lines:
+                    message = (
+                        f"{len(prompt)} prompt tokens and max_new_tokens="
+                        f"{request.settings.max_new_tokens} are more than the {limit} tokens of "
+                        f"{generator.cfg.name}: shorten the prompt or generate fewer tokens."
+                    )
+                    errors.append({"line": request.line, "id": request.id, "error": message})
+            if rows:
+                for tokens in self._generate(generator, tokenizer, rows):
+                    yield Progress(0, tokens)
+            if self._leads:
+                self._results.append([row.record() for row in rows if row.request.line in lines])
+                self._errors.append(errors)
+            for line in lines:
+                self._done[line] = True
+            yield Progress(len(lines), 0)
+
+    def _generate(
+        self, generator: Generator, tokenizer: Tokenizer, rows: list["_Row"]
+    ) -> Iterator[int]:
+        """Fills the rows; yields how many of them got a token."""
+        padded = rows + [rows[0]] * (self.plan.batch_size - len(rows))
+        settings = rows[0].request.settings  # its sampler and length are those of the batch
+        steps = generator.stream(
+            [row.prompt for row in padded],
+            sampler=settings.sampler,
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=tokenizer.stop_ids,
+            seed=[row.request.settings.seed for row in padded],
+        )
+        for step in steps:
+            yield sum([row.push(int(token)) for row, token in zip(rows, step)])
+            if all(row.is_stopped for row in rows):
+                return
+
+    def finish(self) -> int:
+        """Waits until no process is at work; the first to see it joins what all have written.
+
+        Processes that began together so end together, which jax.distributed needs.
+
+        Returns:
+          how many requests have neither a result nor an error, because their process died or was
+          not started. The parts are not joined then.
+        """
+        return int(self._agree(np.int32(self._finish() if self._leads else 0)))
+
+    def _finish(self) -> int:
+        is_part = self._results_path != self.output and self._results_path.exists()
+        self._sidecar.unlock()
+        while not self._sidecar.lock_all():
+            time.sleep(0.5)
+        try:
+            if is_part and not self._results_path.exists():
+                return 0  # another process has joined everything
+            left = self.plan.count - sum(self._read_done())
+            if not left:
+                merge_all(self.output)
+                self.output.touch()  # there may be no result at all
+            return left
+        finally:
+            self._sidecar.unlock()
+
+
+class _Row:
+    """A request that is being generated."""
+
+    def __init__(self, request: Request, prompt: list[int], tokenizer: Tokenizer):
+        self.request, self.prompt, self._tokenizer = request, prompt, tokenizer
+        self._tokens: list[int] = []
+        self.is_stopped = False
+        # Every token has a byte at least, so these many show whether a stop text has come to an end.
+        self._tail = max((len(text.encode()) for text in request.settings.stop), default=0)
+
+    def push(self, token: int) -> bool:
+        """Takes a token, unless the row has ended (whose tokens are -1, or go on unused)."""
+        if self.is_stopped:
+            return False
+        self._tokens.append(token)
+        self.is_stopped = token in self._tokenizer.stop_ids
+        if self._tail and not self.is_stopped:
+            tail = self._tokenizer.decode(self._tokens[-self._tail :], keep_special=True)
+            self.is_stopped = any(text in tail for text in self.request.settings.stop)
+        return True
+
+    def record(self) -> dict[str, object]:
+        """The line for the output."""
+        request, tokens = self.request, self._tokens
+        is_ended = tokens[-1] in self._tokenizer.stop_ids
+        text = self._tokenizer.decode(tokens[:-1] if is_ended else tokens)
+        ends = [at for stop in request.settings.stop if (at := text.find(stop)) >= 0]
+        text = text[: min(ends, default=len(text))]
+        record = {"line": request.line, "id": request.id, "text": text}
+        if request.thinking_mode is not None:
+            # Nothing follows, so nothing is held back as the possible start of a tag.
+            message = parse_partial_completion(text + EOS, request.thinking_mode)
+            record |= {key: message[key] for key in ("content", "reasoning_content", "tool_calls")}
+        return record | {
+            "finish_reason": "stop" if self.is_stopped else "length",
+            "prompt_tokens": len(self.prompt),
+            "completion_tokens": len(tokens),
+        }

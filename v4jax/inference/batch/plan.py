@@ -1,0 +1,93 @@
+"""The first pass over the input: its lines checked, counted and put into batches."""
+
+import array
+import hashlib
+import os
+
+import numpy as np
+
+from v4jax.inference.batch.requests import Request, RequestError, Settings, parse_request
+
+
+class Plan:
+    """Which requests a file holds, and the batches they form.
+
+    A batch has requests with the same sampler and the same `max_new_tokens`, of similar length.
+    Batches depend on the file, the settings and `batch_size` only: not on what is done already or
+    on how many hosts there are. So a request is always computed in the same company, and its result
+    has the same bits (in bfloat16 a product's last bit may depend on the shape of the batch).
+
+    Of a request only a few numbers are kept; its text is read again when its turn comes.
+
+    Args:
+      path: JSON lines; blank ones are skipped.
+
+    Attributes:
+      batches: [K] pairs (first, last + 1) of positions for `request`.
+      malformed: an error record for every line that is not a request.
+      digest: SHA-256 of the file.
+      size: its bytes.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: batch_size is not positive.
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: Settings, batch_size: int):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+        self.path, self.settings, self.batch_size = path, settings, batch_size
+        self.malformed: list[dict[str, object]] = []
+        lines, offsets, groups, lengths = (array.array(code) for code in "qqiq")
+        numbers: dict[tuple, int] = {}  # of (sampler, max_new_tokens)
+        ids: set[str] = set()
+        sha, self.size = hashlib.sha256(), 0
+        with open(path, "rb") as file:
+            for line, text in enumerate(file, 1):
+                sha.update(text)
+                if text.strip():
+                    try:
+                        request = parse_request(text, line, settings)
+                        if request.id in ids:
+                            raise RequestError("an earlier line has this id.", request.id)
+                        ids.add(request.id)
+                        group = (request.settings.sampler, request.settings.max_new_tokens)
+                        lines.append(line)
+                        offsets.append(self.size)
+                        groups.append(numbers.setdefault(group, len(numbers)))
+                        lengths.append(len(request.prompt))
+                    except RequestError as error:
+                        self.malformed.append({"line": line, "id": error.id, "error": str(error)})
+                self.size += len(text)
+        self.digest = sha.hexdigest()
+        order = np.lexsort((lines, lengths, groups))
+        self._lines, self._offsets = np.array(lines)[order], np.array(offsets)[order]
+        # A group begins where the number changes; batches do not reach over its end.
+        sizes = np.bincount(np.array(groups, np.int64), minlength=len(numbers))
+        ends = np.cumsum(sizes)
+        self.batches = [
+            (start, min(start + batch_size, int(end)))
+            for end, size in zip(ends, sizes)
+            for start in range(int(end - size), int(end), batch_size)
+        ]
+
+    @property
+    def count(self) -> int:
+        """Lines that need a result or an error."""
+        return len(self._lines) + len(self.malformed)
+
+    @property
+    def last_line(self) -> int:
+        """The largest number of a line that is not blank."""
+        last = int(self._lines.max(initial=0))
+        return max([last, *(record["line"] for record in self.malformed[-1:])])
+
+    def line(self, position: int) -> int:
+        """Number of the line of the request at a position of `batches`."""
+        return int(self._lines[position])
+
+    def request(self, position: int) -> Request:
+        """The request at a position of `batches`, read from the file."""
+        with open(self.path, "rb") as file:
+            file.seek(int(self._offsets[position]))
+            return parse_request(file.readline(), self.line(position), self.settings)

@@ -1,0 +1,1 @@
+"""The model: layers, attention, experts, cache, and how numbers are rounded and placed."""

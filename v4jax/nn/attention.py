@@ -1,0 +1,212 @@
+"""Attention of one layer: sliding window, alone or with compressed entries (CSA, HCA).
+
+    latent = norm(x @ wq_a);  q = rope(normalize(latent @ wq_b))       N heads
+    kv     = rope(norm(x @ wkv))                                       one head, key and value
+    out    = softmax over [window, entries, sink] of q . keys, times keys
+    return   (rope^-1(out), in groups of heads) @ wo_a @ wo_b
+
+Because values are rotated keys, the output is rotated back at the query's position.
+
+Source: report section 2.3; released `inference/model.py` (Attention).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.attention import (
+    decode_attention,
+    selected_attention,
+    selected_mass,
+    window_attention,
+)
+from pallas_kernels.formats.quantize import cast
+from sharding import AxisRules, collectives
+from v4jax.config import LayerSpec, V4Config
+from v4jax.nn.cache import (
+    Chunk,
+    LayerCache,
+    append_entries,
+    unpacked,
+    window_rows,
+    write_window,
+)
+from v4jax.nn.compressor import Compressor
+from v4jax.nn.indexer import Indexer, indexer_loss
+from v4jax.nn.layers import KeyStream, Linear, RMSNorm, param, rope_frequencies, rotate
+from v4jax.nn.numerics import Numerics
+
+
+class Attention(nnx.Module):
+    """[B, T, D] -> [B, T, D]"""
+
+    def __init__(
+        self,
+        cfg: V4Config,
+        spec: LayerSpec,
+        numerics: Numerics,
+        rules: AxisRules,
+        *,
+        rngs: KeyStream,
+    ):
+        def linear(in_dim: int, out_dim: int, *axes: str | None) -> Linear:
+            return Linear(in_dim, out_dim, numerics, rules, axes=axes, rngs=rngs)
+
+        heads_dim, latent_dim = cfg.num_heads * cfg.head_dim, cfg.o_groups * cfg.o_lora_rank
+        self.wq_a = linear(cfg.embed_dim, cfg.q_lora_rank, "embed", None)
+        self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps, rules, rngs=rngs)
+        self.wq_b = linear(cfg.q_lora_rank, heads_dim, "embed", "heads")
+        self.wkv = linear(cfg.embed_dim, cfg.head_dim, "embed", None)
+        self.kv_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, rules, rngs=rngs)
+        # G matrices [heads_dim / G, o_lora_rank] side by side: group g owns columns g * rank ...
+        self.wo_a = param(
+            rngs, (heads_dim // cfg.o_groups, latent_dim), ("embed", "heads"), rules, stored="fp8"
+        )
+        self.wo_b = linear(latent_dim, cfg.embed_dim, "heads", "embed")
+        self.sink = param(
+            rngs, (cfg.num_heads,), ("heads",), rules, stored="f32", init=nnx.initializers.zeros
+        )
+        self.compressor = (
+            Compressor(cfg, spec, cfg.head_dim, numerics, rules, rngs=rngs)
+            if spec.compress_ratio
+            else None
+        )
+        self.indexer = Indexer(cfg, spec, numerics, rules, rngs=rngs) if spec.is_csa else None
+        self.cfg, self.spec, self.numerics = cfg, spec, numerics
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Whole sequences x [B, T, D] from position 0, or this device's part of them.
+
+        Returns:
+          out [B, T, D], and the indexer's loss (a scalar, 0 for layers without one).
+        """
+        batch, length, _ = x.shape
+        positions = collectives.axis_index("seq") * length + jnp.arange(length, dtype=jnp.int32)
+        positions = jnp.broadcast_to(positions, (batch, length))
+        latent, q, kv = self.project(x, positions)
+        window = jnp.concatenate([collectives.halo(kv, self.cfg.window, "seq"), kv], axis=1)
+        entries = None
+        if self.compressor:
+            entries = self.compressor.gather(self._entries(self.compressor(x)), length)
+        if self.indexer is None:
+            return self._output(self._attend_dense(q, window, entries, positions), positions), 0.0
+        x, latent = jax.lax.stop_gradient((x, latent))
+        queries, weights = self.indexer.queries(x, latent, positions)
+        keys = self.numerics.round_indexer(self.indexer.compressor(x))
+        keys = self.indexer.compressor.gather(keys, length)
+        selection = self.indexer.select(queries, weights, keys, positions)
+        out, log_denominator = self._attend_selected(q, window, entries, selection, positions)
+        with jax.named_scope("indexer/loss"):
+            indices = selection.to_indices()
+            mass = selected_mass(q, entries, indices, log_denominator, scale=self._scale)
+            mass = collectives.psum(mass, "heads")
+            loss = indexer_loss(queries, weights, keys, indices, mass)
+        return self._output(out, positions), loss
+
+    def extend(self, x: jax.Array, chunk: Chunk, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        """A chunk x [B, T, D] after what the cache holds: out [B, T, D] and the new cache."""
+        latent, q, kv = self.project(x, chunk.positions)
+        new = dataclasses.replace(cache, window=write_window(cache.window, kv, chunk))
+        if self.compressor:
+            first = chunk.start // self.spec.compress_ratio
+            entries, counts, pool = self.compressor.extend(x, chunk, cache.pool)
+            entries = append_entries(cache.entries, self._entries(entries), first, counts)
+            new = dataclasses.replace(new, entries=entries, pool=pool)
+        selection = None
+        if self.indexer:
+            keys, counts, pool = self.indexer.compressor.extend(x, chunk, cache.index_pool)
+            keys = append_entries(
+                cache.index_keys, self.numerics.round_indexer(keys), first, counts
+            )
+            new = dataclasses.replace(new, index_keys=keys, index_pool=pool)
+            queries, weights = self.indexer.queries(x, latent, chunk.positions)
+            selection = self.indexer.select(queries, weights, keys, chunk.positions)
+
+        if x.shape[1] == 1:
+            out = self._attend_decode(q, new, selection, chunk.positions)
+        else:
+            window = window_rows(cache.window, kv, chunk)
+            entries = None if new.entries is None else unpacked(new.entries, kv.dtype)
+            if selection is None:
+                out = self._attend_dense(q, window, entries, chunk.positions)
+            else:
+                out, _ = self._attend_selected(q, window, entries, selection, chunk.positions)
+        return self._output(out, chunk.positions), new
+
+    @property
+    def _scale(self) -> float:
+        return self.cfg.head_dim**-0.5
+
+    @property
+    def _frequencies(self):
+        return rope_frequencies(self.cfg, compressed=self.spec.compress_ratio > 0)
+
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """latent [B, T, q_lora_rank], q [B, T, N, H] and kv [B, T, H]."""
+        with jax.named_scope("attention/project"):
+            latent = self.q_norm(self.wq_a(x))
+            q = self.wq_b(collectives.copy_to(latent, "heads"))
+            q = q.reshape(*x.shape[:2], -1, self.cfg.head_dim)  # this device's heads
+            q = self.numerics.normalize_query(q, self.cfg.norm_eps)
+            q = rotate(q, positions, self._frequencies)
+            kv = rotate(self.kv_norm(self.wkv(x)), positions, self._frequencies)
+            return latent, q, self.numerics.round_kv(kv, self.cfg.nope_head_dim)
+
+    def _entries(self, entries: jax.Array) -> jax.Array:
+        return self.numerics.round_kv(entries, self.cfg.nope_head_dim)
+
+    def _attend_dense(self, q, window, entries, positions):
+        if entries is None:
+            entries = jnp.zeros((q.shape[0], 0, q.shape[-1]), q.dtype)
+        with jax.named_scope("hca" if self.compressor else "swa"):
+            out, _ = window_attention(
+                q,
+                *collectives.copy_to((window, entries), "heads"),
+                self.sink[...],
+                positions,
+                ratio=max(self.spec.compress_ratio, 1),
+                scale=self._scale,
+                implementation=self.numerics.implementation,
+            )
+        return out
+
+    def _attend_selected(self, q, window, entries, selection, positions):
+        with jax.named_scope("csa"):
+            return selected_attention(
+                q,
+                *collectives.copy_to((window, entries), "heads"),
+                selection,
+                self.sink[...],
+                positions,
+                scale=self._scale,
+                implementation=self.numerics.implementation,
+            )
+
+    def _attend_decode(self, q, cache, selection, positions):
+        entries = cache.entries
+        if entries is None:
+            entries = jnp.zeros((q.shape[0], 0, q.shape[-1]), q.dtype)
+        with jax.named_scope("decode"):
+            out = decode_attention(
+                q[:, 0],
+                cache.window,
+                entries,
+                None if selection is None else selection.to_indices()[:, 0],
+                self.sink[...],
+                positions[:, 0],
+                ratio=max(self.spec.compress_ratio, 1),
+                scale=self._scale,
+                implementation=self.numerics.implementation,
+            )
+        return out[:, None]
+
+    def _output(self, out: jax.Array, positions: jax.Array) -> jax.Array:
+        """[B, T, N, H] -> [B, T, D]"""
+        with jax.named_scope("attention/output"):
+            groups = self.cfg.o_groups // collectives.axis_size("heads")
+            out = rotate(out, positions, self._frequencies, inverse=True)
+            out = out.reshape(*out.shape[:2], -1)  # the heads of a group side by side
+            latent = self.numerics.product(out, self.wo_a[...], groups)
+            return self.wo_b(cast(latent, self.numerics.dtype))

@@ -1,0 +1,42 @@
+"""Cross-entropy of a model's next token, in blocks of tokens."""
+
+import jax
+import jax.numpy as jnp
+
+from sharding import collectives
+from v4jax.nn.model import Transformer
+
+
+def cross_entropy(
+    model: Transformer,
+    hidden: jax.Array,  # [B, T, D]
+    targets: jax.Array,  # [B, T] int32
+    *,
+    chunk: int = 1024,
+) -> jax.Array:  # [B, T] float32
+    """-log p(target) per token. Logits are formed for `chunk` tokens at a time, twice."""
+    shape = targets.shape
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    size = min(chunk, targets.shape[0])
+    padding = -targets.shape[0] % size
+    hidden = jnp.pad(hidden, [(0, padding), (0, 0)]).reshape(-1, size, hidden.shape[-1])
+    labels = jnp.pad(targets, (0, padding)).reshape(-1, size)
+
+    @jax.checkpoint
+    def one(args):
+        hidden, labels = args
+        logits = model.local_logits(hidden)  # a part of the vocabulary, if it is cut over devices
+        peak = collectives.pmax(jnp.max(logits, axis=-1), "vocab")
+        index = labels - collectives.axis_index("vocab") * logits.shape[-1]
+        clipped = jnp.clip(index, 0, logits.shape[-1] - 1)
+        chosen = jnp.take_along_axis(logits, clipped[:, None], axis=-1)[:, 0]
+        chosen = jnp.where(clipped == index, chosen, 0.0)
+        weight = jnp.sum(jnp.exp(logits - peak[:, None]), axis=-1)
+        return (
+            jnp.log(collectives.reduce_from(weight, "vocab"))
+            + peak
+            - collectives.reduce_from(chosen, "vocab")
+        )
+
+    losses = jax.lax.map(one, (hidden, labels)).reshape(-1)
+    return losses[: targets.shape[0]].reshape(shape)

@@ -1,0 +1,100 @@
+"""Lightning indexer of a CSA layer: scores compressed keys and picks the top k for each query.
+
+    score[t, w] = sum_a weight[t, a] * relu(<q[t, a], key[w]>)
+
+It has a compressor of its own (width 128), and its queries come from the latent that the main
+queries come from. The selection carries no gradient: the indexer is trained by `indexer_loss`
+alone, and its inputs are detached.
+
+Source: report section 2.3.1; loss: DeepSeek-V3.2 report (arXiv 2512.02556) section 2.1.1 with the
+denominator of V4's softmax, which also holds the window and the sink.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.indexer import index_topk, selected_scores
+from pallas_kernels.linear import linear
+from pallas_kernels.selection import Selection
+from sharding import AxisRules, collectives
+from v4jax.config import LayerSpec, V4Config
+from v4jax.nn.compressor import Compressor
+from v4jax.nn.layers import KeyStream, Linear, param, rope_frequencies, rotate
+from v4jax.nn.numerics import Numerics
+
+
+class Indexer(nnx.Module):
+    """Which compressed entries each query attends to."""
+
+    def __init__(
+        self,
+        cfg: V4Config,
+        spec: LayerSpec,
+        numerics: Numerics,
+        rules: AxisRules,
+        *,
+        rngs: KeyStream,
+    ):
+        heads, width = cfg.indexer.num_heads, cfg.indexer.head_dim
+        self.wq_b = Linear(
+            cfg.q_lora_rank, heads * width, numerics, rules, axes=("embed", None), rngs=rngs
+        )
+        shape = (cfg.embed_dim, heads)
+        self.weights_proj = param(rngs, shape, ("embed", None), rules, stored="bf16")
+        self.compressor = Compressor(cfg, spec, width, numerics, rules, rngs=rngs)
+        self.cfg, self.numerics = cfg, numerics
+
+    def queries(
+        self,
+        x: jax.Array,  # [B, T, D]
+        latent: jax.Array,  # [B, T, q_lora_rank]
+        positions: jax.Array,  # [B, T]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, T, A, I] and the weights of their heads [B, T, A] in float32."""
+        heads, width = self.cfg.indexer.num_heads, self.cfg.indexer.head_dim
+        q = self.wq_b(latent).reshape(*latent.shape[:2], heads, width)
+        q = rotate(q, positions, rope_frequencies(self.cfg, compressed=True))
+        weights = linear(x, self.weights_proj[...].astype(x.dtype)) / math.sqrt(width * heads)
+        return self.numerics.round_indexer(q), weights
+
+    def select(
+        self, queries: jax.Array, weights: jax.Array, keys: jax.Array, positions: jax.Array
+    ) -> Selection:
+        """The entries each query attends to: all that are visible where there are few."""
+        return index_topk(
+            queries,
+            weights,
+            keys,
+            positions,
+            topk=min(self.cfg.indexer.topk, keys.shape[1]),
+            ratio=self.compressor.ratio,
+            implementation=self.numerics.implementation,
+        )
+
+
+def indexer_loss(
+    queries: jax.Array,  # [B, T, A, I]
+    weights: jax.Array,  # [B, T, A]
+    keys: jax.Array,  # [B, S, I]
+    indices: jax.Array,  # [B, T, K]
+    mass: jax.Array,  # [B, T, K] attention on the selected entries, summed over heads
+) -> jax.Array:
+    """Mean over queries of KL(attention mass || softmax of scores), both over the selected set.
+
+    With tokens cut over devices, this device's share of it: shares add up to the mean. Queries that
+    see fewer than two entries have nothing to learn and do not count. `mass` is detached.
+    """
+    chosen = indices >= 0
+    counted = jnp.sum(chosen, axis=-1) > 1
+    mass = jax.lax.stop_gradient(mass)
+    target = mass / jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), 1e-20)
+    scores = selected_scores(queries, weights, keys, indices)
+    scores = jnp.where(counted[..., None], scores, 0.0)  # no -inf row in the softmax
+    log_q = jax.nn.log_softmax(scores, axis=-1)
+    log_p = jnp.log(jnp.maximum(target, 1e-20))
+    kl = jnp.sum(jnp.where(chosen, target * (log_p - jnp.where(chosen, log_q, 0.0)), 0.0), axis=-1)
+    count = collectives.psum(jnp.sum(counted), "batch", "seq")
+    return jnp.sum(jnp.where(counted, kl, 0.0)) / jnp.maximum(count, 1)

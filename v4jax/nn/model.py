@@ -1,0 +1,338 @@
+"""The decoder: blocks, the stages they are stacked in, and the whole model.
+
+    streams = embedding of each token, four times
+    for each layer:
+        streams = mix(streams, attention(norm(collapse(streams))))
+        streams = mix(streams, moe(norm(collapse(streams))))
+    logits  = norm(head_collapse(streams)) @ head
+
+Layers of one kind are stacked and scanned (`plan_stages`), which keeps programs small; with
+`scan_layers=False` every layer has arrays of its own, which suits decoding.
+
+Source: report section 2; released `inference/model.py` (Block, MTPBlock, Transformer).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.linear import linear
+from sharding import AxisRules, collectives
+from v4jax.config import LayerSpec, V4Config
+from v4jax.nn.attention import Attention
+from v4jax.nn.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
+from v4jax.nn.hyper_connections import HyperConnection, HyperHead
+from v4jax.nn.layers import KeyStream, Linear, RMSNorm, param
+from v4jax.nn.moe import MoE, RouterStats
+from v4jax.nn.numerics import Numerics, plain
+from v4jax.nn.placement import gathered
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["indexer_loss", "router"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class BlockStats:
+    """What training needs to know of a block. Unused parts are not computed under jit."""
+
+    indexer_loss: jax.Array  # scalar
+    router: RouterStats
+
+
+class Block(nnx.Module):
+    """One decoder layer on the residual streams [B, T, M * D]."""
+
+    def __init__(
+        self,
+        cfg: V4Config,
+        spec: LayerSpec,
+        numerics: Numerics,
+        rules: AxisRules,
+        *,
+        rngs: KeyStream,
+    ):
+        self.attn_hc = HyperConnection(cfg, numerics, rules, rngs=rngs)
+        self.attn_norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
+        self.attention = Attention(cfg, spec, numerics, rules, rngs=rngs)
+        self.ffn_hc = HyperConnection(cfg, numerics, rules, rngs=rngs)
+        self.ffn_norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
+        self.moe = MoE(cfg, spec, numerics, rules, rngs=rngs)
+
+    def __call__(self, streams: jax.Array, tokens: jax.Array) -> tuple[jax.Array, BlockStats]:
+        """Whole sequences from position 0; tokens [B, T]."""
+        x, *mix = self.attn_hc.pre(streams)
+        out, indexer_loss = self.attention(self.attn_norm(x))
+        streams, router = self._feed_forward(out, streams, mix, tokens)
+        return streams, BlockStats(jnp.asarray(indexer_loss, jnp.float32), router)
+
+    def extend(
+        self, streams: jax.Array, tokens: jax.Array, chunk: Chunk, cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
+        """A chunk of tokens after what the cache holds."""
+        x, *mix = self.attn_hc.pre(streams)
+        out, cache = self.attention.extend(self.attn_norm(x), chunk, cache)
+        return self._feed_forward(out, streams, mix, tokens)[0], cache
+
+    def _feed_forward(self, out, streams, mix, tokens):
+        """From the output of attention on: the streams are passed over once between the two."""
+        streams, x, *mix = self.ffn_hc.post_pre(out, streams, *mix)
+        out, stats = self.moe(self.ffn_norm(x), tokens)
+        return self.ffn_hc.post(out, streams, *mix), stats
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _extend(rules, block, streams, tokens, chunk, cache):
+    """`Block.extend`, traced once for all layers of a kind. `rules` only tells traces apart."""
+    del rules
+    return gathered(block, streams.dtype).extend(streams, tokens, chunk, cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """`pattern` repeated `repeats` times; the unit of `jax.lax.scan`."""
+
+    pattern: tuple[LayerSpec, ...]
+    repeats: int
+
+
+def plan_stages(layers: Sequence[LayerSpec], max_period: int = 2) -> tuple[StagePlan, ...]:
+    """Cuts a heterogeneous list of layers into the fewest repeating patterns, greedily.
+
+    Ratios [0, 0, 4, 128, 4, 128, 4] give 2 x (0), 2 x (4, 128), 1 x (4).
+    """
+    stages, start = [], 0
+    while start < len(layers):
+        best = StagePlan((layers[start],), 1)
+        for period in range(1, max_period + 1):
+            pattern = tuple(layers[start : start + period])
+            repeats = 1
+            while tuple(layers[start + repeats * period :][:period]) == pattern:
+                repeats += 1
+            if repeats > 1 and repeats * period > len(best.pattern) * best.repeats:
+                best = StagePlan(pattern, repeats)
+        stages.append(best)
+        start += len(best.pattern) * best.repeats
+    return tuple(stages)
+
+
+class Stage(nnx.Module):
+    """Blocks of one repeating pattern. With repeats > 1 their arrays have a leading layer axis."""
+
+    def __init__(
+        self,
+        cfg: V4Config,
+        plan: StagePlan,
+        numerics: Numerics,
+        rules: AxisRules,
+        *,
+        rngs: KeyStream,
+    ):
+        def make(spec: LayerSpec) -> Block:
+            if plan.repeats == 1:
+                return Block(cfg, spec, numerics, rules, rngs=rngs)
+            keys = jax.random.split(rngs(), plan.repeats)
+            return jax.vmap(lambda k: Block(cfg, spec, numerics, rules, rngs=KeyStream(k)))(keys)
+
+        self.blocks = nnx.List([make(spec) for spec in plan.pattern])
+        self.repeats = plan.repeats
+
+    def __call__(
+        self, streams: jax.Array, tokens: jax.Array, *, remat: bool
+    ) -> tuple[jax.Array, tuple[BlockStats, ...]]:
+        """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...]."""
+
+        def layer(block, streams):
+            return gathered(block, streams.dtype)(streams, tokens)
+
+        # Layer by layer: the backward pass then holds the gathered weights of one at a time.
+        layer = jax.checkpoint(layer) if remat else layer
+
+        def body(streams, blocks):
+            stats = []
+            for block in blocks:
+                streams, one = layer(block, streams)
+                stats.append(one)
+            return streams, tuple(stats)
+
+        if self.repeats > 1:
+            return jax.lax.scan(body, streams, tuple(self.blocks))
+        streams, stats = body(streams, tuple(self.blocks))
+        return streams, jax.tree.map(lambda x: x[None], stats)
+
+    def layers(self) -> Iterator[Block]:
+        """The blocks one by one, in the order of the layers."""
+        for repeat in range(self.repeats):
+            for block in self.blocks:
+                yield block if self.repeats == 1 else jax.tree.map(lambda a, r=repeat: a[r], block)
+
+
+class MTP(nnx.Module):
+    """Multi-token prediction: one more block that predicts the token after the next.
+
+    It reads the residual streams of the last layer (before the final collapse) and the embedding of
+    the next token. Embedding and head are those of the model.
+    """
+
+    def __init__(
+        self,
+        cfg: V4Config,
+        spec: LayerSpec,
+        numerics: Numerics,
+        rules: AxisRules,
+        *,
+        rngs: KeyStream,
+    ):
+        def linear() -> Linear:
+            dim = cfg.embed_dim
+            return Linear(dim, dim, numerics, rules, axes=("embed", None), rngs=rngs)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
+
+        self.e_proj, self.h_proj = linear(), linear()
+        self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
+        self.block = Block(cfg, spec, numerics, rules, rngs=rngs)
+        self.hc_head = HyperHead(cfg, numerics, rules, rngs=rngs)
+        self.num_streams = cfg.num_streams
+
+    def __call__(
+        self, streams: jax.Array, embedded: jax.Array, tokens: jax.Array
+    ) -> tuple[jax.Array, BlockStats]:
+        """Streams [B, T, M * D] and the embeddings and ids of the next tokens.
+
+        Returns:
+          hidden states [B, T, D] for the model's head, and the block's statistics.
+        """
+        batch, length, _ = streams.shape
+        apart = streams.reshape(batch, length, self.num_streams, -1)
+        x = self.e_proj(self.enorm(embedded))[:, :, None] + self.h_proj(self.hnorm(apart))
+        streams, stats = self.block(x.reshape(streams.shape), tokens)
+        return self.norm(self.hc_head(streams)), stats
+
+
+class Transformer(nnx.Module):
+    """DeepSeek-V4.
+
+    Args of the constructor:
+      cfg: the architecture.
+      numerics: how numbers are rounded, and the dtype of activations.
+      rules: placement of parameters, used when there is an ambient mesh.
+      scan_layers: stack repeating layers and scan over them.
+      rngs: source of the random initial values. Parameters start as float32.
+    """
+
+    def __init__(
+        self,
+        cfg: V4Config,
+        numerics: Numerics = plain(),
+        rules: AxisRules = AxisRules(),
+        *,
+        scan_layers: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        rngs = KeyStream(rngs())
+        shape, axes = (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
+        init = nnx.initializers.normal(cfg.embed_dim**-0.5)
+        self.embed = param(rngs, shape, axes, rules, stored="bf16", init=init)
+        plans = (
+            plan_stages(cfg.layers)
+            if scan_layers
+            else tuple(StagePlan((spec,), 1) for spec in cfg.layers)
+        )
+        self.stages = nnx.List([Stage(cfg, plan, numerics, rules, rngs=rngs) for plan in plans])
+        self.hc_head = HyperHead(cfg, numerics, rules, rngs=rngs)
+        self.norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
+        self.head = param(rngs, shape, axes, rules, stored="bf16", init=init)
+        self.mtp = nnx.List([MTP(cfg, s, numerics, rules, rngs=rngs) for s in cfg.mtp_layers])
+        self.cfg, self.numerics = cfg, numerics
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Token ids [B, T] -> logits [B, T, V] in float32, whole sequences from position 0."""
+        streams, _ = self.trunk(tokens)
+        return self.logits(self.hidden(streams))
+
+    def trunk(
+        self, tokens: jax.Array, *, remat: bool = False
+    ) -> tuple[jax.Array, tuple[tuple[BlockStats, ...], ...]]:
+        """All layers: streams [B, T, M * D] and per stage and block the stats [repeats, ...]."""
+        streams = self.streams(self.embedding(tokens))
+        stats = []
+        for stage in self.stages:
+            streams, one = stage(streams, tokens, remat=remat)
+            stats.append(one)
+        return streams, tuple(stats)
+
+    def extend(self, tokens: jax.Array, counts: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Feeds a chunk of tokens after what the cache holds.
+
+        Args:
+          tokens: [B, T] ids; only the first `counts[b]` of row b are real.
+          counts: [B] int32.
+          cache: from `init_cache`, or the one an earlier call returned.
+
+        Returns:
+          streams [B, T, M * D] (meaningless in padding) and the new cache.
+
+        Raises:
+          CacheFullError: the cache has no room. Inside jit, where lengths are not known, the caller
+            has to call `cache.require_room` first; entries past the end are dropped then.
+        """
+        if not isinstance(jnp.asarray(counts) + cache.lengths, jax.core.Tracer):
+            cache.require_room(counts)
+        chunk = Chunk.make(cache.lengths, counts, tokens.shape[1])
+        streams = self.streams(self.embedding(tokens))
+        caches = []
+        blocks = (block for stage in self.stages for block in stage.layers())
+        for block, layer_cache in zip(blocks, cache.layers, strict=True):
+            streams, layer_cache = _extend(
+                collectives.rules(), block, streams, tokens, chunk, layer_cache
+            )
+            caches.append(layer_cache)
+        lengths = cache.lengths + counts
+        return streams, dataclasses.replace(cache, layers=tuple(caches), lengths=lengths)
+
+    def init_cache(self, batch: int, capacity: int, format: CacheFormat = None) -> Cache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens (see `CacheFormat`)."""
+        return init_cache(self.cfg, self.numerics, batch, capacity, format)
+
+    def embedding(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] -> [B, T, D]"""
+        table = self.embed[...]
+        index = (
+            tokens - collectives.axis_index("vocab") * table.shape[0]
+        )  # this device's part of the table
+        rows = collectives.take_rows(table, jnp.clip(index, 0, table.shape[0] - 1), "embed")
+        mine = (index >= 0) & (index < table.shape[0])
+        rows = collectives.reduce_from(jnp.where(mine[..., None], rows, 0), "vocab")
+        return rows.astype(self.numerics.dtype)
+
+    def streams(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, M * D]: every stream starts as the embedding."""
+        return jnp.tile(x, (1, 1, self.cfg.num_streams))
+
+    def hidden(self, streams: jax.Array) -> jax.Array:
+        """Streams [B, T, M * D] of the last layer -> normalised hidden states [B, T, D]."""
+        return self.norm(self.hc_head(streams))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [B, T, D] -> logits [B, T, V] in float32."""
+        return collectives.all_gather(self.local_logits(hidden), "vocab", axis=-1)
+
+    def local_logits(self, hidden: jax.Array) -> jax.Array:
+        """`logits` of this device's part of the vocabulary."""
+        with jax.named_scope("head"):
+            head = collectives.all_gather(self.head[...], "embed", axis=1)
+            return linear(collectives.copy_to(hidden, "vocab"), head.T)
+
+    def mtp_hidden(
+        self, streams: jax.Array, next_tokens: jax.Array, depth: int = 0
+    ) -> tuple[jax.Array, BlockStats]:
+        """Hidden states [B, T, D] that predict the token after `next_tokens` [B, T]."""
+        if not 0 <= depth < len(self.mtp):
+            raise ValueError(f"depth={depth}: this model has {len(self.mtp)} MTP blocks.")
+        mtp = gathered(self.mtp[depth], streams.dtype)
+        return mtp(streams, self.embedding(next_tokens), next_tokens)

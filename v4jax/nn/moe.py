@@ -1,0 +1,182 @@
+"""Mixture of experts: router, routed experts and the shared one.
+
+    score   = sqrt(softplus(x @ gate))                            float32
+    experts = table[token id]  (hash-routed layers)  or  top-k of score + bias
+    weight  = score[experts] / sum * routed_scale                 the bias only selects
+    out     = sum_e weight_e * expert_e(x) + shared(x)            summed in float32
+
+An expert is w2(weight * silu(min(w1 x, limit)) * clip(w3 x, -limit, limit)); the routing weight
+is applied before w2, and the shared expert has the same clamp and no weight.
+
+Source: report section 2.4; released `inference/model.py` (Gate, Expert, MoE).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.formats.quantize import cast
+from pallas_kernels.grouped_matmul import swiglu
+from pallas_kernels.linear import linear
+from sharding import AxisRules, collectives
+from sharding.expert_parallel import apply_experts
+from v4jax.config import LayerSpec, V4Config
+from v4jax.nn.layers import HashTable, KeyStream, Linear, RoutingBias, param
+from v4jax.nn.numerics import Numerics
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["balance_loss", "counts"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class RouterStats:
+    """What training needs to know of the routing."""
+
+    balance_loss: jax.Array  # scalar; 1 when perfectly balanced, 0 for hash-routed layers; a share
+    counts: jax.Array  # [E] int32 tokens sent to each expert, from all devices
+
+
+class Router(nnx.Module):
+    """Chooses the experts of each token, and their weights."""
+
+    def __init__(self, cfg: V4Config, spec: LayerSpec, rules: AxisRules, *, rngs: KeyStream):
+        moe = cfg.moe
+        shape = (cfg.embed_dim, moe.num_experts)
+        self.kernel = param(rngs, shape, ("embed", None), rules, stored="bf16")
+        bias = functools.partial(
+            param,
+            rngs,
+            (moe.num_experts,),
+            (None,),
+            rules,
+            stored="f32",
+            init=nnx.initializers.zeros,
+            kind=RoutingBias,
+        )
+        table = functools.partial(
+            param,
+            rngs,
+            (cfg.vocab_size, moe.experts_per_token),
+            (None, None),
+            rules,
+            stored="int",
+            init=functools.partial(_init_table, num_experts=moe.num_experts),
+            kind=HashTable,
+        )
+        self.bias = None if spec.hash_routed else bias()
+        self.table = table() if spec.hash_routed else None
+        self.moe = moe
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, D]
+        tokens: jax.Array,  # [B, T] int32
+    ) -> tuple[jax.Array, jax.Array, RouterStats]:
+        """Experts [B, T, K] int32, weights [B, T, K] float32, and statistics."""
+        scores = jnp.sqrt(jax.nn.softplus(linear(x, self.kernel[...])))  # [B, T, E]
+        if self.table is not None:
+            experts = jnp.take(self.table[...], tokens, axis=0)
+        else:
+            biased = jax.lax.stop_gradient(scores) + self.bias[...]
+            _, experts = jax.lax.top_k(biased, self.moe.experts_per_token)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True) * self.moe.routed_scale
+        return experts, weights, self._stats(scores, experts)
+
+    def _stats(self, scores: jax.Array, experts: jax.Array) -> RouterStats:
+        """Sequence-wise balance loss (V3 report, eqs. 17-20): sum_e f_e P_e per sequence."""
+        num_experts, k = self.moe.num_experts, self.moe.experts_per_token
+        counts = jax.vmap(lambda e: jnp.bincount(e.reshape(-1), length=num_experts))(experts)
+        total = collectives.psum(jnp.sum(counts, axis=0), "batch", "seq")
+        if self.table is not None:
+            return RouterStats(jnp.zeros(()), total)
+        batch, length = (
+            experts.shape[0] * collectives.axis_size("batch"),
+            experts.shape[1] * collectives.axis_size("seq"),
+        )
+        fraction = collectives.psum(counts, "seq") * (num_experts / (k * length))  # [B, E]
+        share = jnp.sum(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=1) / length
+        return RouterStats(jnp.sum(fraction * share) / batch, total)
+
+
+class MoE(nnx.Module):
+    """[B, T, D] -> [B, T, D]"""
+
+    def __init__(
+        self,
+        cfg: V4Config,
+        spec: LayerSpec,
+        numerics: Numerics,
+        rules: AxisRules,
+        *,
+        rngs: KeyStream,
+    ):
+        moe = cfg.moe
+        up_shape = (moe.num_experts, cfg.embed_dim, moe.expert_dim)
+        down_shape = (moe.num_experts, moe.expert_dim, cfg.embed_dim)
+        up_axes = ("expert", "expert_embed", "expert_dim")
+        down_axes = ("expert", "expert_dim", "expert_embed")
+        stored = cfg.expert_format or "bf16"
+        self.router = Router(cfg, spec, rules, rngs=rngs)
+        self.w1 = param(rngs, up_shape, up_axes, rules, stored=stored)
+        self.w2 = param(rngs, down_shape, down_axes, rules, stored=stored)
+        self.w3 = param(rngs, up_shape, up_axes, rules, stored=stored)
+        self.shared = SharedExpert(cfg, numerics, rules, rngs=rngs)
+        self.limit, self.numerics = moe.swiglu_limit, numerics
+
+    def __call__(self, x: jax.Array, tokens: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """x [B, T, D] and token ids [B, T] (for hash routing)."""
+        with jax.named_scope("moe/route"):
+            experts, weights, stats = self.router(x, tokens)
+        with jax.named_scope("moe/experts"):
+            routed = self._experts(x.reshape(-1, x.shape[-1]), experts, weights)
+        with jax.named_scope("moe/shared"):
+            shared = self.shared(x).astype(jnp.float32)
+        return cast(routed.reshape(x.shape) + shared, self.numerics.dtype), stats
+
+    def _experts(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+        """Rows x [P, D] through K experts each: float32 sums [P, D]."""
+        k = experts.shape[-1]
+        x, weights = collectives.copy_to((self.numerics.round_input(x), weights), "expert_dim")
+        out = apply_experts(
+            functools.partial(_grouped_experts, self.numerics, self.limit),
+            (self.w1[...], self.w3[...], self.w2[...]),
+            *(x, experts.reshape(-1, k), weights.reshape(-1, k)),
+            self.w1[...].shape[0],
+        )
+        return collectives.reduce_from(out, "expert_dim")
+
+
+def _grouped_experts(numerics: Numerics, limit: float, params, rows, sizes, row_weights):
+    """Rows sorted by expert, with their routing weights, through the experts' matrices."""
+    w1, w3, w2 = params
+    hidden = numerics.grouped_swiglu(rows, w1, w3, sizes, row_weights, limit=limit)
+    return numerics.grouped_matmul(numerics.round_input(hidden), w2, sizes)
+
+
+class SharedExpert(nnx.Module):
+    """The expert that every token passes through."""
+
+    def __init__(self, cfg: V4Config, numerics: Numerics, rules: AxisRules, *, rngs: KeyStream):
+        dim, hidden = cfg.embed_dim, cfg.moe.expert_dim
+        up, down = ("embed", "expert_dim"), ("expert_dim", "embed")
+        self.w1 = Linear(dim, hidden, numerics, rules, axes=up, rngs=rngs)
+        self.w2 = Linear(hidden, dim, numerics, rules, axes=down, rngs=rngs)
+        self.w3 = Linear(dim, hidden, numerics, rules, axes=up, rngs=rngs)
+        self.limit = cfg.moe.swiglu_limit
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]"""
+        x = collectives.copy_to(x, "expert_dim")
+        return self.w2(cast(swiglu(self.w1(x), self.w3(x), self.limit), x.dtype))
+
+
+def _init_table(key, shape, dtype, out_sharding=None, *, num_experts: int) -> jax.Array:
+    """K distinct experts per token id, drawn at random; the released table is unpublished."""
+    del dtype
+    vocab, k = shape
+    noise = jax.random.uniform(key, (vocab, num_experts))
+    return jax.lax.top_k(noise, k)[1].astype(jnp.int32)

@@ -1,0 +1,164 @@
+"""How numbers are held, rounded and computed, as named values.
+
+`plain` simulates no rounding: it is the function that transformers computes. `released` has every
+quantise-dequantise point of the released inference code, which the weights were trained with:
+
+| point                                                     | rounding                       |
+|-----------------------------------------------------------|--------------------------------|
+| window and compressed KV, the unrotated channels          | e4m3, blocks of 64             |
+| indexer queries and keys, after a Hadamard transform      | e2m1, blocks of 32             |
+| input of every linear that is stored in FP8 or FP4        | e4m3, blocks of 128            |
+
+A recipe says how `released` computes the linears that are stored in FP8 or FP4:
+
+| recipe   | inputs                          | weights                    | products                |
+|----------|---------------------------------|----------------------------|-------------------------|
+| released | rounded to e4m3, blocks of 128  | unpacked, which is exact   | in `dtype`              |
+| bf16     | not rounded                     | unpacked, which is exact   | bfloat16                |
+| fp8      | codes in e4m3, blocks of 128    | codes in e4m3, 128 x 128   | e4m3, then scaled       |
+
+All compute with float32 accumulation, and norms, router, compressors, hyper-connections, softmax
+and logits in float32. Source: released `inference/model.py`; report section 5.2.1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.formats.quantize import QuantizedArray, cast, hadamard
+from pallas_kernels.formats.quantize_rows import round_rows
+from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.linear import linear
+from sharding import collectives
+
+KV_BLOCK = 64
+INDEXER_BLOCK = 32
+INPUT_BLOCK = 128
+RECIPES = ("released", "bf16", "fp8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """A numerics by name, the dtype of activations, and what computes it. Hashable."""
+
+    name: str
+    dtype: jax.typing.DTypeLike = jnp.float32
+    implementation: Implementation = None  # of every operation, see pallas_kernels.dispatch
+    recipe: str | None = None  # of `RECIPES`; default "released" for `released`, none for `plain`
+
+    def __post_init__(self):
+        if self.name not in ("plain", "released"):
+            raise ValueError(f'numerics name={self.name!r}: expected "plain" or "released".')
+        dtype = jnp.dtype(self.dtype)
+        if dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"numerics dtype={dtype}: expected float32 or bfloat16.")
+        recipe = self.recipe or ("released" if self.is_released else None)
+        if recipe is not None and not self.is_released:
+            raise ValueError(f"recipe={recipe!r} with plain numerics: only released ones have any.")
+        if recipe is not None and recipe not in RECIPES:
+            raise ValueError(f"{recipe=}: expected one of {RECIPES}.")
+        if recipe == "bf16" and dtype != jnp.bfloat16:
+            raise ValueError(f'recipe="bf16" with dtype={dtype}: expected bfloat16.')
+        object.__setattr__(self, "recipe", recipe)
+        if self.implementation is not None:  # None must not ask for devices: it is a default
+            choose(self.implementation)  # an unknown name, or one that cannot run here
+        object.__setattr__(self, "dtype", dtype)
+
+    @property
+    def is_released(self) -> bool:
+        """Rounds where the released inference code does."""
+        return self.name == "released"
+
+    def round_kv(self, kv: jax.Array, nope_dim: int) -> jax.Array:
+        """Rounds the first `nope_dim` channels of key-value rows [..., H]."""
+        if not self.is_released:
+            return kv
+        nope = self._round(kv[..., :nope_dim], "fp8", KV_BLOCK)
+        return jnp.concatenate([nope, kv[..., nope_dim:]], axis=-1)
+
+    def round_indexer(self, x: jax.Array) -> jax.Array:
+        """Hadamard transform and FP4 rounding of indexer queries or keys [..., I].
+
+        Without rounding the transform cancels in the dot product, so `plain` leaves it out.
+        """
+        return self._round(hadamard(x), "fp4", INDEXER_BLOCK) if self.is_released else x
+
+    def round_input(self, x: jax.Array) -> jax.Array:
+        """Rounds the input [..., D] of a linear that is stored in FP8 or FP4.
+
+        With recipe "fp8" the product does that, which needs the codes.
+        """
+        return self._round(x, "fp8", INPUT_BLOCK) if self.recipe == "released" else x
+
+    def normalize_query(self, q: jax.Array, eps: float) -> jax.Array:
+        """q / rms(q) of each head [..., H]; `released` rounds every step to `dtype`."""
+        if not self.is_released:
+            return cast(rms_normalize(q, eps), q.dtype)
+        square = cast(jnp.square(q.astype(jnp.float32)), q.dtype).astype(jnp.float32)
+        mean = cast(jnp.mean(square, axis=-1, keepdims=True), q.dtype).astype(jnp.float32)
+        inverse = cast(jax.lax.rsqrt(cast(mean + eps, q.dtype).astype(jnp.float32)), q.dtype)
+        return cast(q.astype(jnp.float32) * inverse.astype(jnp.float32), q.dtype)
+
+    def linear(
+        self, x: jax.Array, w: jax.Array | QuantizedArray, *, summed: str | None = None
+    ) -> jax.Array:
+        """A linear that is stored in FP8: x [..., in] times w [in, out], in `dtype`.
+
+        `summed` names the logical axis that inputs are cut over, if they are: parts are summed
+        before the result is rounded.
+
+        Block scales are powers of two, so the factors are exact in bfloat16 and only the order of
+        the float32 sum differs from the released kernels.
+        """
+        if self.recipe == "fp8":
+            out = fp8_matmul(x, w)
+        else:
+            out = self.product(self.round_input(x), w)
+        return cast(collectives.reduce_from(out, summed) if summed else out, self.dtype)
+
+    def product(self, x: jax.Array, w: jax.Array | QuantizedArray, groups: int = 1) -> jax.Array:
+        """x [..., groups * in] times w [in, groups * out], float32 [..., groups * out]."""
+        w = w if isinstance(w, QuantizedArray) else w.astype(self.dtype)
+        return linear(x, w, groups=groups, implementation=self.implementation)
+
+    def grouped_swiglu(self, rows, w_gate, w_up, group_sizes, row_weights, *, limit) -> jax.Array:
+        """First half of the experts, for rows that `round_input` has rounded (see the operation)."""
+        args = (rows, w_gate, w_up, group_sizes, row_weights)
+        return grouped_swiglu(*args, limit=limit, **self._products)
+
+    def grouped_matmul(self, rows, w, group_sizes) -> jax.Array:
+        """Second half of the experts, for rows that `round_input` has rounded."""
+        return grouped_matmul(rows, w, group_sizes, **self._products)
+
+    @property
+    def _products(self) -> dict:
+        return dict(in_fp8=self.recipe == "fp8", implementation=self.implementation)
+
+    def _round(self, x: jax.Array, fmt: str, block: int) -> jax.Array:
+        return round_rows(x, fmt, block, implementation=self.implementation)
+
+
+def plain(
+    dtype: jax.typing.DTypeLike = jnp.float32, *, implementation: Implementation = None
+) -> Numerics:
+    """No rounding simulated."""
+    return Numerics("plain", dtype, implementation)
+
+
+def released(
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    *,
+    implementation: Implementation = None,
+    recipe: str | None = None,
+) -> Numerics:
+    """The rounding of the released inference code."""
+    return Numerics("released", dtype, implementation, recipe)
+
+
+def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)

@@ -1,0 +1,170 @@
+"""Where a model's parameters lie on a mesh, and what that means for a step: gather, reduce, check."""
+
+import math
+
+import jax
+from flax import nnx
+from jax import P
+
+from pallas_kernels.formats.quantize import QuantizedArray, fp4_block
+from sharding import AxisRules, collectives, fitting
+from v4jax.config import V4Config
+
+FP8_BLOCK, FP4_BLOCK = 128, 256  # what a device's part of a quantised axis must be a multiple of
+
+
+def _is_variable(x) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _map(function, tree):
+    return jax.tree.map(function, tree, is_leaf=_is_variable)
+
+
+def specs(state, rules: AxisRules):
+    """A tree like `state` (of variables) with the `jax.P` of each array, for the ambient mesh.
+
+    Stacked layers have a leading axis that is not cut. Block scales that a mesh does not divide are
+    replicated.
+
+    Raises:
+      ValueError: a device's part of a quantised weight would not be whole blocks.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+
+    def of(variable: nnx.Variable):
+        spec = rules.spec(*variable.axes)
+        if isinstance(variable.get_value(), QuantizedArray):
+            _check_blocks(variable.get_value(), spec, sizes)
+
+        def one(array) -> P:
+            lead = [None] * (array.ndim - len(spec))
+            whole = P(*lead, *spec)
+            return fitting(whole, array.shape, sizes) if sizes else whole
+
+        return variable.replace(jax.tree.map(one, variable.get_value()))
+
+    return _map(of, state)
+
+
+def _check_blocks(weight: QuantizedArray, spec: P, sizes: dict[str, int]) -> None:
+    for axis, whole, block in zip((-2, -1), weight.shape[-2:], weight.block):
+        names = spec[axis]
+        names = (names,) if isinstance(names, str) else names or ()
+        parts = math.prod(sizes.get(name, 1) for name in names)
+        if weight.is_fp4 and axis == -2:
+            block = fp4_block(whole)
+        if parts > 1 and (whole % parts or whole // parts % block):
+            label = " x ".join(f"{name}={sizes[name]}" for name in names)
+            good = [n for n in range(1, whole // block + 1) if whole % (n * block) == 0]
+            raise ValueError(
+                f"mesh axis {label} cuts {whole} {'inputs' if axis == -2 else 'outputs'} of a "
+                f"weight of {tuple(weight.shape)} into {parts} parts, but its scales need blocks of "
+                f"{block} whole: sizes that would do are {', '.join(map(str, good)) or 1}."
+            )
+
+
+def is_rounded(variable: nnx.Variable) -> bool:
+    """Whether a float weight is computed with in the dtype of activations, whatever it is kept in."""
+    return variable.stored in ("fp4", "fp8")
+
+
+def kept_apart(variable: nnx.Variable) -> str | None:
+    """The logical axis along which a variable's parts are only kept apart, not worked on."""
+    return next((name for name in ("embed", "expert_embed") if name in variable.axes), None)
+
+
+def gathered(module, dtype: jax.typing.DTypeLike):
+    """A copy of a module on this device with the parts joined that are only kept apart.
+
+    Weights that the layer would round to `dtype`, that of activations, are rounded before they travel.
+    """
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        name = kept_apart(variable)
+        if name is None or not collectives.mesh_axes(name):
+            return variable
+        axis = variable.axes.index(name) - len(variable.axes)
+        value = variable.get_value()
+        if not isinstance(value, QuantizedArray):
+            kept = dtype if is_rounded(variable) else value.dtype
+            return variable.replace(collectives.all_gather_as(value, kept, name, axis=axis))
+        values = collectives.all_gather(value.values, name, axis=axis)
+        scale, width = value.scale, values.shape[axis] * (2 if value.is_fp4 and axis == -2 else 1)
+        if scale.shape[axis] < -(-width // value.block[axis]):
+            scale = collectives.all_gather(scale, name, axis=axis)
+        return variable.replace(QuantizedArray(values, scale, value.block))
+
+    return _map(whole, module)
+
+
+def reduce_gradients(gradients):
+    """Sums gradients over the devices that saw other tokens, unless a gather's gradient did."""
+    token_axes = collectives.mesh_axes("batch", "seq")
+
+    def reduce(variable: nnx.Variable) -> nnx.Variable:
+        cut = collectives.mesh_axes(*(name for name in variable.axes if name is not None))
+        axes = tuple(axis for axis in token_axes if axis not in cut)
+        value = variable.get_value()
+        return variable.replace(jax.lax.psum(value, axes)) if axes else variable
+
+    return _map(reduce, gradients)
+
+
+def check_mesh(
+    cfg: V4Config,
+    rules: AxisRules,
+    *,
+    batch: int | None = None,
+    length: int | None = None,
+    quantized: bool = False,
+    sizes: dict[str, int] | None = None,
+) -> None:
+    """Refuses a mesh that does not divide what it cuts.
+
+    Args:
+      batch, length: sequences and tokens of a sequence, if they are known.
+      quantized: weights are held in FP8 or FP4, whose blocks must stay whole.
+      sizes: mesh axes and their sizes; default the ambient mesh.
+
+    Raises:
+      ValueError: names the axis, what it cuts, and the sizes that would do. Lists all problems.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape) if sizes is None else sizes
+    moe, heads_dim = cfg.moe, cfg.num_heads * cfg.head_dim
+    block = FP4_BLOCK if cfg.expert_format == "fp4" else FP8_BLOCK
+    cuts = [
+        ("vocab", "vocab_size", cfg.vocab_size, 1),
+        ("embed", "embed_dim", cfg.embed_dim, FP8_BLOCK if quantized else 1),
+        ("embed", "q_lora_rank", cfg.q_lora_rank, FP8_BLOCK if quantized else 1),
+        ("embed", "heads_dim / o_groups", heads_dim // cfg.o_groups, FP8_BLOCK if quantized else 1),
+        ("heads", "num_heads", cfg.num_heads, 1),
+        ("heads", "o_groups", cfg.o_groups, 1),
+        ("expert", "moe.num_experts", moe.num_experts, 1),
+        ("expert_embed", "embed_dim", cfg.embed_dim, block if quantized else 1),
+        ("expert_dim", "moe.expert_dim", moe.expert_dim, block if quantized else 1),
+    ]
+    cuts += [("batch", "batch", batch, 1)] if batch is not None else []
+    cuts += [("seq", "length", length, 1)] if length is not None else []
+    problems = []
+    for logical, name, whole, unit in cuts:
+        axes = [axis for axis in rules.mesh_axes(logical) if sizes.get(axis, 1) > 1]
+        parts = math.prod(sizes[axis] for axis in axes)
+        if parts == 1 or (whole % parts == 0 and whole // parts % unit == 0):
+            continue
+        good = [n for n in range(1, whole + 1) if whole % n == 0 and whole // n % unit == 0]
+        shown = f"{', '.join(map(str, good[:12]))}{' ...' if len(good) > 12 else ''}"
+        multiple = f" in multiples of {unit}" if unit > 1 else ""
+        label = " x ".join(f"{axis}={sizes[axis]}" for axis in axes)
+        problems.append(
+            f"mesh axis {label} cuts {name}={whole} into {parts} parts{multiple}: "
+            f"sizes that would do are {shown}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+
+
+def num_batch_parts(rules: AxisRules) -> int:
+    """The number of parts that sequences are cut into by the ambient mesh."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(axis, 1) for axis in rules.mesh_axes("batch"))

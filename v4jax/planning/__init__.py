@@ -1,0 +1,1 @@
+"""Costs, memory and meshes of full-size jobs, without a device."""

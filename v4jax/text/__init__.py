@@ -1,0 +1,1 @@
+"""Prompts to text, text to tokens, completions back to messages."""

@@ -1,0 +1,197 @@
+"""The training state, its step, and how it is saved and resumed."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+
+import jax
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from sharding import TRAIN, AxisRules, collectives
+from v4jax.nn.cross_entropy import cross_entropy
+from v4jax.nn.model import Transformer
+from v4jax.nn.placement import check_mesh, reduce_gradients, specs
+from v4jax.nn.quantization import round_to_released
+from v4jax.train.data import TokenStream
+from v4jax.train.losses import LossWeights, Metrics, mean_share, training_loss
+from v4jax.train.optimizers import OptimizerConfig, adamw, update_routing_bias
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "fixed", "opt_state"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters that gradients change, variables they do not, and the optimizer's state."""
+
+    params: nnx.State
+    fixed: nnx.State
+    opt_state: optax.OptState
+
+
+class Trainer:
+    """A model's training step. Holds no arrays; the state goes in and comes out.
+
+    Under a mesh (`with jax.set_mesh(mesh):`, here and around every step) tokens are cut over it by
+    `rules`, which must be those the model's parameters were placed by.
+
+    Args:
+      qat: take loss and gradients at the parameters as the released format would hold them, and
+        apply the gradients to the float ones (docs/low_precision.md). Give the model `released`
+        numerics then, so that activations are rounded too.
+      remat: recompute the layers in the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: OptimizerConfig,
+        weights: LossWeights = LossWeights(),
+        rules: AxisRules = TRAIN,
+        *,
+        qat: bool = False,
+        remat: bool = True,
+    ):
+        check_mesh(model.cfg, rules)
+        if qat and not model.numerics.is_released:
+            raise ValueError(
+                f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
+                "rounding of activations belongs to the model that is trained for."
+            )
+        self.cfg, self.rules = model.cfg, rules
+        self.graphdef, self._params, self._fixed = nnx.split(model, nnx.Param, ...)
+        self.optimizer = adamw(optimizer)
+        self.computed = round_to_released if qat else lambda params: params
+        self.compiled_step = jax.jit(
+            functools.partial(
+                _train_step,
+                *(self.graphdef, self.optimizer, weights, optimizer.bias_speed),
+                *(self.computed, rules, remat),
+            ),
+            donate_argnums=(0,),
+        )
+        self._loss = jax.jit(functools.partial(_mean_loss, self.graphdef, self.computed, rules))
+
+    def init(self) -> TrainState:
+        """The state before the first step. The model's arrays are moved into it."""
+        params, fixed = self._params, self._fixed
+        self._params = self._fixed = None
+        return TrainState(params, fixed, self.optimizer.init(params))
+
+    def batch(self, stream: TokenStream, step: int, batch_size: int) -> tuple[jax.Array, ...]:
+        """Tokens of a step as `step` takes them; every process reads its own rows.
+
+        Raises:
+          ValueError: the mesh does not divide the batch or the sequences.
+        """
+        check_mesh(self.cfg, self.rules, batch=batch_size, length=stream.seq_len)
+        sharding = None
+        if not jax.sharding.get_abstract_mesh().empty:
+            sharding = jax.NamedSharding(jax.sharding.get_mesh(), self.rules.tokens)
+        return stream.targets(step, batch_size, sharding)
+
+    def step(self, state: TrainState, tokens: Sequence[jax.Array]) -> tuple[TrainState, Metrics]:
+        """One step on inputs, the tokens after them, and those after these, [B, T] each.
+
+        From `batch`, or `loss.shifted` of an array [B, T + 2]. The old state is donated.
+        """
+        return self.compiled_step(state, *tokens)
+
+    def loss(self, state: TrainState, tokens: Sequence[jax.Array]) -> jax.Array:
+        """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
+        return self._loss(state, *tokens[:2])
+
+    def model(self, state: TrainState) -> Transformer:
+        """The model with the state's arrays."""
+        return nnx.merge(self.graphdef, state.params, state.fixed)
+
+
+def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: bool = True):
+    """A function (params, fixed, inputs, following, after) -> gradients and metrics, over a mesh."""
+
+    def on_device(params, fixed, *tokens):
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params, fixed)
+            return training_loss(model, *tokens, weights, remat=remat)
+
+        gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
+        return reduce_gradients(gradients), metrics
+
+    def call(params, fixed, *tokens):
+        placed = (specs(params, rules), specs(fixed, rules))
+        in_specs = (*placed, *[rules.tokens] * len(tokens))
+        run = collectives.per_device(on_device, rules, in_specs, (placed[0], jax.P()))
+        return run(params, fixed, *tokens)
+
+    return call
+
+
+def _mean_loss(graphdef, computed, rules, state, inputs, following):
+    def on_device(params, fixed, inputs, following):
+        model = nnx.merge(graphdef, params, fixed)
+        losses = cross_entropy(model, model.hidden(model.trunk(inputs)[0]), following)
+        return collectives.psum(mean_share(losses), "batch", "seq")
+
+    params = computed(state.params)
+    in_specs = (specs(params, rules), specs(state.fixed, rules), rules.tokens, rules.tokens)
+    run = collectives.per_device(on_device, rules, in_specs, jax.P())
+    return run(params, state.fixed, inputs, following)
+
+
+def _train_step(graphdef, optimizer, weights, bias_speed, computed, rules, remat, state, *tokens):
+    gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
+    grads, metrics = gradients_of(computed(state.params), state.fixed, *tokens)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    model = nnx.merge(graphdef, params, state.fixed)
+    update_routing_bias(model, metrics.expert_counts, bias_speed)
+    _, params, fixed = nnx.split(model, nnx.Param, ...)
+    return TrainState(params, fixed, opt_state), metrics
+
+
+class Saver:
+    """Saves training states with Orbax and finds the newest one again.
+
+    Args:
+      folder: where checkpoints go; made if missing.
+      keep: how many to keep.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(os.path.abspath(folder), options=options)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to save; the state may be used meanwhile, but not donated before `wait`."""
+        self._manager.save(step, args=ocp.args.StandardSave(_leaves(state)))
+
+    def restore(self, state: TrainState) -> tuple[TrainState, int] | None:
+        """The newest saved state, placed like `state`, and its step; None if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = {
+            path: ocp.utils.to_shape_dtype_struct(leaf) for path, leaf in _leaves(state).items()
+        }
+        leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        ordered = [leaves[path] for path in abstract]  # Orbax returns them sorted by name
+        return jax.tree.unflatten(jax.tree.structure(state), ordered), step
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of the folder."""
+        self._manager.close()
+
+
+def _leaves(state: TrainState) -> dict[str, jax.Array]:
+    """Arrays by path, which stays readable whatever containers they came from."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
