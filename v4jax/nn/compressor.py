@@ -45,7 +45,9 @@ class Compressor(nnx.Module):
         self.wgate = param(rngs, shape, axes, rules, stored="bf16")
         zeros = nnx.initializers.zeros
         ape_shape = (self.ratio, channels)
-        self.ape = param(rngs, ape_shape, (None, None), rules, stored="f32", init=zeros)
+        self.ape = param(
+            rngs, ape_shape, (None, None), rules, stored="f32", init=zeros, matrix=False
+        )
         self.norm = RMSNorm(width, cfg.norm_eps, rules, rngs=rngs)
         self.cfg, self.numerics = cfg, numerics
 

@@ -49,6 +49,7 @@ def param(
     stored: str,
     init: jax.nn.initializers.Initializer | None = None,
     kind: type[nnx.Variable] = nnx.Param,
+    matrix: bool | None = None,
 ) -> nnx.Variable:
     """A float32 parameter, placed by `rules` when there is an ambient mesh.
 
@@ -56,11 +57,14 @@ def param(
       axes: logical axis names, one per axis of `shape`.
       stored: how the released checkpoints store it; one of `STORED`. Kept as metadata.
       init: initializer; default normal with variance 1 / fan-in (second-last axis).
+      matrix: whether it multiplies activations, which optimizers and adapters ask for; default: it
+        has two axes or more. Kept as metadata, since layers that are stacked have one axis more.
     """
     if init is None:
         init = nnx.initializers.normal(1 / math.sqrt(shape[-2]))
     value = init(rngs(), shape, jnp.float32, out_sharding=ambient(rules.spec(*axes)))
-    return kind(value, stored=stored, axes=axes)
+    matrix = len(shape) > 1 if matrix is None else matrix
+    return kind(value, stored=stored, axes=axes, matrix=matrix)
 
 
 class RMSNorm(nnx.Module):

@@ -65,6 +65,7 @@ class Router(nnx.Module):
             stored="int",
             init=functools.partial(_init_table, num_experts=moe.num_experts),
             kind=HashTable,
+            matrix=False,
         )
         self.bias = None if spec.hash_routed else bias()
         self.table = table() if spec.hash_routed else None

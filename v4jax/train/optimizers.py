@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from v4jax.nn.layers import RoutingBias
 from v4jax.nn.model import Transformer
@@ -31,7 +32,10 @@ class OptimizerConfig:
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Weight decay applies to matrices, not to norms, sinks and other vectors."""
+    """Weight decay applies to matrices, not to norms, sinks, biases and other vectors.
+
+    A variable says what it is: arrays of stacked layers have one axis more.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.peak_lr,
@@ -47,7 +51,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=is_matrix,
         ),
     )
 
@@ -70,3 +74,14 @@ def update_routing_bias(model: Transformer, counts, speed: float) -> None:
         count = count.astype(jnp.float32)
         step = speed * jnp.sign(jnp.mean(count, axis=-1, keepdims=True) - count)
         bias.set_value(bias[...] + step.reshape(bias[...].shape))
+
+
+def is_matrix(params: nnx.State) -> nnx.State:
+    """Which variables multiply activations: a tree like `params`, of booleans."""
+    return jax.tree.map(
+        lambda variable: variable.replace(
+            jax.tree.map(lambda _: variable.matrix, variable.get_value())
+        ),
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
