@@ -29,7 +29,9 @@ from v4jax import checkpoint
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import Temperature
 from v4jax.planning.describe import count_parameters, describe
-from v4jax.text.encoding import ASSISTANT, BOS, MODES, encode_messages, parse_partial_completion
+from v4jax.text.format import ASSISTANT, BOS, MODES
+from v4jax.text.parse import parse_partial_completion
+from v4jax.text.prompt import encode_messages
 from v4jax.text.tokenizer import Tokenizer
 
 NANO = v4jax.nano_path()
@@ -54,7 +56,7 @@ print(tokenizer.decode([*prompt, *completion.tokens]).removesuffix(ASSISTANT))
 # %% [markdown]
 # ## Three modes
 #
-# A chat prompt is text with special tokens (`v4jax.text.encoding`). The modes differ in how it ends, and
+# A chat prompt is text with special tokens (`v4jax.text.prompt`). The modes differ in how it ends, and
 # in a paragraph at the start for *think-max*. nano learned the format on dialogues made from the
 # novels: the user gives the beginning of a paragraph, and when it thinks, it names words it will use.
 

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from v4jax.cli.errors import one_message
-from v4jax.text.encoding import BOS, EOS, MODES, encode_messages
+from v4jax.text.format import BOS, EOS, MODES
+from v4jax.text.prompt import encode_messages
 from v4jax.text.tokenizer import Tokenizer, train_tokenizer
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "austen"

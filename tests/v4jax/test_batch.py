@@ -32,7 +32,8 @@ from v4jax.inference.batch.files import (
 )
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import Greedy, Temperature, TopK, TopP
-from v4jax.text.encoding import BOS, EOS, encode_messages
+from v4jax.text.format import BOS, EOS
+from v4jax.text.prompt import encode_messages
 from v4jax.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "Who is Emma?"}

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v4jax.text import encoding
-from v4jax.text.encoding import (
+from v4jax.text.format import (
+    APRIL_MAX_EFFORT,
     ASSISTANT,
     BOS,
     DSML,
     EOS,
+    JULY_MAX_EFFORT,
     LATEST_REMINDER,
     MODES,
     PAD,
@@ -22,10 +23,9 @@ from v4jax.text.encoding import (
     THINK_START,
     USER,
     EncodingError,
-    encode_messages,
-    parse_message_from_completion_text,
-    parse_partial_completion,
 )
+from v4jax.text.parse import parse_message_from_completion_text, parse_partial_completion
+from v4jax.text.prompt import encode_messages
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "encoding_cases.json"
 CASES = json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -172,7 +172,7 @@ def test_golden_prompts_use_no_other_special_token():
     [
         ("non-think", BOS, THINK_END),
         ("think-high", BOS, THINK_START),
-        ("think-max", BOS + encoding.APRIL_MAX_EFFORT, THINK_START),
+        ("think-max", BOS + APRIL_MAX_EFFORT, THINK_START),
     ],
 )
 def test_modes(mode, start, end):
@@ -215,7 +215,7 @@ def test_0731_levels(effort, first_line):
 
 def test_0731_max_text():
     # Not a published hash: it pins the text as it was compared with the description of 0731.
-    assert sha256(encoding.JULY_MAX_EFFORT) == (
+    assert sha256(JULY_MAX_EFFORT) == (
         "53fb31b8392ec5b4a926481943efc67636748f137c1a49d493a7af4d4fa55d2c"
     )
 

@@ -33,7 +33,7 @@ from v4jax.cli.pod import (
 from v4jax.inference.batch import Job, JobError, Settings, merge_files
 from v4jax.inference.batch.files import errors_path, fingerprint
 from v4jax.inference.generate import Generator
-from v4jax.text.encoding import MODES
+from v4jax.text.format import MODES
 from v4jax.text.tokenizer import Tokenizer
 
 

@@ -16,7 +16,9 @@ from v4jax.cli.errors import one_message
 from v4jax.cli.generate import add_sampling_arguments
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import sampler_of
-from v4jax.text.encoding import MODES, THINK_END, encode_messages, parse_partial_completion
+from v4jax.text.format import MODES, THINK_END
+from v4jax.text.parse import parse_partial_completion
+from v4jax.text.prompt import encode_messages
 from v4jax.text.tokenizer import Tokenizer
 
 

@@ -17,7 +17,8 @@ from v4jax.cli.errors import one_message
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import sampler_of
 from v4jax.nn.numerics import RECIPES
-from v4jax.text.encoding import BOS, MODES, encode_messages
+from v4jax.text.format import BOS, MODES
+from v4jax.text.prompt import encode_messages
 from v4jax.text.tokenizer import Tokenizer
 
 

@@ -20,7 +20,7 @@ from v4jax import Numerics, checkpoint
 from v4jax.cli.errors import one_message
 from v4jax.inference.score import Scorer
 from v4jax.nn.numerics import RECIPES
-from v4jax.text.encoding import BOS
+from v4jax.text.format import BOS
 
 
 def parse_args() -> argparse.Namespace:

@@ -8,10 +8,10 @@ try:
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(
         "v4jax.text.tokenizer needs the package tokenizers: pip install 'v4jax[text]'. Models, "
-        "checkpoints and v4jax.text.encoding work without it, on token ids and strings."
+        "checkpoints and v4jax.text.prompt work without it, on token ids and strings."
     ) from error
 
-from v4jax.text.encoding import ASSISTANT, BOS, EOS, PAD, SPECIAL_TOKENS, USER
+from v4jax.text.format import ASSISTANT, BOS, EOS, PAD, SPECIAL_TOKENS, USER
 
 # What the released tokenizer splits text at before byte-level BPE, in this order.
 _SPLITS = (

@@ -21,7 +21,8 @@ from v4jax.inference.batch.files import (
 from v4jax.inference.batch.plan import Plan
 from v4jax.inference.batch.requests import Request, Settings
 from v4jax.inference.generate import Generator
-from v4jax.text.encoding import EOS, parse_partial_completion
+from v4jax.text.format import EOS
+from v4jax.text.parse import parse_partial_completion
 from v4jax.text.tokenizer import Tokenizer
 
 

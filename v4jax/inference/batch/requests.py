@@ -5,7 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 
 from v4jax.inference.sampling import Sampler, sampler_of
-from v4jax.text.encoding import BOS, MODES, encode_messages
+from v4jax.text.format import BOS, MODES
+from v4jax.text.prompt import encode_messages
 
 SEEDS = 2**32  # jax takes the low 32 bits of a seed
 _MAX_MESSAGE = 500  # characters; messages of errors may quote a whole request
@@ -29,7 +30,7 @@ class Settings:
       ValueError: a value of the wrong type or out of range.
     """
 
-    mode: str = "non-think"  # a key of `v4jax.text.encoding.MODES`; of requests with messages
+    mode: str = "non-think"  # a key of `v4jax.text.format.MODES`; of requests with messages
     temperature: float = 1.0  # 0: greedy
     top_k: int | None = None
     top_p: float | None = None
@@ -81,7 +82,7 @@ class Request:
     line: int  # number in the file, from 1
     id: str
     prompt: str  # the text fed to the model, special tokens included
-    thinking_mode: str | None  # of `v4jax.text.encoding`; None: a raw prompt
+    thinking_mode: str | None  # of `v4jax.text.format`; None: a raw prompt
     settings: Settings  # `seed` is the request's own
 
 

@@ -1,4 +1,4 @@
-"""The DeepSeek-V4 prompt format: messages to text, and a completion back to a message.
+"""The DeepSeek-V4 prompt format: messages to the text that is fed to the model.
 
 A prompt is text with special tokens in it. Nothing, not even a space, stands between messages:
 
@@ -26,91 +26,26 @@ output this module reproduces byte for byte; DeepSeek-V4 report (arXiv 2606.1934
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 
-# Special tokens. The bar is U+FF5C and the low block U+2581, not their ASCII look-alikes.
-BOS = "<｜begin▁of▁sentence｜>"  # once, at the very start
-EOS = "<｜end▁of▁sentence｜>"  # ends every assistant turn
-PAD = "<｜▁pad▁｜>"  # never written by this module
-USER = "<｜User｜>"
-ASSISTANT = "<｜Assistant｜>"
-THINK_START = "<think>"
-THINK_END = "</think>"
-DSML = "｜DSML｜"  # inside the tags of a tool call: "<" DSML "invoke ..."
-LATEST_REMINDER = "<｜latest_reminder｜>"  # date and locale
-TASK_TOKENS = {  # quick instructions: the `task` field of a message, and the token it appends
-    "action": "<｜action｜>",
-    "query": "<｜query｜>",
-    "authority": "<｜authority｜>",
-    "domain": "<｜domain｜>",
-    "title": "<｜title｜>",
-    "read_url": "<｜read_url｜>",
-}
-EXTRACTED_URL = "<｜extracted_url｜>"  # written by the caller, in the text of a read_url task
-# Every token of the format. A tokenizer trained with this list gets ids 0, 1, 2, ... in this order.
-SPECIAL_TOKENS = (
-    *(BOS, EOS, PAD, USER, ASSISTANT, THINK_START, THINK_END, DSML, LATEST_REMINDER),
-    *TASK_TOKENS.values(),
-    EXTRACTED_URL,
+from v4jax.text.format import (
+    ASSISTANT,
+    BOS,
+    CALLS_END,
+    CALLS_START,
+    DSML,
+    EFFORT_PROMPTS,
+    EOS,
+    LATEST_REMINDER,
+    ROLES,
+    TASK_TOKENS,
+    THINK_END,
+    THINK_START,
+    USER,
+    EncodingError,
+    check_thinking_mode,
+    to_json,
 )
-
-# The three modes of the report -> (thinking_mode, reasoning_effort) of `encode_messages`.
-MODES: dict[str, tuple[str, str | None]] = {
-    "non-think": ("chat", None),
-    "think-high": ("thinking", "high"),
-    "think-max": ("thinking", "max"),
-}
-
-APRIL_MAX_EFFORT = """\
-Reasoning Effort: Absolute maximum with no shortcuts permitted.
-You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve \
-the root cause, rigorously stress-testing your logic against all potential paths, edge cases, and \
-adversarial scenarios.
-Explicitly write out your entire deliberation process, documenting every intermediate step, \
-considered alternative, and rejected hypothesis to ensure absolutely no assumption is left \
-unchecked.
-
-"""
-JULY_MAX_EFFORT = """\
-Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.
-You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: \
-exhaustively decompose the problem into its most fundamental components, trace every causal chain \
-to its root, and resolve the underlying cause rather than any surface symptom.
-Do not stop reasoning until you have independently verified the solution from multiple angles and \
-are certain that no assumption remains unchecked and no error remains undiscovered.
-
-"""
-# What each release writes after BOS for a reasoning effort, in thinking mode.
-EFFORT_PROMPTS: dict[str, dict[str | None, str]] = {
-    "april": {None: "", "high": "", "max": APRIL_MAX_EFFORT},
-    "0731": {None: "", "low": "", "high": APRIL_MAX_EFFORT, "max": JULY_MAX_EFFORT},
-}
-
-THINKING_MODES = ("chat", "thinking")
-ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
-
-# Tags of a tool call, cut where the strict parser looks for them.
-_CALLS_START = f"\n\n<{DSML}tool_calls"
-_CALLS_END = f"</{DSML}tool_calls>"
-_INVOKE_START = f"<{DSML}invoke"
-_INVOKE_END = f"</{DSML}invoke"
-_PARAMETER_START = f"<{DSML}parameter"
-_PARAMETER_END = f"/{DSML}parameter"
-_INVOKE_HEAD = re.compile(r' name="(.*?)">\n\n?', re.DOTALL)
-_PARAMETER = re.compile(r' name="(.*?)" string="(true|false)">(.*)<', re.DOTALL)
-
-# The same tags as a model may garble them, for the tolerant parser.
-_LOOSE_CALLS_START = re.compile(rf"\n{{0,2}}<{DSML}tool_calls")
-_LOOSE_INVOKE = re.compile(rf'<{DSML}invoke\s+name="([^"]*)"\s*>(.*?)</{DSML}invoke\s*>', re.DOTALL)
-_LOOSE_PARAMETER = re.compile(
-    rf'<{DSML}parameter\s+name="([^"]*)"(?:\s+string="([^"]*)")?\s*>(.*?)</{DSML}parameter\s*>',
-    re.DOTALL,
-)
-
-
-class EncodingError(ValueError):
-    """A message that cannot be rendered, or a completion that is not in the format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +111,7 @@ def encode_messages(
     Raises:
         EncodingError: a message or an argument is not one the format knows.
     """
-    _check_thinking_mode(thinking_mode)
+    check_thinking_mode(thinking_mode)
     effort_prompt = _effort_prompt(reasoning_effort, release)
     is_thinking = thinking_mode == "thinking"
 
@@ -200,14 +135,6 @@ def encode_messages(
         parts.append(_render(turn, shows_reasoning and not answers_task))
         parts.append(_render_transition(turn, next_role, is_thinking, shows_reasoning))
     return "".join(parts)
-
-
-def _check_thinking_mode(thinking_mode: str) -> None:
-    if thinking_mode not in THINKING_MODES:
-        raise EncodingError(
-            f"thinking_mode={thinking_mode!r}: expected one of {THINKING_MODES}. "
-            "MODES has the modes of the report, such as 'think-high'."
-        )
 
 
 def _effort_prompt(effort: str | None, release: str) -> str:
@@ -328,7 +255,7 @@ def _render(turn: _Turn, shows_reasoning: bool) -> str:
         text += (
             "\n\n## Response Format:\n\n"
             "You MUST strictly adhere to the following schema to reply:\n"
-            f"{_to_json(turn.response_format)}"
+            f"{to_json(turn.response_format)}"
         )
     return text
 
@@ -355,18 +282,18 @@ def _render_calls(calls: Sequence[_Call]) -> str:
     for call in calls:
         lines = []
         for name, value in call.arguments.items():
-            flag, text = ("true", value) if isinstance(value, str) else ("false", _to_json(value))
+            flag, text = ("true", value) if isinstance(value, str) else ("false", to_json(value))
             lines.append(f'<{DSML}parameter name="{name}" string="{flag}">{text}</{DSML}parameter>')
         parameters = "\n".join(lines)  # no arguments: one empty line
         invokes.append(f'<{DSML}invoke name="{call.name}">\n{parameters}\n</{DSML}invoke>')
-    return "\n".join([f"{_CALLS_START}>", *invokes, _CALLS_END])
+    return "\n".join([f"{CALLS_START}>", *invokes, CALLS_END])
 
 
 def _render_tools(tools: Sequence[Mapping[str, object]]) -> str:
     for tool in tools:
         if not isinstance(tool, Mapping) or "function" not in tool:
             raise EncodingError(f"Tool {tool!r}: expected {{'function': {{'name': ..., ...}}}}.")
-    schemas = "\n".join(_to_json(tool["function"]) for tool in tools)
+    schemas = "\n".join(to_json(tool["function"]) for tool in tools)
     return f"""\
 ## Tools
 
@@ -397,143 +324,3 @@ Otherwise, output directly after {THINK_END} with tool calls or final response.
 
 You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.
 """
-
-
-def _to_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def parse_message_from_completion_text(text: str, thinking_mode: str) -> dict[str, object]:
-    """The assistant message in a complete completion: its text after the prompt, with EOS.
-
-    Calls have no id, that is for the server to give. Their arguments are assembled as text: a
-    value the model marked as JSON is passed on as it stands, valid or not.
-
-    Returns:
-        `role`, `content`, `reasoning_content` and `tool_calls`; the last three may be empty.
-
-    Raises:
-        EncodingError: the text is not exactly in the format; `parse_partial_completion` takes any.
-    """
-    _check_thinking_mode(thinking_mode)
-    reasoning, position = "", 0
-    if thinking_mode == "thinking":
-        reasoning, stop, position = _read_until(text, position, THINK_END, _CALLS_START)
-        if stop != THINK_END:
-            raise EncodingError(f"Reasoning not closed by {THINK_END}: ...{text[-80:]!r}.")
-    content, stop, position = _read_until(text, position, EOS, _CALLS_START)
-    if not stop:
-        raise EncodingError(f"Neither {EOS} nor tool calls after the content: ...{text[-80:]!r}.")
-    calls = []
-    if stop == _CALLS_START:
-        calls, position = _read_calls(text, position)
-        position += len(EOS) if text.startswith(EOS, position) else 0
-    if position != len(text):
-        raise EncodingError(f"Text after the end of the completion: {text[position:][:80]!r}.")
-    for token in (BOS, EOS, THINK_START, THINK_END, DSML):
-        if token in content or token in reasoning:
-            raise EncodingError(f"The special token {token} is in the content or the reasoning.")
-    return _assistant_message(content, reasoning, calls)
-
-
-def parse_partial_completion(text: str, thinking_mode: str) -> dict[str, object]:
-    """The assistant message as far as it can be read from any text: cut off, or malformed.
-
-    Equal to `parse_message_from_completion_text` where that accepts the text. Otherwise: without
-    `</think>` all is reasoning; text after EOS or after the start of a block of tool calls is not
-    content; calls count once they are closed, and whitespace in their tags does not matter.
-
-    For streaming, an ending that may be the start of a tag is held back until the next characters
-    decide, so content and reasoning only ever grow.
-    """
-    _check_thinking_mode(thinking_mode)
-    try:
-        return parse_message_from_completion_text(text, thinking_mode)
-    except EncodingError:
-        text, eos, _ = text.partition(EOS)
-    reasoning = ""
-    if thinking_mode == "thinking":
-        reasoning, end, text = text.partition(THINK_END)
-        if not end:
-            reasoning = reasoning if eos else _hold_back(reasoning, THINK_END, EOS)
-            return _assistant_message("", reasoning, [])
-    block = _LOOSE_CALLS_START.search(text)
-    if not block:
-        tags = (EOS, _CALLS_START, _CALLS_START[1:], _CALLS_START[2:])
-        content = text if eos else _hold_back(text, *tags)
-        return _assistant_message(content, reasoning, [])
-    calls = []
-    for name, body in _LOOSE_INVOKE.findall(text, block.end()):
-        parameters = _LOOSE_PARAMETER.findall(body)
-        calls.append(_tool_call(name, {key: (flag, value) for key, flag, value in parameters}))
-    return _assistant_message(text[: block.start()], reasoning, calls)
-
-
-def _hold_back(text: str, *tags: str) -> str:
-    """`text` without an ending with which one of `tags` begins."""
-    for size in range(min(len(text), max(map(len, tags))), 0, -1):
-        if any(tag.startswith(text[-size:]) for tag in tags):
-            return text[:-size]
-    return text
-
-
-def _read_until(text: str, start: int, *stops: str) -> tuple[str, str, int]:
-    """The text before the first of `stops`, which one, and where it ends; all and "" if none."""
-    found = [(at, stop) for stop in stops if (at := text.find(stop, start)) >= 0]
-    if not found:
-        return text[start:], "", len(text)
-    at, stop = min(found)
-    return text[start:at], stop, at + len(stop)
-
-
-def _read_calls(text: str, position: int) -> tuple[list[dict[str, object]], int]:
-    """The calls of a block whose opening tag was read, and where the block ends."""
-    calls = []
-    while True:
-        gap, stop, position = _read_until(text, position, _INVOKE_START, _CALLS_END)
-        _expect_line_end(gap, stop)
-        if stop == _CALLS_END:
-            return calls, position
-        head, stop, position = _read_until(text, position, _PARAMETER_START, _INVOKE_END)
-        invoke = _INVOKE_HEAD.fullmatch(head)
-        if not invoke or not stop:
-            raise EncodingError(f'{head!r}: expected name="..." and a closed call.')
-        arguments = {}
-        while stop == _PARAMETER_START:
-            element, _, position = _read_until(text, position, _PARAMETER_END)
-            parameter = _PARAMETER.fullmatch(element)
-            if not parameter:
-                raise EncodingError(
-                    f'Parameter {element!r}: expected name="..." string="true|false">value<.'
-                )
-            name, flag, value = parameter.groups()
-            if name in arguments:
-                raise EncodingError(f"Parameter {name!r} is given twice in one call.")
-            arguments[name] = (flag, value)
-            gap, stop, position = _read_until(text, position, _PARAMETER_START, _INVOKE_END)
-            _expect_line_end(gap, stop)
-        calls.append(_tool_call(invoke.group(1), arguments))
-
-
-def _expect_line_end(gap: str, stop: str) -> None:
-    if gap != ">\n" or not stop:
-        raise EncodingError(f"{gap!r} between the tags of a tool call: expected '>\\n'.")
-
-
-def _tool_call(name: str, arguments: Mapping[str, tuple[str, str]]) -> dict[str, object]:
-    """A call from the (string flag, value) of each parameter."""
-    items = (
-        f"{_to_json(key)}: {value if flag == 'false' else _to_json(value)}"
-        for key, (flag, value) in arguments.items()
-    )
-    text = "{" + ", ".join(items) + "}"
-    return {"type": "function", "function": {"name": name, "arguments": text}}
-
-
-def _assistant_message(content: str, reasoning: str, calls: list) -> dict[str, object]:
-    return {
-        "role": "assistant",
-        "content": content,
-        "reasoning_content": reasoning,
-        "tool_calls": calls,
-    }
