@@ -16,7 +16,7 @@ ALLOWED = {
         *("jax", "numpy", "ml_dtypes", "flax", "optax", "orbax", "tokenizers", "tqdm"),
         *("pallas_kernels", "sharding"),
     },
-    "scripts": {"numpy", "matplotlib", "v4jax"},
+    "scripts": {"jax", "numpy", "ml_dtypes", "flax", "matplotlib", "v4jax"},
     "benchmarks": {"jax", "numpy", "flax", "pallas_kernels", "sharding", "v4jax"},
 }
 # Rooms of v4jax, and the rooms that each may import. No circles.
