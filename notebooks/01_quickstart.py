@@ -29,9 +29,8 @@ from v4jax import checkpoint
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import Temperature
 from v4jax.planning.describe import count_parameters, describe
-from v4jax.text.format import ASSISTANT, BOS, MODES
+from v4jax.text.format import ASSISTANT, BOS
 from v4jax.text.parse import parse_partial_completion
-from v4jax.text.prompt import encode_messages
 from v4jax.text.tokenizer import Tokenizer
 
 NANO = v4jax.nano_path()
@@ -62,15 +61,15 @@ print(tokenizer.decode([*prompt, *completion.tokens]).removesuffix(ASSISTANT))
 
 # %%
 messages = [{"role": "user", "content": "Mr. Darcy looked at her with great earnestness."}]
-for mode, (thinking_mode, effort) in MODES.items():
-    text = encode_messages(messages, thinking_mode, reasoning_effort=effort)
+for mode in tokenizer.modes:
+    rendered = tokenizer.render(messages, mode)
     (completion,) = generator.generate(
-        [tokenizer.encode(text)], sampler=Temperature(0.5), max_new_tokens=100, seed=3
+        [tokenizer.encode(rendered.text)], sampler=Temperature(0.5), max_new_tokens=100, seed=3
     )
     reply = parse_partial_completion(
-        tokenizer.decode(completion.tokens, keep_special=True), thinking_mode
+        tokenizer.decode(completion.tokens), rendered.thinking_mode, is_complete=True
     )
-    print(f"--- {mode}: the prompt ends in {text[-28:]!r}")
+    print(f"--- {mode}: the prompt ends in {rendered.text[-28:]!r}")
     print("reasoning:", reply["reasoning_content"])
     print("answer:   ", reply["content"])
 

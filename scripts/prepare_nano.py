@@ -66,7 +66,8 @@ def main() -> None:
 
     rng = random.Random(args.seed)
     chapters, held_out = (
-        path.read_text(encoding="utf-8").strip().split("\n\n") for path in (args.text, args.heldout)
+        path.read_text(encoding="utf-8-sig").strip().split("\n\n")
+        for path in (args.text, args.heldout)
     )
     paragraphs = [line for chapter in chapters for line in chapter.split("\n")]
     args.output.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,18 @@
 """Batch jobs: lines checked, files that survive a kill, results that depend on nothing else."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import pathlib
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import NANO, ROOT
 from tests.models import random_model
@@ -30,13 +35,15 @@ from v4jax.inference.batch.files import (
     part_path,
     read_lines,
 )
+from v4jax.inference.batch.requests import KEYS, line_text
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import Greedy, Temperature, TopK, TopP
-from v4jax.text.format import BOS, EOS
+from v4jax.text.format import BOS, EOS, ROLES
 from v4jax.text.prompt import encode_messages
 from v4jax.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "Who is Emma?"}
+SYSTEM = {"role": "system", "content": "S"}
 TOOL = {"type": "function", "function": {"name": "walk"}}
 
 
@@ -62,10 +69,9 @@ def test_messages_are_rendered_in_their_mode():
 
 
 def test_tools_go_to_the_system_message():
-    system = {"role": "system", "content": "S"}
-    for messages in ([USER], [system, USER]):
-        has_system = messages[0] is system
-        first = {**(system if has_system else {"role": "system", "content": ""}), "tools": [TOOL]}
+    for messages in ([USER], [SYSTEM, USER]):
+        has_system = messages[0] is SYSTEM
+        first = {**(SYSTEM if has_system else {"role": "system", "content": ""}), "tools": [TOOL]}
         expected = encode_messages([first, USER], "chat")
         assert parse({"messages": messages, "tools": [TOOL]}).prompt == expected
 
@@ -76,7 +82,10 @@ def test_tools_go_to_the_system_message():
         ({"temperature": 0, "top_p": 0.3}, Greedy()),
         ({"temperature": 2}, TopP(0.9, 2.0)),
         ({"top_k": 5}, TopK(5, 0.8)),
-        ({"top_p": None}, Temperature(0.8)),
+        ({"top_p": 1}, TopP(1.0, 0.8)),
+        ({"temperature": 1e-300}, Greedy()),
+        ({"temperature": 1e-5}, TopP(0.9, 1e-5)),
+        ({"top_p": 1e-300}, TopP(1e-6, 0.8)),
     ],
     ids=str,
 )
@@ -100,15 +109,23 @@ def test_a_line_chooses_its_sampler(given, sampler):
         ({"prompt": "x", "mode": "non-think"}, "mode beside prompt"),
         ({"prompt": ["x"]}, r"prompt=\['x'\]: expected a text"),
         ({"prompt": "\ud800"}, "surrogate"),
-        ({"messages": []}, "expected a list with at least one message"),
+        ({"messages": []}, "exactly one of the keys messages and prompt"),
+        ({"messages": {"role": "user"}}, "messages=.*: expected a list"),
+        ({"messages": [SYSTEM]}, "The last message is from system, which asks for no reply"),
         ({"messages": [{"role": "robot"}]}, "expected a dict with a 'role' from"),
         ({"messages": [{**USER, "task": {}}]}, "field of a wrong type"),
-        ({"messages": [USER], "tools": []}, r"tools=\[\]: expected a list with at least one"),
+        ({"messages": [USER], "tools": "walk"}, "tools='walk': expected a list"),
+        ({"messages": [USER], "tools": [None]}, "Tool None: expected"),
         ({"messages": [{**USER, "tools": [TOOL]}], "tools": [TOOL]}, "give them once"),
         ({"messages": [USER], "mode": "think"}, "mode='think': expected one of non-think"),
-        ({"messages": [USER], "mode": []}, r"mode=\[\]: expected one of non-think"),
+        ({"messages": [USER], "mode": {}}, r"mode=\{\}: expected one of non-think"),
+        ({"messages": [USER], "mode": "think-low"}, "release 'april' has non-think, think-high"),
+        ({"messages": [{**USER, "content": BOS}]}, "begins a prompt, and stands there once"),
+        ({"prompt": "x", "\ud800": 1}, r"unknown keys '\\ud800'"),
         ({"prompt": "x", "temperature": -1}, "temperature=-1: expected a number from 0 on"),
-        ({"prompt": "x", "temperature": float("nan")}, "temperature=nan"),
+        ({"prompt": "x", "temperature": float("nan")}, "'NaN': expected a number"),
+        ({"prompt": "x", "temperature": 10**400}, "temperature=10+\\.\\.\\.: expected a number"),
+        ({"prompt": "x", "temperature": 1e39}, "temperature=1e.39: expected a number"),
         ({"prompt": "x", "temperature": True}, "temperature=True"),
         ({"prompt": "x", "top_p": 1.5}, r"top_p=1.5: expected a number in \(0, 1\]"),
         ({"prompt": "x", "top_k": 0}, "top_k=0: expected a positive integer"),
@@ -116,6 +133,7 @@ def test_a_line_chooses_its_sampler(given, sampler):
         ({"prompt": "x", "max_new_tokens": 1.0}, "max_new_tokens=1.0: expected a positive integer"),
         ({"prompt": "x", "seed": 2**32}, "seed=4294967296: expected an integer in"),
         ({"prompt": "x", "stop": ["a", ""]}, "stop=.* none empty"),
+        ({"prompt": "x", "stop": "\ud800"}, r"stop='\\ud800': expected"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -124,10 +142,80 @@ def test_bad_lines_are_refused(fields, message):
         parse(fields)
 
 
+@pytest.mark.parametrize("key", [k for k in KEYS if k not in ("messages", "prompt")] + ["user"])
+@pytest.mark.parametrize("value", [None, []], ids=str)
+def test_null_and_an_empty_list_are_not_given(key, value):
+    if key == "user" and value == []:
+        value = None  # of no known key, null alone means nothing
+    defaults = {"temperature": 0.5, "top_p": 0.9, "stop": "end", "mode": "think-high"}
+
+    assert parse({"messages": [USER], "prompt": value, key: value}, **defaults) == parse(
+        {"messages": [USER]}, **defaults
+    )
+
+
+def test_top_k_beside_a_top_p_that_is_null():
+    assert parse({"prompt": "x", "top_k": 5, "top_p": None}, top_p=0.9).settings.top_k == 5
+
+
+@pytest.mark.parametrize(
+    "number", [b"1e400", b"-1e400", b"Infinity", b"NaN", b"9" * 5000], ids=lambda n: n[:9]
+)
+def test_a_number_that_is_none_is_refused_with_the_id_of_its_line(number):
+    """Wherever it stands: in a setting, or deep in a schema, where it would go into a prompt."""
+    for before, after in ((b'"prompt": "x", "seed": ', b""), (b'"tools": [{"a": [', b"]}]")):
+        text = b'{"id": "mine", ' + before + number + after + b"}"
+        with pytest.raises(RequestError, match=f"'{number[:3].decode()}.*expected a num") as error:
+            parse_request(text, 1, Settings())
+        assert error.value.id == "mine"
+
+
+def test_a_rendered_prompt_gets_no_second_beginning():
+    prompt = encode_messages([USER], "chat")
+
+    assert parse({"prompt": prompt}).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    "messages, thinking_mode",
+    [
+        ([USER], "thinking"),
+        ([USER, {"role": "assistant", "content": "Emma is", "wo_eos": True}], "chat"),
+        ([SYSTEM, {**USER, "task": "query"}], "chat"),
+        ([USER, {"role": "latest_reminder", "content": "Friday"}], "thinking"),
+        ([USER, {"role": "tool", "content": "10:00"}], "thinking"),
+    ],
+    ids=["user", "open turn", "task", "reminder", "tool"],
+)
+def test_how_a_completion_is_read_depends_on_the_last_message(messages, thinking_mode):
+    """A turn that is continued has its reasoning behind it, whatever the mode."""
+    assert parse({"messages": messages, "mode": "think-high"}).thinking_mode == thinking_mode
+
+
+def test_the_effort_text_is_that_of_the_release():
+    line = json.dumps({"messages": [USER], "mode": "think-max"}).encode()
+
+    for release in ("april", "0731"):
+        expected = encode_messages([USER], "thinking", reasoning_effort="max", release=release)
+        assert parse_request(line, 1, Settings(), release).prompt == expected
+
+
 @pytest.mark.parametrize("text", [b"{", b"\xff{}", b"[" * 100_000, b"null"], ids=lambda t: t[:4])
 def test_what_is_not_json_is_refused(text):
     with pytest.raises(RequestError):
         parse_request(text, 1, Settings())
+
+
+def test_depth_has_a_limit_that_does_not_depend_on_who_reads():
+    """Or a request could be planned, and not be read again from deeper in the program."""
+    for depth, is_fine in ((150, True), (250, False)):
+        deep = json.loads("[" * depth + "]" * depth)
+        fields = {"messages": [USER], "tools": [{"function": {"name": "walk", "where": deep}}]}
+        if is_fine:
+            assert "[" * depth in parse(fields).prompt
+        else:
+            with pytest.raises(RequestError, match="more than 200 times"):
+                parse(fields)
 
 
 def test_an_error_knows_the_id_and_is_short():
@@ -162,6 +250,35 @@ def test_a_plan_counts_and_sorts(tmp_path):
     assert [(r["line"], r["id"]) for r in plan.malformed] == [(4, None), (5, "1"), (9, "8")]
     assert "an earlier line has this id" in plan.malformed[1]["error"]
     assert (plan.count, plan.last_line, plan.size) == (8, 9, path.stat().st_size)
+
+
+def test_a_byte_order_mark_costs_no_request(tmp_path):
+    """At the start, and where files with one were joined; a line of nothing else is blank."""
+    path = tmp_path / "in"
+    path.write_text('\ufeff{"prompt": "one"}\n\ufeff{"prompt": "two"}\n\ufeff\n', encoding="utf-8")
+
+    plan = Plan(path, Settings(), batch_size=2)
+
+    assert (plan.count, plan.malformed) == (2, [])
+    assert sorted(plan.request(i).prompt for i in range(2)) == [BOS + "one", BOS + "two"]
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "two"}\n', ""])
+def test_an_input_that_is_edited_while_the_job_runs_ends_it(text, tmp_path):
+    write(tmp_path / "in", {"prompt": "one"})
+    plan = Plan(tmp_path / "in", Settings(), batch_size=2)
+    (tmp_path / "in").write_text(text)
+
+    with pytest.raises(JobError, match="was changed while the job was running: line 1"):
+        plan.request(0)
+
+
+def test_a_plan_wants_a_mode_of_the_release(tmp_path):
+    write(tmp_path / "in", {"messages": [USER]})
+
+    Plan(tmp_path / "in", Settings(mode="think-low"), 1, "0731")
+    with pytest.raises(ValueError, match="mode='think-low': release 'april' has non-think"):
+        Plan(tmp_path / "in", Settings(mode="think-low"), 1)
 
 
 def test_a_plan_of_nothing(tmp_path):
@@ -266,6 +383,7 @@ def test_results_belong_to_one_job(tmp_path):
     sidecar.claim({"requests": 1, "stop": ()})
     sidecar.claim({"requests": 1, "stop": ()})
 
+    write(output, {"line": 1})
     with pytest.raises(JobError, match=r"another job \(requests was 1, is 2\)"):
         sidecar.claim({"requests": 2, "stop": ()})
     sidecar.close()
@@ -275,6 +393,65 @@ def test_results_belong_to_one_job(tmp_path):
     with pytest.raises(JobError, match="does not say of which job"):
         sidecar.claim({})
     sidecar.close()
+
+
+# Locks the thirds of a sidecar that nobody else has, without importing jax; says which they are.
+THIRDS = """
+import fcntl, sys
+file, free = open(sys.argv[1], "r+b"), []
+for third in sys.argv[2]:
+    start, end = int(third) * (1 << 20) // 3, (int(third) + 1) * (1 << 20) // 3
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, end - start, start)
+        free.append(third)
+    except OSError:
+        pass
+print("".join(free), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def lock_thirds(sidecar, thirds: str):
+    command = [sys.executable, "-c", THIRDS, str(sidecar.path), thirds]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as holder:
+        yield holder.stdout.readline().strip()
+        holder.kill()
+
+
+def test_a_job_that_wrote_nothing_gives_way(tmp_path):
+    """Unless somebody is at work on it; and afterwards a share is locked as before, no more."""
+    sidecar = Sidecar(tmp_path / "out")
+    sidecar.lock_share(1, 3)
+    sidecar.claim({"mesh": "expert=3"}, 1, 3)
+
+    with lock_thirds(sidecar, "2") as locked:
+        assert locked == "2"
+        with pytest.raises(JobError, match="mesh was expert=3, is None"):
+            sidecar.claim({"mesh": None}, 1, 3)
+    sidecar.claim({"mesh": None}, 1, 3)
+
+    assert sidecar.header() == {"mesh": None}
+    with lock_thirds(sidecar, "012") as locked:
+        assert locked == "02"
+    sidecar.close()
+
+
+@pytest.mark.parametrize("text", ["nonsense\n", "[1]\n", "[" * 5000 + "\n", "{}\n"])
+def test_a_damaged_sidecar_is_named(text, tmp_path):
+    (tmp_path / "out.job").write_text(text)
+
+    with pytest.raises(JobError, match=r"out\.job"):
+        merge_files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", ["true", "1e3", str(2**63), "[" * 5000, '"1"'])
+def test_a_record_without_a_line_number_is_named(line, tmp_path):
+    (tmp_path / "out").write_text(f'{{"line": {line}}}\n')
+
+    with pytest.raises(JobError, match="line 1 is no record"):
+        list(read_lines(tmp_path / "out"))
 
 
 def test_those_who_follow_hear_that_their_leader_cannot_open_the_job(tmp_path):
@@ -452,30 +629,159 @@ def test_another_input_is_refused(requests, generator, tokenizer, tmp_path):
         job_of(requests, output)
 
 
-def test_tool_calls_are_parsed(tokenizer, tmp_path, monkeypatch):
-    """A generator that says what it is told to."""
+class Scripted:
+    """A generator that says what it is told to, in every row."""
+
+    cfg = tiny()
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def stream(self, prompts, *, max_new_tokens, **_):
+        for token in self.tokens[:max_new_tokens]:
+            yield np.full(len(prompts), token)
+
+
+def answers(tmp_path, tokenizer, text: str, *lines: object) -> list[dict]:
+    """Results of a job in which the model says the same to all."""
+    write(tmp_path / "in", *lines)
+    job = Job(tmp_path / "in", tmp_path / "out", Settings(), batch_size=2, identity={})
+    assert finish(job, Scripted(tokenizer.encode(text)), tokenizer) == 0
+    return records(tmp_path / "out")
+
+
+def test_tool_calls_are_parsed(tokenizer, tmp_path):
     call = encode_messages(
         [USER, {"role": "assistant", "content": "Yes.", "tool_calls": [TOOL_CALL]}], "chat"
     ).partition("</think>")[2]
-    tokens = tokenizer.encode(call)
+    lines = ({"messages": [USER], "tools": [TOOL]}, {"messages": [USER]})
 
-    class Scripted:
-        cfg = tiny()
-
-        def stream(self, prompts, **_):
-            for token in tokens:
-                yield np.full(len(prompts), token)
-
-    write(tmp_path / "in", {"messages": [USER], "tools": [TOOL]}, {"messages": [USER]})
-    job = Job(tmp_path / "in", tmp_path / "out", Settings(), batch_size=2, identity={})
-    assert finish(job, Scripted(), tokenizer) == 0
-
-    for result in records(tmp_path / "out"):
+    for result in answers(tmp_path, tokenizer, call, *lines):
         assert result["content"] == "Yes." and result["finish_reason"] == "stop"
         assert result["text"] + EOS == call
         (parsed,) = result["tool_calls"]
         assert parsed["function"] == TOOL_CALL["function"]
-        assert result["completion_tokens"] == len(tokens)
+        assert result["completion_tokens"] == len(tokenizer.encode(call))
 
 
 TOOL_CALL = {"function": {"name": "walk", "arguments": '{"to": "Bath", "miles": 3}'}}
+
+
+def test_a_stop_text_in_the_reasoning_or_in_a_call_ends_nothing(tokenizer, tmp_path):
+    call = encode_messages(
+        [USER, {"role": "assistant", "content": "", "tool_calls": [TOOL_CALL]}], "chat"
+    ).partition("</think>")[2]
+    line = {"messages": [USER], "mode": "think-high", "stop": ["Bath:", "Bath"]}
+    text = "It says Bath: first.</think>She walks to Bath: today." + EOS
+
+    (result,) = answers(tmp_path, tokenizer, text, line)
+    assert result["reasoning_content"] == "It says Bath: first."
+    assert (result["content"], result["finish_reason"]) == ("She walks to ", "stop")
+
+    (tmp_path / "calls").mkdir()
+    (result,) = answers(tmp_path / "calls", tokenizer, f"Bath</think>Yes.{call}", line)
+    assert result["content"] == "Yes."
+    assert result["tool_calls"][0]["function"] == TOOL_CALL["function"]
+
+    (tmp_path / "raw").mkdir()
+    line = {"prompt": "x", "stop": "Bath"}
+    (result,) = answers(tmp_path / "raw", tokenizer, text, line)
+    assert (result["text"], result["finish_reason"]) == ("It says ", "stop")
+
+
+def test_a_completion_ends_where_it_ends(tokenizer, tmp_path):
+    """What could have been the start of a tag is kept, since nothing comes."""
+    for i, text in enumerate(("so 1 + 1 <", "def f():\n", "a\n\n")):
+        (tmp_path / str(i)).mkdir()
+        line = {"messages": [USER], "max_new_tokens": len(tokenizer.encode(text))}
+        (result,) = answers(tmp_path / str(i), tokenizer, text, line)
+        assert (result["content"], result["finish_reason"]) == (text, "length")
+
+
+def test_a_job_whose_model_does_not_load_is_forgotten(tokenizer, tmp_path):
+    """Its output can be that of the corrected command, although the input has a bad line."""
+    write(tmp_path / "in", {"prompt": "x"}, "broken")
+    options = dict(batch_size=2)
+    for mesh in ({"expert": 3}, {}):
+        job = Job(tmp_path / "in", tmp_path / "out", Settings(), identity={"mesh": mesh}, **options)
+        if mesh:
+            job.close()
+    assert finish(job, Scripted([1]), tokenizer) == 0
+    assert [r["line"] for r in records(tmp_path / "out")] == [1]
+    assert [r["line"] for r in records(tmp_path / "out.errors")] == [2]
+
+    with pytest.raises(JobError, match="another job"):
+        Job(tmp_path / "in", tmp_path / "out", Settings(), identity={}, batch_size=3)
+
+
+# One odd line never ends a job.
+
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=8)  # halves of pairs among them
+NUMBERS = st.sampled_from([10**30, 10**400, 2**63, -1, 0, 1e308, 1e-320, float("nan"), 1.5])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS | st.integers() | st.floats(),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS, v, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("content", "tool_calls", "tools", "tool_call_id", "task", "wo_eos", "response_format")
+MESSAGES = st.builds(
+    lambda fields, role: {"role": role, **fields},
+    st.dictionaries(st.sampled_from([*FIELDS, "reasoning_content"]), VALUES, max_size=3),
+    st.sampled_from([*ROLES, "robot"]),
+)
+CALLS = st.fixed_dictionaries(
+    {"function": st.fixed_dictionaries({"name": TEXTS, "arguments": TEXTS})}
+)
+CALLING = st.builds(
+    lambda calls: {"role": "assistant", "tool_calls": calls}, st.lists(CALLS, max_size=2)
+)
+LINES = st.builds(
+    lambda fields, messages: json.dumps({**fields, **messages}).encode(),
+    st.dictionaries(st.sampled_from([*KEYS, "user"]), VALUES, max_size=3),
+    st.fixed_dictionaries({"messages": st.lists(MESSAGES | CALLING | st.just(USER), max_size=3)})
+    | st.fixed_dictionaries({"prompt": TEXTS})
+    | st.just({}),
+)
+NESTED = st.builds(
+    lambda start, depth, end: start + b"[" * depth + b"]" * depth + end,
+    st.sampled_from([b"", b'{"messages": ', b'{"tools": ', b'{"id": "a", "prompt": ']),
+    st.sampled_from([190, 250, 900, 2000, 100_000]),
+    st.sampled_from([b"", b"}", b', "messages": [{"role": "user"}]}']),
+)
+# Good but for one value.
+NUMBER_KEYS = st.sampled_from(["temperature", "top_k", "top_p", "max_new_tokens", "seed"])
+TEXT_KEYS = st.sampled_from(["id", "stop", "mode", "prompt", "\ud800"])
+HALVES = st.sampled_from(["\ud800", "a\udfff", "\x00", "", "\ufeff", BOS, EOS])
+ONE_ODD = st.builds(
+    lambda key, value: json.dumps({"prompt": "x", key: value}).encode(), NUMBER_KEYS, NUMBERS
+) | st.builds(
+    lambda key, value: json.dumps({"prompt": "x", key: value}).encode(), TEXT_KEYS, HALVES
+)
+ODD = st.one_of(
+    st.binary(max_size=40),
+    LINES,
+    ONE_ODD,
+    NESTED,
+    (LINES | ONE_ODD).map(lambda line: b"\xef\xbb\xbf" + line),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(odd=st.lists(ODD.map(lambda line: line.replace(b"\n", b" ")), max_size=15), data=st.data())
+def test_odd_lines_never_end_a_job(tokenizer, odd, data):
+    """Every good line gets its result, every other one a result or an error, and none both."""
+    good = [json.dumps({"id": f"good {i}", "messages": [USER]}).encode() for i in range(3)]
+    lines = data.draw(st.permutations([*odd, *good]))
+    tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=9))
+    with tempfile.TemporaryDirectory() as folder:
+        path, output = pathlib.Path(folder, "in"), pathlib.Path(folder, "out")
+        path.write_bytes(b"\n".join(lines))
+        job = Job(path, output, Settings(), batch_size=2, identity={})
+
+        assert finish(job, Scripted(tokens), tokenizer) == 0
+
+        results = records(output)
+        errors = records(errors_path(output)) if errors_path(output).exists() else []
+        assert {r["id"] for r in results} >= {f"good {i}" for i in range(3)}
+        done = sorted(r["line"] for r in results + errors)
+        assert done == [i for i, line in enumerate(lines, 1) if line_text(line)]

@@ -3,11 +3,13 @@ import hashlib
 import json
 import pathlib
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from v4jax.text import parse as parsing
 from v4jax.text.format import (
     APRIL_MAX_EFFORT,
     ASSISTANT,
@@ -23,9 +25,11 @@ from v4jax.text.format import (
     THINK_START,
     USER,
     EncodingError,
+    modes_of,
+    shown,
 )
 from v4jax.text.parse import parse_message_from_completion_text, parse_partial_completion
-from v4jax.text.prompt import encode_messages
+from v4jax.text.prompt import Prompt, encode_messages, render, with_bos
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "encoding_cases.json"
 CASES = json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -182,7 +186,10 @@ def test_modes(mode, start, end):
 
 
 def test_modes_are_complete():
-    assert list(MODES) == ["non-think", "think-high", "think-max"]
+    report = ("non-think", "think-high", "think-max")
+    assert modes_of("april") == report
+    assert modes_of("0731") == ("non-think", "think-low", "think-high", "think-max")
+    assert set(MODES) == {*report, "think-low"}
 
 
 def test_default_effort_is_high_in_april():
@@ -365,10 +372,34 @@ def test_call_id_may_be_in_the_function():
     assert re.findall("<tool_result>(.)</tool_result>", prompt) == ["1", "2"]
 
 
+def too_deep(levels: int) -> list:
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     "message",
     [
         "q1",
+        too_deep(100_000),
+        {"role": too_deep(100_000)},
+        {"role": "user", "content": too_deep(100_000)},
+        {"role": "user", "content": 10**5000},
+        {"role": "user", "content": "x", "task": []},
+        {"role": "tool", "content": "x", "tool_call_id": []},
+        {"role": "assistant", "reasoning_content": 1},
+        {"role": "assistant", "tool_calls": True},
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": [], "function": {"name": "f", "arguments": ""}}],
+        },
+        {"role": "system", "content": "S", "tools": 3},
+        {"role": "system", "content": "S", "tools": [{"function": None}]},
+        {"role": "system", "content": "S", "response_format": too_deep(100_000)},
+        {"role": "system", "content": "S", "response_format": {"n": 10**5000}},
+        {"role": "system", "content": "S", "response_format": {1, 2}},
         {"content": "no role"},
         {"role": "user", "content": 1},
         {"role": "latest_reminder"},
@@ -383,11 +414,86 @@ def test_call_id_may_be_in_the_function():
         calling(("c", "f", "[1]")),
         calling(("c", "f", "3")),
     ],
-    ids=repr,
+    ids=lambda message: shown(message)[:40],
 )
 def test_malformed_messages_raise(message):
-    with pytest.raises(EncodingError):
+    """With a short message, whatever was given."""
+    with pytest.raises(EncodingError) as error:
         encode_messages([message], "chat")
+    assert len(str(error.value)) < 500
+
+
+def test_fields_that_are_null_are_not_given():
+    fields = ("reasoning_content", "tool_calls", "tools", "response_format", "wo_eos", "task")
+    for message in (S, A1 | {"reasoning_content": None}, Q1):
+        nulls = {**dict.fromkeys(fields), "tool_call_id": None, **message}
+        messages = [Q1, nulls, Q2]
+        assert encode_messages(messages, "thinking") == encode_messages(
+            [Q1, message, Q2], "thinking"
+        )
+
+
+def test_arguments_that_are_nested_too_deep_are_shown_as_they_are():
+    text = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    for arguments in (text, '{"a": ' + "[" * 300 + "]" * 300 + "}"):
+        prompt = encode_messages([Q1, calling(("c", "f", arguments)), Q2], "chat")
+        assert f'<{DSML}parameter name="arguments" string="true">{arguments}</{DSML}' in prompt
+
+
+# Prompts that ask for a reply.
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("release", ["april", "0731"])
+def test_render_is_what_the_mode_means_in_the_release(mode, release):
+    thinking_mode, effort = MODES[mode]
+    if mode == "think-low" and release == "april":
+        with pytest.raises(EncodingError, match="'april' has non-think, think-high, think-max"):
+            render([Q1], mode, release=release)
+        return
+    expected = encode_messages([Q1], thinking_mode, reasoning_effort=effort, release=release)
+    assert render([Q1], mode, release=release) == Prompt(expected, thinking_mode)
+
+
+@pytest.mark.parametrize(
+    "messages, role",
+    [([], "none"), ([S], "system"), ([Q1, A1], "assistant"), ([Q1, S], "system")],
+    ids=["nothing", "system", "finished turn", "system last"],
+)
+def test_a_prompt_that_asks_for_no_reply_is_refused(messages, role):
+    for reminders in (0, 2):
+        with pytest.raises(EncodingError, match=rf"last message is .*{role}, which asks for no"):
+            render([*messages, *reminders * [{"role": "latest_reminder", "content": "Friday"}]])
+
+
+def test_an_open_turn_is_continued_after_its_reasoning():
+    """So its completion is answer from the start, in a thinking mode too."""
+    prompt = render([Q1, {**A1, "wo_eos": True}], "think-high")
+
+    assert prompt.text.endswith(f"{THINK_START}r1{THINK_END}a1")
+    message = parse_partial_completion(" and more", prompt.thinking_mode, is_complete=True)
+    assert (message["content"], message["reasoning_content"]) == (" and more", "")
+
+
+def test_tools_of_a_request_go_to_its_first_system_message():
+    with_tools = [{**S, "tools": [TOOL]}, Q1]
+
+    assert render([S, Q1], tools=[TOOL]) == render(with_tools)
+    assert render([Q1], tools=[TOOL]) == render(
+        [{"role": "system", "content": "", "tools": [TOOL]}, Q1]
+    )
+    assert render([S, Q1], tools=[]) == render([S, Q1], tools=None) == render([S, Q1])
+    with pytest.raises(EncodingError, match="give them once"):
+        render(with_tools, tools=[TOOL])
+
+
+def test_there_is_one_beginning():
+    prompt = encode_messages([Q1], "chat")
+
+    assert with_bos("x") == BOS + "x"
+    assert with_bos(prompt) == prompt
+    with pytest.raises(EncodingError, match="stands there once"):
+        render([{"role": "user", "content": prompt}])
 
 
 # Round trip: an assistant message, rendered and read back.
@@ -551,6 +657,101 @@ def test_partial_parser_recovers(text, thinking_mode, expected):
     message = parse_partial_completion(text, thinking_mode)
     arguments = [call["function"]["arguments"] for call in message["tool_calls"]]
     assert (message["content"], message["reasoning_content"], arguments) == expected
+
+
+@pytest.mark.parametrize("text", ["so 1 + 1 <", "def f():\n", "a\n\n", f"x{EOS[:9]}", f"y{DSML}"])
+@pytest.mark.parametrize("thinking_mode", ["chat", "thinking"])
+def test_nothing_is_held_back_from_a_complete_text(text, thinking_mode):
+    field = "content" if thinking_mode == "chat" else "reasoning_content"
+
+    message = parse_partial_completion(text, thinking_mode, is_complete=True)
+
+    assert message[field] == text
+    assert len(parse_partial_completion(text, thinking_mode)[field]) <= len(text)
+
+
+def test_a_call_without_the_end_of_reasoning_is_a_call():
+    text = f"need it{CALL_TEXT}"
+
+    for complete in (text + EOS, text):
+        message = parse_partial_completion(complete, "thinking", is_complete=True)
+        assert (message["reasoning_content"], message["content"]) == ("need it", "")
+        assert [c["function"]["arguments"] for c in message["tool_calls"]] == ['{"a": 1}']
+    # While the text goes on, the end of the reasoning may come: nothing is said too early.
+    message = parse_partial_completion(text, "thinking")
+    assert (message["reasoning_content"], message["tool_calls"]) == ("need it", [])
+    # A block without a closed call is what the model thinks of, and nothing of it is lost.
+    thought = f"I could write\n\n<{DSML}tool_calls> and"
+    message = parse_partial_completion(thought, "thinking", is_complete=True)
+    assert (message["reasoning_content"], message["tool_calls"]) == (thought, [])
+
+
+def steps_of(parse, text: str) -> int:
+    """Characters that a parser's searches go over, as a count that does not depend on the clock."""
+    steps = 0
+
+    class Counting:
+        def __init__(self, pattern):
+            self.pattern = pattern
+
+        def search(self, string, position=0):
+            nonlocal steps
+            found = self.pattern.search(string, position)
+            steps += (found.end() if found else len(string)) - position
+            return found
+
+    names = [name for name in vars(parsing) if name.startswith("_LOOSE_")]
+    patterns = {name: Counting(getattr(parsing, name)) for name in names}
+    any_of = parsing._any_of
+    with pytest.MonkeyPatch.context() as patch:
+        for name, pattern in patterns.items():
+            patch.setattr(parsing, name, pattern)
+        patch.setattr(parsing, "_any_of", lambda stops: Counting(any_of(stops)))
+        try:
+            parse(text, "chat")
+        except EncodingError:
+            pass
+    return steps
+
+
+OPEN = f'<{DSML}parameter name="a" string="true">x'
+PARAMETER = f'<{DSML}parameter name="{{}}" string="true">x</{DSML}parameter>\n'
+
+
+@pytest.mark.parametrize("parse", [parse_message_from_completion_text, parse_partial_completion])
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        lambda n: f'<{DSML}invoke name="f">\n{OPEN * n}</{DSML}invoke>',
+        lambda n: f'<{DSML}invoke name="f">\n' * n,
+        lambda n: (
+            f'<{DSML}invoke name="f">\n{"".join(map(PARAMETER.format, range(n)))}</{DSML}invoke>'
+        ),
+        lambda n: f'<{DSML}invoke name="f">\n\n</{DSML}invoke>\n' * n,
+    ],
+    ids=["open parameters", "open calls", "many parameters", "many calls"],
+)
+def test_parsers_read_a_text_about_once(parse, repeated):
+    """A model that loops writes a tag again and again: that takes linear time."""
+    small, large = (
+        steps_of(parse, f"\n\n<{DSML}tool_calls>\n{repeated(n)}{EOS}") for n in (50, 200)
+    )
+    assert 0 < large <= 5 * small
+
+
+def test_a_parameter_of_repeated_heads_is_read_in_linear_time():
+    """Not a search but a match: the time is measured, of texts so long that a square shows."""
+
+    def seconds(n: int) -> float:
+        head = '" string="true">' * n
+        text = f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n<{DSML}parameter name="a{head}'
+        start = time.process_time()
+        with pytest.raises(EncodingError):
+            parse_message_from_completion_text(f"{text}x/{DSML}parameter>{EOS}", "chat")
+        return time.process_time() - start
+
+    seconds(100)
+    assert seconds(20_000) < 0.5  # a square takes some ten seconds
 
 
 def test_partial_parser_keeps_the_closed_calls_of_a_cut_block():

@@ -44,6 +44,7 @@ _IGNORED = frozenset(
         "_name_or_path",
         "architectures",
         "auto_map",
+        "dsv4_reasoning_effort_profile",  # of prompts: v4jax/text/release.py
         "dtype",
         "initializer_range",
         "name_or_path",

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from v4jax.cli.errors import one_message
+
 COMMANDS = {
     "generate": "continue a prompt",
     "chat": "a conversation in the terminal",
@@ -32,4 +34,5 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         raise SystemExit(f"v4jax: no command {argv[0]!r}: expected one of {', '.join(COMMANDS)}.")
     sys.argv = [f"v4jax {argv[0]}", *argv[1:]]
-    importlib.import_module(f"v4jax.cli.{argv[0]}").main()
+    with one_message():
+        importlib.import_module(f"v4jax.cli.{argv[0]}").main()

@@ -34,6 +34,7 @@ from v4jax.inference.batch import Job, JobError, Settings, merge_files
 from v4jax.inference.batch.files import errors_path, fingerprint
 from v4jax.inference.generate import Generator
 from v4jax.text.format import MODES
+from v4jax.text.release import release_of
 from v4jax.text.tokenizer import Tokenizer
 
 
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         *(args.input, args.output, args.settings),
         batch_size=args.batch_size,
         identity=identity,
+        release=release_of(args.checkpoint),
         process=process,
         count=count,
         **together,

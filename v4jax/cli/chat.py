@@ -4,46 +4,68 @@
 
 Type a message, or /mode NAME, /reset, /quit. In the thinking modes the reasoning is shown in
 brackets; as in the released format, it is dropped from the history when the next message comes.
-Every turn feeds the whole conversation again.
+Every turn feeds the whole conversation again. Ctrl-C ends a reply, and keeps what there is of it.
 """
 
 import argparse
 import pathlib
 import sys
+from collections.abc import Iterator
 
 from v4jax import Numerics, checkpoint
 from v4jax.cli.errors import one_message
-from v4jax.cli.generate import add_sampling_arguments
+from v4jax.cli.generate import accept_any_text, add_sampling_arguments
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import sampler_of
-from v4jax.text.format import MODES, THINK_END
+from v4jax.text.format import MODES, THINK_END, EncodingError, resolve_mode
 from v4jax.text.parse import parse_partial_completion
-from v4jax.text.prompt import encode_messages
 from v4jax.text.tokenizer import Tokenizer
+
+
+def stream(
+    generator: Generator, tokenizer: Tokenizer, prompt: list[int], seed: int, args
+) -> Iterator[int]:
+    """The ids of a reply as they come, the one that ends it included."""
+    steps = generator.stream(
+        [prompt],
+        sampler=sampler_of(args.temperature, args.top_k, args.top_p),
+        max_new_tokens=args.max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+        seed=seed,
+    )
+    for step in steps:
+        yield int(step[0])
 
 
 def reply(
     generator: Generator, tokenizer: Tokenizer, messages: list[dict], mode: str, args
 ) -> dict:
     """Generates, prints and returns the assistant's next message."""
-    thinking_mode, effort = MODES[mode]
-    prompt = tokenizer.encode(encode_messages(messages, thinking_mode, reasoning_effort=effort))
-    steps = generator.stream(
-        [prompt],
-        sampler=sampler_of(args.temperature, args.top_k, args.top_p),
-        max_new_tokens=args.max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
-        seed=args.seed + len(messages),
-    )
-    ids = (step[0] for step in steps if step[0] not in tokenizer.stop_ids)
-    text = ""
-    if thinking_mode == "thinking":
+    prompt = tokenizer.render(messages, mode)
+    ids = tokenizer.encode(prompt.text)
+    is_thinking, is_ended, text = prompt.thinking_mode == "thinking", False, ""
+
+    def until_end() -> Iterator[int]:
+        nonlocal is_ended
+        for token in stream(generator, tokenizer, ids, args.seed + len(messages), args):
+            is_ended = token in tokenizer.stop_ids
+            if not is_ended:
+                yield token
+
+    if is_thinking:
         print("[", end="", flush=True)
-    for piece in tokenizer.decode_stream(ids):
-        text += piece
-        print(piece.replace(THINK_END, "]\n"), end="", flush=True)
+    try:
+        for piece in tokenizer.decode_stream(until_end()):
+            text += piece
+            print(piece.replace(THINK_END, "]\n"), end="", flush=True)
+        why = "" if is_ended else f"cut after {args.max_new_tokens} tokens: see --max-new-tokens"
+    except KeyboardInterrupt:
+        why = "interrupted"
     print()
-    return parse_partial_completion(text, thinking_mode)
+    if why:
+        what = "the reasoning" if is_thinking and THINK_END not in text else "the reply"
+        print(f"({what} was {why})", file=sys.stderr)
+    return parse_partial_completion(text, prompt.thinking_mode, is_complete=True)
 
 
 def main() -> None:
@@ -56,15 +78,19 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = Tokenizer(args.checkpoint)
+    resolve_mode(args.mode, tokenizer.release)
+    tokenizer.encode(args.system or "")
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
+    accept_any_text()
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode
     print(f"{generator.cfg.name}, {mode}; /mode NAME, /reset, /quit", file=sys.stderr)
     while True:
         try:
             line = input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
+            print()
             return
         command, _, value = line.partition(" ")
         if command == "/quit":
@@ -72,13 +98,17 @@ def main() -> None:
         if command == "/reset":
             messages = list(start)
         elif command == "/mode":
-            if value in MODES:
+            try:
+                resolve_mode(value, tokenizer.release)
                 mode = value
-            else:
-                print(f"mode {value!r}: expected one of {', '.join(MODES)}", file=sys.stderr)
+            except EncodingError as error:
+                print(error, file=sys.stderr)
         elif line:
-            messages.append({"role": "user", "content": line})
-            messages.append(reply(generator, tokenizer, messages, mode, args))
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                messages = [*asked, reply(generator, tokenizer, asked, mode, args)]
+            except ValueError as error:  # of this message: too long, or not in UTF-8
+                print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     v4jax generate --checkpoint v4jax/assets/nano --prompt "Emma was" --mode raw
     v4jax generate --checkpoint DIR --prompt "Name three primes." --mode think-high
 
-In the modes non-think, think-high and think-max the prompt is rendered as a user turn; `raw`
-continues the text as it is. The token rate goes to stderr.
+In the modes non-think, think-high and think-max (and think-low, since the 0731 release) the prompt is
+rendered as a user turn; `raw` continues the text as it is. The token rate goes to stderr.
 """
 
 import argparse
+import io
 import pathlib
 import sys
 import time
@@ -17,8 +18,8 @@ from v4jax.cli.errors import one_message
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import sampler_of
 from v4jax.nn.numerics import RECIPES
-from v4jax.text.format import BOS, MODES
-from v4jax.text.prompt import encode_messages
+from v4jax.text.format import MODES
+from v4jax.text.prompt import with_bos
 from v4jax.text.tokenizer import Tokenizer
 
 
@@ -37,13 +38,21 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
 
 
-def render(prompt: str, mode: str) -> str:
+def accept_any_text() -> None:
+    """Bytes that are not UTF-8, and characters that the terminal has not, end no program.
+
+    What such bytes are read as `Tokenizer.encode` refuses by name.
+    """
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            stream.reconfigure(errors=errors)
+
+
+def render(tokenizer: Tokenizer, prompt: str, mode: str) -> str:
     """The text that is fed to the model."""
     if mode == "raw":
-        return BOS + prompt
-    thinking_mode, effort = MODES[mode]
-    messages = [{"role": "user", "content": prompt}]
-    return encode_messages(messages, thinking_mode, reasoning_effort=effort)
+        return with_bos(prompt)
+    return tokenizer.render([{"role": "user", "content": prompt}], mode).text
 
 
 def main() -> None:
@@ -58,8 +67,9 @@ def main() -> None:
     sampler = sampler_of(args.temperature, args.top_k, args.top_p)
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     tokenizer = Tokenizer(args.checkpoint)
+    prompt = tokenizer.encode(render(tokenizer, args.prompt, args.mode))  # fails before loading
     generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
-    prompt = tokenizer.encode(render(args.prompt, args.mode))
+    accept_any_text()
     times = [time.monotonic()]
 
     def ids():

@@ -20,7 +20,7 @@ from v4jax import Numerics, checkpoint
 from v4jax.cli.errors import one_message
 from v4jax.inference.score import Scorer
 from v4jax.nn.numerics import RECIPES
-from v4jax.text.format import BOS
+from v4jax.text.prompt import with_bos
 
 
 def parse_args() -> argparse.Namespace:
@@ -77,8 +77,8 @@ def main() -> None:
         return
     from v4jax.text.tokenizer import Tokenizer
 
-    text = args.text.read_text(encoding="utf-8")
-    tokens = Tokenizer(args.checkpoint).encode(BOS + text)
+    text = args.text.read_text(encoding="utf-8-sig")  # without a byte-order mark
+    tokens = Tokenizer(args.checkpoint).encode(with_bos(text))
     perplexity, count = scorer.perplexity(tokens, context=args.context)
     bits = math.log2(perplexity) * count / len(text.encode())
     print(f"perplexity {perplexity:.4f} per token over {count} tokens, {bits:.4f} bits per byte")

@@ -32,9 +32,12 @@ SPECIAL_TOKENS = (
     EXTRACTED_URL,
 )
 
-# The three modes of the report -> (thinking_mode, reasoning_effort) of `encode_messages`.
+# Mode -> (thinking_mode, reasoning_effort) of `encode_messages`. The report has three of them;
+# think-low came with the 0731 release, where think-high has a text too. `modes_of` says which a
+# release has.
 MODES: dict[str, tuple[str, str | None]] = {
     "non-think": ("chat", None),
+    "think-low": ("thinking", "low"),
     "think-high": ("thinking", "high"),
     "think-max": ("thinking", "max"),
 }
@@ -64,6 +67,7 @@ EFFORT_PROMPTS: dict[str, dict[str | None, str]] = {
     "0731": {None: "", "low": "", "high": APRIL_MAX_EFFORT, "max": JULY_MAX_EFFORT},
 }
 
+DEEPEST = 200  # lists and dicts in each other, in values from outside
 THINKING_MODES = ("chat", "thinking")
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 
@@ -76,15 +80,82 @@ class EncodingError(ValueError):
     """A message that cannot be rendered, or a completion that is not in the format."""
 
 
+def modes_of(release: str) -> tuple[str, ...]:
+    """Names of the modes that a release has.
+
+    Raises:
+        EncodingError: no such release.
+    """
+    efforts = effort_prompts(release)
+    return tuple(name for name, (_, effort) in MODES.items() if effort in efforts)
+
+
+def resolve_mode(mode: str, release: str) -> tuple[str, str | None]:
+    """(thinking_mode, reasoning_effort) of a mode.
+
+    Raises:
+        EncodingError: the release has no such mode, or is itself unknown.
+    """
+    names = modes_of(release)
+    if mode not in names:
+        raise EncodingError(f"mode={shown(mode)}: release {release!r} has {', '.join(names)}.")
+    return MODES[mode]
+
+
+def effort_prompts(release: str) -> dict[str | None, str]:
+    """The texts of `EFFORT_PROMPTS` for one release.
+
+    Raises:
+        EncodingError: no such release.
+    """
+    if release not in EFFORT_PROMPTS:
+        raise EncodingError(f"release={release!r}: expected one of {tuple(EFFORT_PROMPTS)}.")
+    return EFFORT_PROMPTS[release]
+
+
 def check_thinking_mode(thinking_mode: str) -> None:
     """Raises EncodingError for anything but "chat" and "thinking"."""
     if thinking_mode not in THINKING_MODES:
         raise EncodingError(
-            f"thinking_mode={thinking_mode!r}: expected one of {THINKING_MODES}. "
+            f"thinking_mode={shown(thinking_mode)}: expected one of {THINKING_MODES}. "
             "MODES has the modes of the report, such as 'think-high'."
         )
 
 
 def to_json(value: object) -> str:
-    """JSON as the format writes it: keys in their order, text unescaped."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON as the format writes it: keys in their order, text unescaped.
+
+    Raises:
+        EncodingError: the value is nested too deep, or has no JSON.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise EncodingError(f"{shown(value)} cannot be written as JSON: {error}.") from error
+
+
+def is_too_deep(value: object) -> bool:
+    """Whether lists and dicts are nested more than `DEEPEST` times.
+
+    Python reads and writes JSON up to a depth that depends on who calls: this does not.
+    """
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+        if not level:
+            return False
+    return any(isinstance(value, dict | list) for value in level)
+
+
+def shown(value: object) -> str:
+    """A value as error messages quote it: short, whatever it is."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep; an integer of thousands of digits
+        text = f"a {type(value).__name__} that is too deep or too large to show"
+    return text if len(text) <= 200 else text[:200] + "..."

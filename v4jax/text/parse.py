@@ -4,8 +4,9 @@ Source: the encoding module released with the checkpoints (`encoding/encoding_ds
 results `parse_message_from_completion_text` gives.
 """
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from v4jax.text.format import (
     BOS,
@@ -17,6 +18,7 @@ from v4jax.text.format import (
     THINK_START,
     EncodingError,
     check_thinking_mode,
+    shown,
     to_json,
 )
 
@@ -26,15 +28,16 @@ _INVOKE_END = f"</{DSML}invoke"
 _PARAMETER_START = f"<{DSML}parameter"
 _PARAMETER_END = f"/{DSML}parameter"
 _INVOKE_HEAD = re.compile(r' name="(.*?)">\n\n?', re.DOTALL)
-_PARAMETER = re.compile(r' name="(.*?)" string="(true|false)">(.*)<', re.DOTALL)
+_PARAMETER_HEAD = re.compile(r' name="(.*?)" string="(true|false)">', re.DOTALL)
 
 # The same tags as a model may garble them, for the tolerant parser.
 _LOOSE_CALLS_START = re.compile(rf"\n{{0,2}}<{DSML}tool_calls")
-_LOOSE_INVOKE = re.compile(rf'<{DSML}invoke\s+name="([^"]*)"\s*>(.*?)</{DSML}invoke\s*>', re.DOTALL)
-_LOOSE_PARAMETER = re.compile(
-    rf'<{DSML}parameter\s+name="([^"]*)"(?:\s+string="([^"]*)")?\s*>(.*?)</{DSML}parameter\s*>',
-    re.DOTALL,
+_LOOSE_INVOKE_START = re.compile(rf'<{DSML}invoke\s+name="([^"]*)"\s*>')
+_LOOSE_INVOKE_END = re.compile(rf"</{DSML}invoke\s*>")
+_LOOSE_PARAMETER_START = re.compile(
+    rf'<{DSML}parameter\s+name="([^"]*)"(?:\s+string="([^"]*)")?\s*>'
 )
+_LOOSE_PARAMETER_END = re.compile(rf"</{DSML}parameter\s*>")
 
 
 def parse_message_from_completion_text(text: str, thinking_mode: str) -> dict[str, object]:
@@ -70,37 +73,90 @@ def parse_message_from_completion_text(text: str, thinking_mode: str) -> dict[st
     return _assistant_message(content, reasoning, calls)
 
 
-def parse_partial_completion(text: str, thinking_mode: str) -> dict[str, object]:
+def parse_partial_completion(
+    text: str, thinking_mode: str, *, is_complete: bool = False
+) -> dict[str, object]:
     """The assistant message as far as it can be read from any text: cut off, or malformed.
 
-    Equal to `parse_message_from_completion_text` where that accepts the text. Otherwise: without
-    `</think>` all is reasoning; text after EOS or after the start of a block of tool calls is not
-    content; calls count once they are closed, and whitespace in their tags does not matter.
+    Equal to `parse_message_from_completion_text` where that accepts the text. Otherwise text after
+    EOS or after the start of a block of tool calls is not content; calls count once they are
+    closed, and whitespace in their tags does not matter. Without `</think>` all is reasoning, but
+    for calls that the text ends with: a model that calls has done thinking, tag or no tag.
 
     For streaming, an ending that may be the start of a tag is held back until the next characters
-    decide, so content and reasoning only ever grow.
+    decide, so content and reasoning only ever grow, and so does the list of calls.
+
+    Args:
+        text: what the model has written so far, after the prompt.
+        thinking_mode: "thinking" if it begins in the reasoning, "chat" if in the answer.
+        is_complete: nothing follows, because the model was stopped; then nothing is held back. A
+            text with EOS is complete in any case.
     """
     check_thinking_mode(thinking_mode)
+    if is_complete and EOS not in text:
+        text += EOS
     try:
         return parse_message_from_completion_text(text, thinking_mode)
     except EncodingError:
         text, eos, _ = text.partition(EOS)
-    reasoning = ""
+    is_complete = bool(eos)
+    reasoning, answer = "", text
     if thinking_mode == "thinking":
-        reasoning, end, text = text.partition(THINK_END)
+        reasoning, end, answer = text.partition(THINK_END)
         if not end:
-            reasoning = reasoning if eos else _hold_back(reasoning, THINK_END, EOS)
-            return _assistant_message("", reasoning, [])
-    block = _LOOSE_CALLS_START.search(text)
-    if not block:
-        tags = (EOS, CALLS_START, CALLS_START[1:], CALLS_START[2:])
-        content = text if eos else _hold_back(text, *tags)
-        return _assistant_message(content, reasoning, [])
+            block = _LOOSE_CALLS_START.search(text)
+            calls = _loose_calls(text, block.end()) if block else []
+            if block and (calls or not is_complete):  # until the end THINK_END may come after them
+                return _assistant_message("", text[: block.start()], calls if is_complete else [])
+            return _assistant_message("", text if is_complete else _hold_back(text, *_ENDS), [])
+    block = _LOOSE_CALLS_START.search(answer)
+    if block:
+        calls = _loose_calls(answer, block.end())
+        return _assistant_message(answer[: block.start()], reasoning, calls)
+    content = answer if is_complete else _hold_back(answer, *_ENDS[1:])
+    return _assistant_message(content, reasoning, [])
+
+
+def answer_span(text: str, thinking_mode: str) -> tuple[int, int] | None:
+    """(start, end) of the answer in a completion: after the reasoning, before calls and EOS.
+
+    None while the reasoning goes on.
+    """
+    start = 0
+    if thinking_mode == "thinking":
+        at = text.find(THINK_END)
+        if at < 0:
+            return None
+        start = at + len(THINK_END)
+    end = _any_of((EOS, CALLS_START)).search(text, start)
+    return start, end.start() if end else len(text)
+
+
+# What may end the reasoning, and but for the first the content; for `_hold_back`.
+_ENDS = (THINK_END, EOS, CALLS_START, CALLS_START[1:], CALLS_START[2:])
+
+
+def _loose_calls(text: str, position: int) -> list[dict[str, object]]:
+    """The closed calls after a position, as a model may garble them."""
     calls = []
-    for name, body in _LOOSE_INVOKE.findall(text, block.end()):
-        parameters = _LOOSE_PARAMETER.findall(body)
-        calls.append(_tool_call(name, {key: (flag, value) for key, flag, value in parameters}))
-    return _assistant_message(text[: block.start()], reasoning, calls)
+    for call, body in _elements(text[position:], _LOOSE_INVOKE_START, _LOOSE_INVOKE_END):
+        parameters = _elements(body, _LOOSE_PARAMETER_START, _LOOSE_PARAMETER_END)
+        arguments = {head.group(1): (head.group(2) or "", value) for head, value in parameters}
+        calls.append(_tool_call(call.group(1), arguments))
+    return calls
+
+
+def _elements(
+    text: str, start: re.Pattern[str], end: re.Pattern[str]
+) -> Iterator[tuple[re.Match[str], str]]:
+    """(opening tag, text up to the first closing tag) of every closed element; in linear time."""
+    position = 0
+    while head := start.search(text, position):
+        tail = end.search(text, head.end())
+        if not tail:
+            return
+        yield head, text[head.end() : tail.start()]
+        position = tail.end()
 
 
 def _hold_back(text: str, *tags: str) -> str:
@@ -113,11 +169,17 @@ def _hold_back(text: str, *tags: str) -> str:
 
 def _read_until(text: str, start: int, *stops: str) -> tuple[str, str, int]:
     """The text before the first of `stops`, which one, and where it ends; all and "" if none."""
-    found = [(at, stop) for stop in stops if (at := text.find(stop, start)) >= 0]
+    found = _any_of(stops).search(
+        text, start
+    )  # one pass: looking for each would read on to the end
     if not found:
         return text[start:], "", len(text)
-    at, stop = min(found)
-    return text[start:at], stop, at + len(stop)
+    return text[start : found.start()], found.group(), found.end()
+
+
+@functools.cache
+def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)))
 
 
 def _read_calls(text: str, position: int) -> tuple[list[dict[str, object]], int]:
@@ -131,18 +193,19 @@ def _read_calls(text: str, position: int) -> tuple[list[dict[str, object]], int]
         head, stop, position = _read_until(text, position, _PARAMETER_START, _INVOKE_END)
         invoke = _INVOKE_HEAD.fullmatch(head)
         if not invoke or not stop:
-            raise EncodingError(f'{head!r}: expected name="..." and a closed call.')
+            raise EncodingError(f'{shown(head)}: expected name="..." and a closed call.')
         arguments = {}
         while stop == _PARAMETER_START:
             element, _, position = _read_until(text, position, _PARAMETER_END)
-            parameter = _PARAMETER.fullmatch(element)
-            if not parameter:
+            parameter = _PARAMETER_HEAD.match(element)
+            if not parameter or not element.endswith("<", parameter.end()):
                 raise EncodingError(
-                    f'Parameter {element!r}: expected name="..." string="true|false">value<.'
+                    f'Parameter {shown(element)}: expected name="..." string="true|false">value<.'
                 )
-            name, flag, value = parameter.groups()
+            name, flag = parameter.groups()
+            value = element[parameter.end() : -1]
             if name in arguments:
-                raise EncodingError(f"Parameter {name!r} is given twice in one call.")
+                raise EncodingError(f"Parameter {shown(name)} is given twice in one call.")
             arguments[name] = (flag, value)
             gap, stop, position = _read_until(text, position, _PARAMETER_START, _INVOKE_END)
             _expect_line_end(gap, stop)
@@ -151,7 +214,7 @@ def _read_calls(text: str, position: int) -> tuple[list[dict[str, object]], int]
 
 def _expect_line_end(gap: str, stop: str) -> None:
     if gap != ">\n" or not stop:
-        raise EncodingError(f"{gap!r} between the tags of a tool call: expected '>\\n'.")
+        raise EncodingError(f"{shown(gap)} between the tags of a tool call: expected '>\\n'.")
 
 
 def _tool_call(name: str, arguments: Mapping[str, tuple[str, str]]) -> dict[str, object]:

@@ -34,7 +34,6 @@ from v4jax.text.format import (
     CALLS_END,
     CALLS_START,
     DSML,
-    EFFORT_PROMPTS,
     EOS,
     LATEST_REMINDER,
     ROLES,
@@ -44,6 +43,10 @@ from v4jax.text.format import (
     USER,
     EncodingError,
     check_thinking_mode,
+    effort_prompts,
+    is_too_deep,
+    resolve_mode,
+    shown,
     to_json,
 )
 
@@ -80,6 +83,87 @@ class _Turn:
     response_format: object = None
     task: str | None = None
     is_open: bool = False  # ends without EOS, to be continued by the model
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A conversation as text, and how to read what the model adds to it."""
+
+    text: str
+    # How a completion begins, for the parsers of `v4jax.text.parse`: "thinking" in the reasoning,
+    # "chat" in the answer.
+    thinking_mode: str
+
+
+def render(
+    messages: Sequence[Mapping[str, object]],
+    mode: str = "non-think",
+    *,
+    release: str = "april",
+    tools: Sequence[Mapping[str, object]] | None = None,
+) -> Prompt:
+    """The prompt that asks a model for its next message.
+
+    What `encode_messages` gives, with checks for what the format can write but no model answers.
+
+    Args:
+        messages: see `encode_messages`. The last one is from the user, a tool or a developer, or
+            it is an assistant message with `wo_eos`, which the model continues, or it has a `task`.
+            Reminders may follow it.
+        mode: one of `v4jax.text.format.modes_of(release)`.
+        release: whose effort texts to write; `Tokenizer.release` knows that of a checkpoint.
+        tools: what the model may call; goes to the first system message, made if there is none.
+
+    Raises:
+        EncodingError: a message or an argument is not one the format knows; nothing asks for a
+            reply; tools are given twice; or BOS is in the text of a message.
+    """
+    thinking_mode, effort = resolve_mode(mode, release)
+    if tools:
+        messages = _with_tools(messages, tools)
+    text = encode_messages(messages, thinking_mode, reasoning_effort=effort, release=release)
+    if text.count(BOS) > 1:
+        raise EncodingError(
+            f"{BOS} is in the text of a message: it begins a prompt, and stands there once. A "
+            "prompt that is rendered already is continued as it is (prompt instead of messages; "
+            "mode raw of the commands)."
+        )
+    return Prompt(text, _completion_mode(messages, thinking_mode))
+
+
+def with_bos(text: str) -> str:
+    """A text as a prompt that is continued as it is: after BOS, which it may have already."""
+    return text if text.startswith(BOS) else BOS + text
+
+
+def _with_tools(
+    messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
+) -> list[Mapping[str, object]]:
+    if any(isinstance(message, Mapping) and message.get("tools") for message in messages):
+        raise EncodingError("tools beside the messages and on one of them: give them once.")
+    for index, message in enumerate(messages):
+        if isinstance(message, Mapping) and message.get("role") == "system":
+            return [*messages[:index], {**message, "tools": tools}, *messages[index + 1 :]]
+    return [{"role": "system", "content": "", "tools": tools}, *messages]
+
+
+def _completion_mode(messages: Sequence[Mapping[str, object]], thinking_mode: str) -> str:
+    """How the completion begins: a task, or a turn to be continued, leaves no room to reason."""
+    turns = _turns(messages, is_context=False)
+    while turns and turns[-1].role == "latest_reminder" and turns[-1].task is None:
+        turns.pop()
+    last = turns[-1] if turns else None
+    if last is not None and last.task is not None:
+        return "chat"
+    if last is not None and last.role == "assistant" and last.is_open:
+        return "chat"
+    if last is None or last.role not in ("user", "developer"):
+        role = "none" if last is None else f"from {last.role}"
+        raise EncodingError(
+            f"The last message is {role}, which asks for no reply: expected one from user, tool or "
+            "developer, or an assistant message with wo_eos, to be continued."
+        )
+    return thinking_mode
 
 
 def encode_messages(
@@ -138,12 +222,11 @@ def encode_messages(
 
 
 def _effort_prompt(effort: str | None, release: str) -> str:
-    if release not in EFFORT_PROMPTS:
-        raise EncodingError(f"release={release!r}: expected one of {tuple(EFFORT_PROMPTS)}.")
-    prompts = EFFORT_PROMPTS[release]
-    if effort not in prompts:
+    prompts = effort_prompts(release)
+    if (effort is not None and not isinstance(effort, str)) or effort not in prompts:
         raise EncodingError(
-            f"reasoning_effort={effort!r}: release {release!r} expects one of {tuple(prompts)}."
+            f"reasoning_effort={shown(effort)}: release {release!r} expects one of "
+            f"{tuple(prompts)}."
         )
     return prompts[effort]
 
@@ -157,26 +240,47 @@ def _turns(messages: Sequence[Mapping[str, object]], is_context: bool) -> list[_
     turns: list[_Turn] = []
     for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-            raise EncodingError(f"Message {message!r}: expected a dict with a 'role' from {ROLES}.")
+            raise EncodingError(
+                f"Message {shown(message)}: expected a dict with a 'role' from {ROLES}."
+            )
         role = message["role"]
         turn = _Turn("user" if role == "tool" else role, is_context)
         if role in ("user", "tool"):
-            block = _Block(_content(message), role == "tool", message.get("tool_call_id"))
+            call_id = _field(message, "tool_call_id", (str, int))
+            block = _Block(_content(message), role == "tool", call_id)
             if turns and turns[-1].role == "user" and (role == "tool" or turns[-1].task is None):
                 turns[-1].blocks.append(block)
                 continue
             turn.blocks.append(block)
         else:
             turn.content = _content(message)
-            turn.reasoning = message.get("reasoning_content") or ""
-            turn.calls = [_call(call) for call in message.get("tool_calls") or ()]
-            turn.tools = message.get("tools") or ()
+            turn.reasoning = _field(message, "reasoning_content", (str,)) or ""
+            turn.calls = [
+                _call(call) for call in _field(message, "tool_calls", (list, tuple)) or ()
+            ]
+            turn.tools = _field(message, "tools", (list, tuple)) or ()
             turn.response_format = message.get("response_format")
             turn.is_open = bool(message.get("wo_eos"))
         if role != "tool":
-            turn.task = message.get("task")
+            turn.task = _field(message, "task", (str,))
         turns.append(turn)
     return turns
+
+
+def _field(message: Mapping[str, object], name: str, kinds: tuple[type, ...]) -> object:
+    """A field that may be missing or null.
+
+    Raises:
+        EncodingError: it has a value of another kind.
+    """
+    value = message.get(name)
+    if value is None or (isinstance(value, kinds) and not isinstance(value, bool)):
+        return value
+    names = " or ".join("text" if kind is str else kind.__name__ for kind in kinds)
+    raise EncodingError(
+        f"{name}={shown(value)} of a {message.get('role', 'call')} message: a field of a wrong "
+        f"type, expected {names} or null."
+    )
 
 
 def _content(message: Mapping[str, object]) -> str:
@@ -189,7 +293,7 @@ def _content(message: Mapping[str, object]) -> str:
         return "\n\n".join(_part_text(part) for part in content)
     if not isinstance(content, str) or (role == "developer" and not content):
         raise EncodingError(
-            f"The content of a {role} message is {content!r}: expected text. "
+            f"The content of a {role} message is {shown(content)}: expected text. "
             "Join a list of content parts into one string first."
         )
     return content
@@ -198,7 +302,9 @@ def _content(message: Mapping[str, object]) -> str:
 def _part_text(part: object) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str) or (kind == "text" and not isinstance(part.get("text"), str)):
-        raise EncodingError(f"Content part {part!r}: expected {{'type': 'text', 'text': ...}}.")
+        raise EncodingError(
+            f"Content part {shown(part)}: expected {{'type': 'text', 'text': ...}}."
+        )
     return part["text"] if kind == "text" else f"[Unsupported {kind}]"
 
 
@@ -207,16 +313,20 @@ def _call(call: object) -> _Call:
     text = function.get("arguments") if isinstance(function, Mapping) else None
     if not isinstance(text, str) or not isinstance(function.get("name"), str):
         raise EncodingError(
-            f"Tool call {call!r}: expected {{'function': {{'name': ..., 'arguments': ...}}}} with "
+            f"Tool call {shown(call)}: expected {{'function': {{'name': ..., 'arguments': ...}}}} with "
             "the arguments as a JSON string; use json.dumps(arguments)."
         )
     try:
         arguments = json.loads(text)
+        is_json = not is_too_deep(arguments)
     except (ValueError, RecursionError):
+        is_json = False
+    if not is_json:
         arguments = {"arguments": text}  # a call the model got wrong is shown as it was
     if not isinstance(arguments, dict):
-        raise EncodingError(f"Tool call arguments {text!r}: expected a JSON object, {{...}}.")
-    return _Call(function["name"], arguments, call.get("id") or function.get("id"))
+        raise EncodingError(f"Tool call arguments {shown(text)}: expected a JSON object, {{...}}.")
+    id = _field(call, "id", (str, int)) or _field(function, "id", (str, int))
+    return _Call(function["name"], arguments, id)
 
 
 def _sort_tool_results(turns: list[_Turn]) -> None:
@@ -268,7 +378,7 @@ def _render_transition(
         return ""
     if turn.task is not None:
         if turn.task not in TASK_TOKENS:
-            raise EncodingError(f"task={turn.task!r}: expected one of {tuple(TASK_TOKENS)}.")
+            raise EncodingError(f"task={shown(turn.task)}: expected one of {tuple(TASK_TOKENS)}.")
         if turn.task != "action":
             return TASK_TOKENS[turn.task]
         return ASSISTANT + (THINK_START if is_thinking else THINK_END) + TASK_TOKENS["action"]
@@ -291,8 +401,10 @@ def _render_calls(calls: Sequence[_Call]) -> str:
 
 def _render_tools(tools: Sequence[Mapping[str, object]]) -> str:
     for tool in tools:
-        if not isinstance(tool, Mapping) or "function" not in tool:
-            raise EncodingError(f"Tool {tool!r}: expected {{'function': {{'name': ..., ...}}}}.")
+        if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
+            raise EncodingError(
+                f"Tool {shown(tool)}: expected {{'function': {{'name': ..., ...}}}}."
+            )
     schemas = "\n".join(to_json(tool["function"]) for tool in tools)
     return f"""\
 ## Tools

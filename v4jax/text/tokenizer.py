@@ -1,7 +1,9 @@
 """Tokenizers: the released `tokenizer.json`, or a small one trained here in the same form."""
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 try:
     import tokenizers
@@ -11,7 +13,20 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         "checkpoints and v4jax.text.prompt work without it, on token ids and strings."
     ) from error
 
-from v4jax.text.format import ASSISTANT, BOS, EOS, PAD, SPECIAL_TOKENS, USER
+from v4jax.text.format import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    PAD,
+    SPECIAL_TOKENS,
+    THINK_END,
+    THINK_START,
+    USER,
+    effort_prompts,
+    modes_of,
+)
+from v4jax.text.prompt import Prompt, render
+from v4jax.text.release import ENCODER, PROFILE_KEY, PROFILES, release_of
 
 # What the released tokenizer splits text at before byte-level BPE, in this order.
 _SPLITS = (
@@ -22,24 +37,44 @@ _SPLITS = (
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 )
+# Tokens without which nothing in the format can be written or read.
+_NEEDED = (BOS, EOS, USER, ASSISTANT, THINK_START, THINK_END)
+_MARK = b"\xef\xbb\xbf"  # UTF-8 byte-order mark, which some editors put before a text
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Tokenizer:
-    """Text to token ids and back. Nothing is added: BOS is part of a rendered prompt.
+    """Text to token ids and back, and conversations to prompts.
+
+    Nothing is added to a text: BOS is part of a rendered prompt.
 
     Args:
-      source: a `tokenizer.json`, or a folder that holds one.
+      source: a checkpoint folder, or a `tokenizer.json` in one.
+      release: whose prompts to render, "april" or "0731"; default: what the folder's files say
+        (`v4jax.text.release`).
+
+    Attributes:
+      release: the same.
 
     Raises:
       FileNotFoundError: there is no such file.
+      ValueError: it is no tokenizer, or one without the tokens of the DeepSeek-V4 format.
     """
 
-    def __init__(self, source: str | os.PathLike):
+    def __init__(self, source: str | os.PathLike, *, release: str | None = None):
         path = os.fspath(source)
         path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} does not exist: expected a tokenizer.json.")
-        self._tokenizer = tokenizers.Tokenizer.from_file(path)
+        self._path, self._tokenizer = path, _read(path)
+        missing = [token for token in _NEEDED if self._tokenizer.token_to_id(token) is None]
+        if missing:
+            raise ValueError(
+                f"{path} has no token {', '.join(missing)}: expected a tokenizer of DeepSeek-V4, "
+                "or one that v4jax.text.tokenizer.train_tokenizer made."
+            )
+        self.release = release_of(os.path.dirname(path)) if release is None else release
+        effort_prompts(self.release)  # refuses one that does not exist
 
     @property
     def vocab_size(self) -> int:
@@ -47,9 +82,27 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     @property
+    def modes(self) -> tuple[str, ...]:
+        """Names for the `mode` of `render`: how much the model thinks before it answers."""
+        return modes_of(self.release)
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a turn: the end of the text, and the beginning of somebody's next turn."""
         return tuple(self.id(token) for token in (EOS, USER, ASSISTANT))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        mode: str = "non-think",
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> Prompt:
+        """The prompt for a conversation, as this checkpoint's release writes it.
+
+        Args and errors are those of `v4jax.text.prompt.render`.
+        """
+        return render(messages, mode, release=self.release, tools=tools)
 
     def id(self, token: str) -> int:
         """Id of one token, say a special one.
@@ -63,7 +116,19 @@ class Tokenizer:
         return index
 
     def encode(self, text: str) -> list[int]:
-        """Token ids. Special tokens spelled out in the text become those tokens."""
+        """Token ids. Special tokens spelled out in the text become those tokens.
+
+        Raises:
+          ValueError: a character has no UTF-8 form: half of a surrogate pair, or what stands for
+            a byte that was not UTF-8 where the text was read.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            before = text[max(0, error.start - 20) : error.start]
+            raise ValueError(
+                f"{text[error.start]!r} after {before!r} has no UTF-8 form: expected text in UTF-8."
+            ) from None
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
@@ -71,12 +136,64 @@ class Tokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
 
     def decode_stream(self, ids: Iterable[int], *, keep_special: bool = False) -> Iterator[str]:
-        """Pieces of text as ids arrive, each ending at a character border."""
+        """Pieces of text as ids arrive, each ending at a character border.
+
+        Joined they are `decode` of all ids: what is held back of a character that was not finished
+        comes at the end.
+        """
         stream = tokenizers.decoders.DecodeStream(skip_special_tokens=not keep_special)
-        for index in ids:
-            piece = stream.step(self._tokenizer, int(index))
+        held: list[int] = []
+        for index in map(int, ids):
+            held.append(index)
+            piece = stream.step(self._tokenizer, index)
             if piece:
+                held.clear()
                 yield piece
+        if rest := self.decode(held, keep_special=keep_special):
+            yield rest
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Puts `tokenizer.json` into a checkpoint folder, and what tells its release.
+
+        That is the released encoding module where this tokenizer came with one, and otherwise a key
+        of the folder's `config.json`, if that is there already.
+        """
+        folder = os.fspath(folder)
+        _copy(self._path, os.path.join(folder, "tokenizer.json"))
+        encoder = os.path.join(os.path.dirname(self._path), ENCODER)
+        if os.path.isfile(encoder):
+            os.makedirs(os.path.join(folder, os.path.dirname(ENCODER)), exist_ok=True)
+            _copy(encoder, os.path.join(folder, ENCODER))
+        path = os.path.join(folder, "config.json")
+        if release_of(folder) != self.release and os.path.isfile(path):
+            with open(path, encoding="utf-8-sig") as file:
+                config = json.load(file)
+            (config[PROFILE_KEY],) = [p for p, name in PROFILES.items() if name == self.release]
+            with open(f"{path}.new", "w", encoding="utf-8") as file:
+                file.write(json.dumps(config, indent=2) + "\n")
+            os.replace(f"{path}.new", path)
+
+
+def _read(path: str) -> tokenizers.Tokenizer:
+    with open(path, "rb") as file:
+        data = file.read().removeprefix(_MARK)
+    if data.startswith(_POINTER):
+        raise ValueError(
+            f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its "
+            "folder, or download the checkpoint again."
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is no tokenizer.json: {error}.") from None
+    tokenizer.no_truncation()  # some files are saved with either
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _copy(source: str, target: str) -> None:
+    if os.path.abspath(source) != os.path.abspath(target):
+        shutil.copyfile(source, target)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:

@@ -64,7 +64,8 @@ class Journal:
         if records:
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             with open(self.path, "ab") as file:
-                file.write("".join(lines).encode("utf-8"))
+                # Half of a surrogate pair has no UTF-8, but an escape in JSON: this writes it.
+                file.write("".join(lines).encode("utf-8", "backslashreplace"))
                 _sync(file)
 
 
@@ -97,9 +98,9 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
                 return
             try:
                 line = json.loads(text)["line"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 line = None
-            if not isinstance(line, int) or line < 1:
+            if type(line) is not int or not 1 <= line < 2**63:
                 raise JobError(
                     f"{path}, line {row} is no record of a batch job: {text[:80]!r}. Remove the "
                     "line, and its request is done again."
@@ -173,7 +174,7 @@ class Sidecar:
         Raises:
           JobError: one is at work on it.
         """
-        start, end = process * _SPAN // count, (process + 1) * _SPAN // count
+        start, end = _share(process, count)
         deadline = time.monotonic() + _PATIENCE
         while not self._lock(start, end - start):
             if time.monotonic() > deadline:
@@ -200,12 +201,30 @@ class Sidecar:
         return True
 
     def header(self) -> dict[str, object] | None:
-        """What is written in it; None before `claim`."""
-        text = os.pread(self._file, 1 << 20, 0)
-        return json.loads(text) if text.endswith(b"\n") else None  # it may have been cut short
+        """What is written in it; None before `claim`.
 
-    def claim(self, header: dict[str, object]) -> None:
+        Raises:
+          JobError: it is not what a job writes.
+        """
+        text = os.pread(self._file, _SPAN, 0)
+        if not text.endswith(b"\n"):  # it may have been cut short
+            return None
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError):
+            header = None
+        if not isinstance(header, dict):
+            raise JobError(
+                f"{self.path} is damaged: {text[:80]!r}. Move the results away, or choose another "
+                "output."
+            )
+        return header
+
+    def claim(self, header: dict[str, object], process: int = 0, count: int = 1) -> None:
         """Writes what the results belong to, or compares it with what is written.
+
+        A job that ended before it wrote anything, say because its options were wrong, gives way to
+        the next one; the caller holds the lock of its share.
 
         Raises:
           JobError: they belong to something else, or to nobody knows what.
@@ -214,17 +233,16 @@ class Sidecar:
         try:
             header, found = json.loads(json.dumps(header)), self.header()
             if found is None:
-                paths = (self.output, errors_path(self.output))
-                if existing := [p for path in paths for p in (path, *_parts(path)) if p.exists()]:
+                if existing := [path for path in self._files() if path.exists()]:
                     raise JobError(
                         f"{existing[0]} exists, but {self.path} does not say of which job: move it "
                         "away, or choose another output."
                     )
-                os.ftruncate(self._file, 0)
-                os.pwrite(self._file, (json.dumps(header) + "\n").encode(), 0)
-                os.fsync(self._file)
-                _sync_folder(self.path.parent)
+                self._write(header)
             elif found != header:
+                if self._is_free(process, count):
+                    self._write(header)
+                    return
                 names = [key for key in header | found if header.get(key) != found.get(key)]
                 was = "; ".join(f"{n} was {found.get(n)}, is {header.get(n)}" for n in names)
                 raise JobError(
@@ -233,6 +251,32 @@ class Sidecar:
                 )
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _HEADER)
+
+    def _files(self) -> list[pathlib.Path]:
+        paths = (self.output, errors_path(self.output))
+        return [file for path in paths for file in (path, *_parts(path))]
+
+    def _is_free(self, process: int, count: int) -> bool:
+        """Whether nothing is written, and nobody else is about to write."""
+        if any(True for _ in done_lines(self.output)) or not self.lock_all():
+            return False
+        start, end = _share(process, count)  # keeps that, and lets go of the rest
+        if start:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, start, 0)
+        if end < _SPAN:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, _SPAN - end, end)
+        return True
+
+    def _write(self, header: dict[str, object]) -> None:
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, (json.dumps(header) + "\n").encode(), 0)
+        os.fsync(self._file)
+        _sync_folder(self.path.parent)
+
+
+def _share(process: int, count: int) -> tuple[int, int]:
+    """The bytes of the sidecar that a process locks."""
+    return process * _SPAN // count, (process + 1) * _SPAN // count
 
 
 def merge_all(output: pathlib.Path) -> tuple[int, int]:
@@ -258,6 +302,10 @@ def merge_files(output: str | os.PathLike) -> tuple[int, int, int]:
         header = sidecar.header()
         if header is None:
             raise JobError(f"{sidecar.path} is empty: the job was stopped before its first result.")
+        if not isinstance(header.get("requests"), int):
+            raise JobError(
+                f"{sidecar.path} does not say how many requests there are: it is damaged."
+            )
         results, errors = merge_all(output)
         return results, errors, header["requests"] - results - errors
 

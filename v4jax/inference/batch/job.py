@@ -21,8 +21,8 @@ from v4jax.inference.batch.files import (
 from v4jax.inference.batch.plan import Plan
 from v4jax.inference.batch.requests import Request, Settings
 from v4jax.inference.generate import Generator
-from v4jax.text.format import EOS
-from v4jax.text.parse import parse_partial_completion
+from v4jax.text.format import THINK_END
+from v4jax.text.parse import answer_span, parse_partial_completion
 from v4jax.text.tokenizer import Tokenizer
 
 
@@ -54,6 +54,7 @@ class Job:
       settings: for lines that do not say otherwise.
       batch_size: sequences generated together.
       identity: what else decides the results, such as the checkpoint; JSON values.
+      release: whose prompts to render; `Tokenizer.release` of the checkpoint.
       leads: false for the processes that follow.
       agree: gives every one of the processes that compute together the leader's array.
 
@@ -74,6 +75,7 @@ class Job:
         *,
         batch_size: int,
         identity: Mapping[str, object],
+        release: str = "april",
         process: int = 0,
         count: int = 1,
         leads: bool = True,
@@ -85,9 +87,11 @@ class Job:
         self._leads, self._agree, self._sidecar = leads, agree, None
         self._results_path = part_path(self.output, process, count)
         try:
-            done = (
-                self._take(input, settings, batch_size, identity, process, count) if leads else b""
-            )
+            done = b""
+            if leads:
+                self._take_share(process, count)
+                self.plan = Plan(input, settings, batch_size, release)
+                done = self._open_files(identity, process, count)
         except BaseException:
             self.close()
             agree(np.int32(-1))  # the others wait for it
@@ -96,23 +100,26 @@ class Job:
         if size < 0:
             raise JobError(f"the process that leads this one could not open {self.output}.")
         if not leads:
-            self.plan, done = Plan(input, settings, batch_size), bytes(size)
+            self.plan, done = Plan(input, settings, batch_size, release), bytes(size)
         self._done = bytearray(agree(np.frombuffer(done, np.uint8)))
         self._batches = self.plan.batches[process::count]
         self.total = sum(end - start for start, end in self._batches)
         self.remaining = sum(len(self._open(*batch)) for batch in self._batches)
 
-    def _take(self, input, settings, batch_size, identity, process: int, count: int) -> bytearray:
-        """Locks the share and opens its files; a flag for every line that is done."""
+    def _take_share(self, process: int, count: int) -> None:
+        """Locks the share, before the first pass over the input: others' passes take as long."""
         self._sidecar = Sidecar(self.output)
-        self._sidecar.lock_share(process, count)  # first: the others' pass takes as long
-        self.plan = Plan(input, settings, batch_size)
-        self._sidecar.claim(self._header(identity))
+        self._sidecar.lock_share(process, count)
+
+    def _open_files(self, identity: Mapping[str, object], process: int, count: int) -> bytearray:
+        """Claims the output and opens its files; a flag for every line that is done."""
+        self._sidecar.claim(self._header(identity), process, count)
         self._results = Journal(self._results_path)
         self._errors = Journal(part_path(errors_path(self.output), process, count))
         done = self._read_done()
-        if process == 0:
-            self._errors.append([r for r in self.plan.malformed if not done[r["line"]]])
+        # Written with the first batch: a job whose model does not load then has written nothing.
+        malformed = self.plan.malformed if process == 0 else []
+        self._malformed = [record for record in malformed if not done[record["line"]]]
         return done
 
     def __enter__(self) -> Self:
@@ -133,6 +140,7 @@ class Job:
             "requests": plan.count,
             "batch_size": plan.batch_size,
             "settings": dataclasses.asdict(plan.settings),
+            "release": plan.release,
             **identity,
         }
 
@@ -159,6 +167,7 @@ class Job:
         Yields:
           after every step of a batch its tokens, and after every batch its requests.
         """
+        self._write_malformed()
         limit = generator.cfg.max_length
         for start, end in self._batches:
             lines = self._open(start, end)
@@ -216,7 +225,14 @@ class Job:
         """
         return int(self._agree(np.int32(self._finish() if self._leads else 0)))
 
+    def _write_malformed(self) -> None:
+        """Reports the lines that are no requests, once."""
+        if self._leads:
+            self._errors.append(self._malformed)
+            self._malformed = []
+
     def _finish(self) -> int:
+        self._write_malformed()
         is_part = self._results_path != self.output and self._results_path.exists()
         self._sidecar.unlock()
         while not self._sidecar.lock_all():
@@ -240,8 +256,10 @@ class _Row:
         self.request, self.prompt, self._tokenizer = request, prompt, tokenizer
         self._tokens: list[int] = []
         self.is_stopped = False
-        # Every token has a byte at least, so these many show whether a stop text has come to an end.
-        self._tail = max((len(text.encode()) for text in request.settings.stop), default=0)
+        self._is_thinking = request.thinking_mode == "thinking"
+        # Every token has a byte at least, so these many show whether a text has come to an end.
+        texts = (THINK_END, *request.settings.stop)
+        self._tail = max(len(text.encode()) for text in texts) if request.settings.stop else 0
 
     def push(self, token: int) -> bool:
         """Takes a token, unless the row has ended (whose tokens are -1, or go on unused)."""
@@ -251,20 +269,30 @@ class _Row:
         self.is_stopped = token in self._tokenizer.stop_ids
         if self._tail and not self.is_stopped:
             tail = self._tokenizer.decode(self._tokens[-self._tail :], keep_special=True)
-            self.is_stopped = any(text in tail for text in self.request.settings.stop)
+            self._is_thinking = self._is_thinking and THINK_END not in tail
+            if not self._is_thinking and any(text in tail for text in self.request.settings.stop):
+                self.is_stopped = self._stop_at(self._tokenizer.decode(self._tokens)) is not None
         return True
+
+    def _stop_at(self, text: str) -> int | None:
+        """Where the first stop text of an answer begins: one met in the reasoning is none."""
+        span = (0, len(text))
+        if self.request.thinking_mode is not None:
+            span = answer_span(text, self.request.thinking_mode)
+        if span is None:
+            return None
+        ends = [text.find(stop, *span) for stop in self.request.settings.stop]
+        return min((at for at in ends if at >= 0), default=None)
 
     def record(self) -> dict[str, object]:
         """The line for the output."""
         request, tokens = self.request, self._tokens
-        is_ended = tokens[-1] in self._tokenizer.stop_ids
+        is_ended = bool(tokens) and tokens[-1] in self._tokenizer.stop_ids
         text = self._tokenizer.decode(tokens[:-1] if is_ended else tokens)
-        ends = [at for stop in request.settings.stop if (at := text.find(stop)) >= 0]
-        text = text[: min(ends, default=len(text))]
+        text = text[: self._stop_at(text)]
         record = {"line": request.line, "id": request.id, "text": text}
         if request.thinking_mode is not None:
-            # Nothing follows, so nothing is held back as the possible start of a tag.
-            message = parse_partial_completion(text + EOS, request.thinking_mode)
+            message = parse_partial_completion(text, request.thinking_mode, is_complete=True)
             record |= {key: message[key] for key in ("content", "reasoning_content", "tool_calls")}
         return record | {
             "finish_reason": "stop" if self.is_stopped else "length",

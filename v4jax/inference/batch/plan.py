@@ -6,7 +6,15 @@ import os
 
 import numpy as np
 
-from v4jax.inference.batch.requests import Request, RequestError, Settings, parse_request
+from v4jax.inference.batch.files import JobError
+from v4jax.inference.batch.requests import (
+    Request,
+    RequestError,
+    Settings,
+    line_text,
+    parse_request,
+)
+from v4jax.text.format import resolve_mode
 
 
 class Plan:
@@ -21,6 +29,9 @@ class Plan:
 
     Args:
       path: JSON lines; blank ones are skipped.
+      settings: for lines that do not say otherwise.
+      batch_size: sequences generated together.
+      release: whose prompts to render, see `v4jax.text.prompt.render`.
 
     Attributes:
       batches: [K] pairs (first, last + 1) of positions for `request`.
@@ -30,24 +41,32 @@ class Plan:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: batch_size is not positive.
+      ValueError: batch_size is not positive, or the release does not have the settings' mode.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: Settings, batch_size: int):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        settings: Settings,
+        batch_size: int,
+        release: str = "april",
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
-        self.path, self.settings, self.batch_size = path, settings, batch_size
+        resolve_mode(settings.mode, release)
+        self.path, self.settings = path, settings
+        self.batch_size, self.release = batch_size, release
         self.malformed: list[dict[str, object]] = []
-        lines, offsets, groups, lengths = (array.array(code) for code in "qqiq")
+        lines, offsets, groups, lengths, marks = (array.array(code) for code in "qqiqQ")
         numbers: dict[tuple, int] = {}  # of (sampler, max_new_tokens)
         ids: set[str] = set()
         sha, self.size = hashlib.sha256(), 0
         with open(path, "rb") as file:
             for line, text in enumerate(file, 1):
                 sha.update(text)
-                if text.strip():
+                if line_text(text):
                     try:
-                        request = parse_request(text, line, settings)
+                        request = parse_request(text, line, settings, release)
                         if request.id in ids:
                             raise RequestError("an earlier line has this id.", request.id)
                         ids.add(request.id)
@@ -56,12 +75,14 @@ class Plan:
                         offsets.append(self.size)
                         groups.append(numbers.setdefault(group, len(numbers)))
                         lengths.append(len(request.prompt))
+                        marks.append(_mark(text))
                     except RequestError as error:
                         self.malformed.append({"line": line, "id": error.id, "error": str(error)})
                 self.size += len(text)
         self.digest = sha.hexdigest()
         order = np.lexsort((lines, lengths, groups))
         self._lines, self._offsets = np.array(lines)[order], np.array(offsets)[order]
+        self._marks = np.array(marks)[order]
         # A group begins where the number changes; batches do not reach over its end.
         sizes = np.bincount(np.array(groups, np.int64), minlength=len(numbers))
         ends = np.cumsum(sizes)
@@ -87,7 +108,23 @@ class Plan:
         return int(self._lines[position])
 
     def request(self, position: int) -> Request:
-        """The request at a position of `batches`, read from the file."""
+        """The request at a position of `batches`, read from the file.
+
+        Raises:
+          JobError: the file has changed since the plan was made.
+        """
         with open(self.path, "rb") as file:
             file.seek(int(self._offsets[position]))
-            return parse_request(file.readline(), self.line(position), self.settings)
+            text = file.readline()
+        if _mark(text) != int(self._marks[position]):
+            raise JobError(
+                f"{self.path} was changed while the job was running: line {self.line(position)} is "
+                "another one now. Put the old input back, and the same command goes on; or start "
+                "a job with the new one and another output."
+            )
+        return parse_request(text, self.line(position), self.settings, self.release)
+
+
+def _mark(text: bytes) -> int:
+    """Tells a line from any other that may take its place: 64 bits of a digest."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

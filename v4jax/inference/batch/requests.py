@@ -1,15 +1,25 @@
 """A line of the input, checked: what to generate from, and how."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from v4jax.inference.sampling import Sampler, sampler_of
-from v4jax.text.format import BOS, MODES
-from v4jax.text.prompt import encode_messages
+from v4jax.text.format import DEEPEST, MODES, is_too_deep, shown
+from v4jax.text.prompt import render, with_bos
 
 SEEDS = 2**32  # jax takes the low 32 bits of a seed
 _MAX_MESSAGE = 500  # characters; messages of errors may quote a whole request
+_MARK = b"\xef\xbb\xbf"  # UTF-8 byte-order mark
+# Samplers compute in float32, where a division by less could overflow, and a draw at this
+# temperature is the most likely token in any case.
+_COLDEST = 1e-5
+_HOTTEST = float(np.finfo(np.float32).max)
+_SMALLEST_TOP_P = 1e-6  # keeps one token, as anything smaller would: no vocabulary has a million
 
 
 class RequestError(ValueError):
@@ -31,7 +41,7 @@ class Settings:
     """
 
     mode: str = "non-think"  # a key of `v4jax.text.format.MODES`; of requests with messages
-    temperature: float = 1.0  # 0: greedy
+    temperature: float = 1.0  # 0, and what is nearly that: greedy
     top_k: int | None = None
     top_p: float | None = None
     max_new_tokens: int = 256
@@ -40,8 +50,8 @@ class Settings:
 
     def __post_init__(self):
         _require(self, "mode", self.mode in tuple(MODES), f"one of {', '.join(MODES)}")
-        is_temperature = _is_number(self.temperature) and 0 <= self.temperature < float("inf")
-        _require(self, "temperature", is_temperature, "a number from 0 on")
+        is_temperature = _is_number(self.temperature) and 0 <= self.temperature <= _HOTTEST
+        _require(self, "temperature", is_temperature, "a number from 0 on that float32 has")
         is_count = self.top_k is None or (_is_integer(self.top_k) and 1 <= self.top_k < 2**31)
         _require(self, "top_k", is_count, "a positive integer")
         is_probability = self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1)
@@ -52,17 +62,18 @@ class Settings:
         _require(self, "seed", is_seed, f"an integer in 0..{SEEDS - 1}")
         texts = [self.stop] if isinstance(self.stop, str) else self.stop
         is_texts = isinstance(texts, list | tuple) and all(
-            isinstance(text, str) and text for text in texts
+            isinstance(text, str) and text and _is_unicode(text) for text in texts
         )
-        _require(self, "stop", is_texts, "a text or a list of texts, none empty")
+        _require(self, "stop", is_texts, "a text or a list of texts in Unicode, none empty")
         object.__setattr__(self, "stop", tuple(texts))
         _ = self.sampler  # refuses what does not go together
 
     @property
     def sampler(self) -> Sampler:
         """The strategy that temperature, top_k and top_p describe."""
-        top_p = None if self.top_p is None else float(self.top_p)
-        return sampler_of(float(self.temperature), self.top_k, top_p)
+        temperature = 0.0 if self.temperature < _COLDEST else float(self.temperature)
+        top_p = None if self.top_p is None else max(float(self.top_p), _SMALLEST_TOP_P)
+        return sampler_of(temperature, self.top_k, top_p)
 
     def updated(self, given: Mapping[str, object]) -> "Settings":
         """With the settings that a line gives. Its top_k or top_p takes the place of either."""
@@ -86,73 +97,99 @@ class Request:
     settings: Settings  # `seed` is the request's own
 
 
-def parse_request(text: bytes, line: int, defaults: Settings) -> Request:
+def line_text(line: bytes) -> bytes:
+    """A line without what says nothing: white space, and the byte-order mark of a file's start."""
+    return line.strip().removeprefix(_MARK).strip()
+
+
+def parse_request(text: bytes, line: int, defaults: Settings, release: str = "april") -> Request:
     """The request on a line.
+
+    A key whose value is null or an empty list is as good as not given. Clients send such keys.
 
     Raises:
       RequestError: not JSON, an unknown key, a wrong value, or messages that cannot be rendered.
     """
     try:
-        fields = json.loads(text.decode("utf-8"))
+        fields, faults = _read_json(line_text(text))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"not JSON in UTF-8: {error}") from error
+    if is_too_deep(fields):
+        raise RequestError(f"lists and objects in each other more than {DEEPEST} times.")
     if not isinstance(fields, dict):
         raise RequestError(f"{type(fields).__name__} instead of a JSON object {{...}}.")
+    fields = {key: value for key, value in fields.items() if value is not None and value != []}
     id = fields.get("id", str(line))
     if not isinstance(id, str) or not _is_unicode(id):
-        raise RequestError(f"id={id!r}: expected a text.")
+        raise RequestError(f"id={shown(id)}: expected a text.")
     try:
-        return _request(fields, id, line, defaults)
-    except ValueError as error:
+        if faults:
+            raise ValueError(faults[0])
+        return _request(fields, id, line, defaults, release)
+    except (ValueError, RecursionError) as error:
         raise RequestError(str(error), id) from error
 
 
-def _request(fields: Mapping[str, object], id: str, line: int, defaults: Settings) -> Request:
+def _read_json(text: bytes) -> tuple[object, list[str]]:
+    """A value, and what is wrong with its numbers; then a number is None.
+
+    Raises:
+      ValueError: not JSON in UTF-8.
+      RecursionError: nested too deep.
+    """
+    faults: list[str] = []
+
+    def number(digits: str, convert: Callable[[str], float] = float) -> float | None:
+        try:
+            value = convert(digits)
+        except ValueError:  # an integer of more than 4300 digits
+            value = math.inf
+        if isinstance(value, float) and not math.isfinite(value):
+            faults.append(f"{shown(digits)}: expected a number that JSON and float64 have.")
+            return None
+        return value
+
+    value = json.loads(
+        text.decode("utf-8"),
+        parse_float=number,
+        parse_int=functools.partial(number, convert=int),
+        parse_constant=number,
+    )
+    return value, faults
+
+
+def _request(
+    fields: Mapping[str, object], id: str, line: int, defaults: Settings, release: str
+) -> Request:
     if unknown := sorted(set(fields) - set(KEYS)):
-        raise ValueError(f"unknown keys {', '.join(unknown)}: expected some of {', '.join(KEYS)}.")
+        names = ", ".join(key if key.isidentifier() else shown(key) for key in unknown)
+        raise ValueError(f"unknown keys {names}: expected some of {', '.join(KEYS)}.")
     if ("messages" in fields) == ("prompt" in fields):
         raise ValueError("expected exactly one of the keys messages and prompt.")
     given = {"seed": (defaults.seed + line) % SEEDS}
     given |= {key: fields[key] for key in SETTINGS if key in fields}
     settings = defaults.updated(given)
     if "messages" in fields:
-        thinking_mode, effort = MODES[settings.mode]
-        messages = _messages(fields)
-        try:
-            prompt = encode_messages(messages, thinking_mode, reasoning_effort=effort)
-        except (TypeError, AttributeError) as error:  # a field of a type that no one expects
-            raise ValueError(f"messages with a field of a wrong type: {error}.") from error
+        if wrong := [k for k in ("messages", "tools") if not isinstance(fields.get(k, []), list)]:
+            raise ValueError(f"{wrong[0]}={shown(fields[wrong[0]])}: expected a list.")
+        prompt = render(
+            fields["messages"], settings.mode, release=release, tools=fields.get("tools")
+        )
+        text, thinking_mode = prompt.text, prompt.thinking_mode
     else:
         if extra := [key for key in ("mode", "tools") if key in fields]:
             raise ValueError(f"{', '.join(extra)} beside prompt: that belongs to messages.")
         if not isinstance(fields["prompt"], str):
-            raise ValueError(f"prompt={fields['prompt']!r}: expected a text.")
-        thinking_mode, prompt = None, BOS + fields["prompt"]
-    if not _is_unicode(prompt):
+            raise ValueError(f"prompt={shown(fields['prompt'])}: expected a text.")
+        text, thinking_mode = with_bos(fields["prompt"]), None
+    if not _is_unicode(text):
         raise ValueError("half of a surrogate pair in the text: it has no UTF-8 form.")
-    return Request(line, id, prompt, thinking_mode, settings)
-
-
-def _messages(fields: Mapping[str, object]) -> list[Mapping[str, object]]:
-    """The messages, with the request's `tools` on the first system message (made if needed)."""
-    messages, tools = fields["messages"], fields.get("tools")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages={messages!r}: expected a list with at least one message.")
-    if "tools" not in fields:
-        return messages
-    if not isinstance(tools, list) or not tools:
-        raise ValueError(f"tools={tools!r}: expected a list with at least one tool.")
-    if any(isinstance(message, dict) and message.get("tools") for message in messages):
-        raise ValueError("tools on the request and on a message: give them once.")
-    for index, message in enumerate(messages):
-        if isinstance(message, dict) and message.get("role") == "system":
-            return [*messages[:index], {**message, "tools": tools}, *messages[index + 1 :]]
-    return [{"role": "system", "content": "", "tools": tools}, *messages]
+    return Request(line, id, text, thinking_mode, settings)
 
 
 def _require(settings: Settings, name: str, holds: bool, expected: str) -> None:
     if not holds:
-        raise ValueError(f"{name}={getattr(settings, name)!r}: expected {expected}.")
+        raise ValueError(f"{name}={shown(getattr(settings, name))}: expected {expected}.")
 
 
 def _is_number(value: object) -> bool:
