@@ -10,8 +10,9 @@ import v4jax
 from tests.conftest import NANO
 from tests.scripts.test_scripts import start
 from v4jax import checkpoint
-from v4jax.cli import chat, generate
+from v4jax.cli import batch, chat, generate, score
 from v4jax.cli.errors import one_message
+from v4jax.inference.batch import JobError
 from v4jax.text.format import BOS, EFFORT_PROMPTS, EOS, THINK_START, USER
 from v4jax.text.prompt import encode_messages
 from v4jax.text.release import PROFILE_KEY
@@ -145,3 +146,40 @@ def test_odd_bytes_and_an_lfs_pointer_end_a_command_with_one_message(tmp_path):
         _, err = process.communicate(timeout=600)
         assert process.returncode == 2
         assert err.startswith("error: ") and err.count("\n") == 1, err
+
+
+def test_a_batch_job_renders_for_the_release(later, monkeypatch):
+    seen = {}
+
+    def job(*_, **options):
+        seen.update(options)
+        raise JobError("enough is known")
+
+    monkeypatch.setattr(batch, "Job", job)
+    with pytest.raises(SystemExit, match="enough is known"):
+        run(monkeypatch, batch, later, "--input", later / "in", "--output", later / "out")
+    assert seen["release"] == "0731"
+
+
+@pytest.mark.parametrize("text", ["Emma", f"{BOS}Emma", "\ufeffEmma"], ids=repr)
+def test_a_scored_text_begins_once(text, tmp_path, monkeypatch, capsys):
+    """A byte-order mark is not part of it, and is not counted among its bytes."""
+    seen = []
+
+    class Scorer:
+        def __init__(self, *_, **__):
+            pass
+
+        def perplexity(self, tokens, **_):
+            seen.append(tokens)
+            return 2.0, 4
+
+    monkeypatch.setattr(checkpoint, "load", lambda *_: None)
+    monkeypatch.setattr(score, "Scorer", Scorer)
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+
+    run(monkeypatch, score, NANO, "--text", tmp_path / "text")
+
+    assert seen == [Tokenizer(NANO).encode(BOS + "Emma")]
+    if BOS not in text:
+        assert "1.0000 bits per byte" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -279,6 +280,14 @@ def test_a_plan_wants_a_mode_of_the_release(tmp_path):
     Plan(tmp_path / "in", Settings(mode="think-low"), 1, "0731")
     with pytest.raises(ValueError, match="mode='think-low': release 'april' has non-think"):
         Plan(tmp_path / "in", Settings(mode="think-low"), 1)
+
+
+def test_a_pipe_cannot_be_planned(tmp_path):
+    """It would wait for ever, and could not be read again."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            Plan(path, Settings(), 1)
 
 
 def test_a_plan_of_nothing(tmp_path):

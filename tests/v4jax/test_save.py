@@ -37,6 +37,7 @@ from v4jax.checkpoint import Checkpoint, CheckpointError, load, save, saving
 from v4jax.checkpoint.hf_config import from_hf
 from v4jax.nn.model import Transformer
 from v4jax.nn.quantization import to_float, to_released
+from v4jax.text.release import release_of
 
 WIDTH = ("fsdp", "expert", "context")  # where the model width of parameters is cut
 EXPERT_WIDTH = ("fsdp", "context")  # that of experts
@@ -170,9 +171,13 @@ def test_the_other_files_of_a_checkpoint_are_copied(tmp_path):
     (folder / "tokenizer.json").write_text('{"model": "ä"}', encoding="utf-8")
     (folder / "LICENSE").write_text("MIT", encoding="utf-8")
     (folder / "model.safetensors.index.json.old").mkdir()
+    (folder / "encoding").mkdir()
+    for name in ("encoding_dsv4.py", "test_cases.json"):
+        (folder / "encoding" / name).write_text("REASONING_EFFORT_PROMPTS = {}", encoding="utf-8")
     save(load(folder), tmp_path / "new", like=Checkpoint(folder))
     files = sorted(path.name for path in (tmp_path / "new").iterdir())
-    assert files == ["LICENSE", "config.json", "model.safetensors", "tokenizer.json"]
+    assert files == ["LICENSE", "config.json", "encoding", "model.safetensors", "tokenizer.json"]
+    assert release_of(tmp_path / "new") == "0731"  # the module that tells came along
     assert (tmp_path / "new" / "tokenizer.json").read_text(encoding="utf-8") == '{"model": "ä"}'
 
 

@@ -108,7 +108,14 @@ def write_text(path: str, text: str) -> None:
 
 
 def copy_other_files(checkpoint: Checkpoint, path: str, besides: Container[str] = ()) -> None:
-    """Copies what is neither config nor weights: tokenizer, licence ..."""
+    """Copies what is neither config nor weights: tokenizer, licence ..., and the encoding module.
+
+    That one tells whose prompts the model expects (`v4jax/text/release.py`).
+    """
+    encoder = os.path.join("encoding", "encoding_dsv4.py")
+    if os.path.isfile(os.path.join(checkpoint.path, encoder)):
+        os.makedirs(os.path.join(path, "encoding"), exist_ok=True)
+        shutil.copyfile(os.path.join(checkpoint.path, encoder), os.path.join(path, encoder))
     for name in sorted(os.listdir(checkpoint.path)):
         source = os.path.join(checkpoint.path, name)
         written = name in ("config.json", INDEX_NAME) or name.endswith(".safetensors")

@@ -41,7 +41,8 @@ class Plan:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: batch_size is not positive, or the release does not have the settings' mode.
+      ValueError: batch_size is not positive, the release does not have the settings' mode, or the
+        path is that of a pipe or folder.
     """
 
     def __init__(
@@ -61,6 +62,10 @@ class Plan:
         numbers: dict[tuple, int] = {}  # of (sampler, max_new_tokens)
         ids: set[str] = set()
         sha, self.size = hashlib.sha256(), 0
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(
+                f"{path} is not a regular file: requests are read from it again later."
+            )
         with open(path, "rb") as file:
             for line, text in enumerate(file, 1):
                 sha.update(text)
