@@ -475,6 +475,15 @@ def test_a_truncated_shard_is_refused_by_name(tmp_path):
     assert "truncated" in str(info.value)
 
 
+def test_a_byte_order_mark_before_json_does_not_matter(tmp_path):
+    folder = in_two_files(tmp_path / "x")
+    for name in ("config.json", "model.safetensors.index.json"):
+        path = folder / name
+        path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+
+    assert Checkpoint(folder).tensors.keys() == cut_tensors().keys()
+
+
 def test_missing_files_and_misplaced_tensors_of_the_index_are_all_named(tmp_path):
     folder = in_two_files(tmp_path / "x")
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))

@@ -92,7 +92,7 @@ def from_hf(source: str | os.PathLike | Mapping[str, Any]) -> V4Config:
     else:
         path = os.fspath(source)
         path = os.path.join(path, "config.json") if os.path.isdir(path) else path
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             try:
                 raw = json.load(file)
             except ValueError as error:

@@ -161,7 +161,7 @@ def _open_files(path: str) -> list[SafetensorsFile]:
             raise CheckpointError(f"{path} has no .safetensors file.")
         return [SafetensorsFile(os.path.join(path, name)) for name in found]
     try:
-        with open(index, encoding="utf-8") as file:
+        with open(index, encoding="utf-8-sig") as file:
             weight_map = dict(json.load(file)["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not a valid index: {error!r}.") from error
