@@ -81,7 +81,7 @@ def values(tensor: saving.NewTensor, config: V4Config, rng: np.random.Generator)
     dtype = np.float32 if tensor.tag == "F32" else ml_dtypes.bfloat16
     if name.endswith("norm.weight") or name == "norm.weight":
         return np.ones(shape, dtype)
-    if name.endswith("hc_attn_scale") or name.endswith("hc_ffn_scale") or "hc_head_scale" in name:
+    if name.endswith(("hc_attn_scale", "hc_ffn_scale", "hc_head_scale")):
         return np.full(shape, 0.5, dtype)
     std = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
     return normal(rng, shape, std, dtype)
