@@ -9,7 +9,9 @@ def _flags(devices: int) -> str:
 
 
 # Before jax is imported, here or in a test.
-os.environ["JAX_PLATFORMS"] = "cpu"
+# V4JAX_TEST_PLATFORM runs the tests of operations on an accelerator (benchmarks/accelerator.py).
+PLATFORM = os.environ.get("V4JAX_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + _flags(8)
 
 import jax
@@ -25,7 +27,7 @@ SETTINGS = {
     "jax_compilation_cache_dir": str(ROOT / ".pytest_cache" / "jax"),
     "jax_persistent_cache_min_compile_time_secs": 0.3,
     # Most programs run once, and a third of the time to compile them is LLVM's.
-    "jax_disable_most_optimizations": True,
+    "jax_disable_most_optimizations": PLATFORM == "cpu",
 }
 for name, value in SETTINGS.items():
     jax.config.update(name, value)
