@@ -16,7 +16,7 @@ import numpy as np
 
 import v4jax
 from v4jax import Numerics, checkpoint
-from v4jax.inference.generate import Generator
+from v4jax.inference.engine import Engine
 
 
 def main() -> None:
@@ -28,13 +28,13 @@ def main() -> None:
     args = parser.parse_args()
 
     model = checkpoint.load(args.checkpoint, Numerics(args.numerics, jnp.dtype(args.dtype)))
-    generator = Generator(model)
+    engine = Engine(model)
     tokens = np.random.default_rng(0).integers(3, model.cfg.vocab_size, args.length).tolist()
     seconds = []
     for _ in range(2):  # the first run compiles
-        cache = generator.init_cache(1, args.length)
+        cache = engine.init_cache(1, args.length)
         start = time.monotonic()
-        cache, logits = generator.prefill([tokens], cache)
+        cache, logits = engine.prefill([tokens], cache)
         jax.block_until_ready(logits)
         seconds.append(time.monotonic() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

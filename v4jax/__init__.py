@@ -1,10 +1,9 @@
 """DeepSeek-V4 in pure JAX.
 
     import v4jax
-    from v4jax.inference.generate import Generator
 
-    tokenizer = v4jax.Tokenizer(v4jax.nano_path())
-    generator = Generator(v4jax.load(v4jax.nano_path(), v4jax.released()))
+    engine = v4jax.Engine(v4jax.load("nano", v4jax.released()), v4jax.Tokenizer(v4jax.nano_path()))
+    print(engine.generate("Emma was", v4jax.Sampling(max_new_tokens=20)).text)
 
 Packages: `nn` (the model), `text` (prompts and tokens), `checkpoint`, `inference`, `train`,
 `planning` (costs, memory, meshes) and `cli`. Names below are imported on first use.
@@ -15,7 +14,9 @@ import pathlib
 
 _HOMES = {
     "AxisRules": "sharding",
+    "Engine": "v4jax.inference.engine",
     "Numerics": "v4jax.nn.numerics",
+    "Sampling": "v4jax.inference.sampling",
     "Tokenizer": "v4jax.text.tokenizer",
     "Transformer": "v4jax.nn.model",
     "V4Config": "v4jax.config",

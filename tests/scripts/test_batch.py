@@ -189,7 +189,7 @@ def test_an_interrupt_leaves_what_was_written(requests, whole, tmp_path):
 def test_the_recipe_reaches_the_model(requests, tmp_path, monkeypatch):
     numerics = []
 
-    def load(path, given, rules):
+    def load(path, given):
         numerics.append(given)
         raise checkpoint.CheckpointError("enough is known")
 

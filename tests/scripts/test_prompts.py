@@ -21,14 +21,14 @@ from v4jax.text.tokenizer import Tokenizer
 
 @pytest.fixture
 def model(monkeypatch):
-    """Stands for the generator: says `says` and ends with EOS; `asked` has the prompts, as text."""
+    """Stands for the engine: says `says` and ends with EOS; `asked` has the prompts, as text."""
     tokenizer = Tokenizer(NANO)
 
     class Scripted:
         cfg = v4jax.nano()
         says, asked, error = "Yes.", [], None
 
-        def stream(self, prompts, **_):
+        def stream(self, prompts, *_):
             if self.error:
                 raise self.error
             self.asked.append(tokenizer.decode(prompts[0], keep_special=True))
@@ -39,7 +39,7 @@ def model(monkeypatch):
     scripted.asked = []
     monkeypatch.setattr(checkpoint, "load", lambda *_: None)
     for module in (chat, generate):
-        monkeypatch.setattr(module, "Generator", lambda *_, **__: scripted)
+        monkeypatch.setattr(module, "Engine", lambda *_, **__: scripted)
     return scripted
 
 

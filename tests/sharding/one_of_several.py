@@ -13,9 +13,10 @@ CHECKPOINT, FOLDER = (pathlib.Path(x) for x in sys.argv[4:6])
 import jax
 import numpy as np
 
-from sharding import DECODE, TRAIN, make_mesh
+from sharding import make_mesh
 from v4jax import checkpoint
-from v4jax.inference.generate import Generator
+from v4jax.inference.engine import Engine
+from v4jax.inference.sampling import Sampling
 from v4jax.train.data import TokenStream
 from v4jax.train.optimizers import OptimizerConfig
 from v4jax.train.trainer import Saver, Trainer
@@ -33,7 +34,7 @@ def main() -> None:
     assert len(jax.devices()) == 4
     result = {}
     with jax.set_mesh(make_mesh(fsdp=2, expert=2)):
-        model = checkpoint.load(CHECKPOINT, rules=TRAIN, scan_layers=True)
+        model = checkpoint.load(CHECKPOINT, use="train")
         weight = model.stages[0].blocks[0].moe.w1[...]
         held = sum(shard.data.nbytes for shard in weight.addressable_shards)
         result["share held"] = held / weight.nbytes
@@ -52,8 +53,9 @@ def main() -> None:
         saver.close()
         result["restored"], result["step"] = _loss(trainer, restored, stream), step
 
-        generator = Generator(checkpoint.load(CHECKPOINT, rules=DECODE), chunks=(16,))
-        completions = generator.generate([[5, 6, 7] * 9, [8] * 12], max_new_tokens=5, stop_ids=(0,))
+        engine = Engine(checkpoint.load(CHECKPOINT), chunks=(16,))
+        greedy = Sampling(temperature=0, max_new_tokens=5)
+        completions = engine.generate([[5, 6, 7] * 9, [8] * 12], greedy, stop_ids=(0,))
         result["tokens"] = [list(c.tokens) for c in completions]
     (FOLDER / f"{NUMBER}.json").write_text(json.dumps(result))
 

@@ -17,7 +17,8 @@ from flax import nnx
 from sharding import DECODE, TRAIN, collectives, make_mesh
 from tests.models import random_model
 from v4jax import Transformer, V4Config, checkpoint, nano_path, tiny
-from v4jax.inference.generate import Generator
+from v4jax.inference.engine import Engine
+from v4jax.inference.sampling import Sampling
 from v4jax.inference.score import Scorer
 from v4jax.nn.placement import check_mesh, specs
 from v4jax.train.losses import LossWeights, shifted
@@ -153,8 +154,9 @@ PROMPTS = [np.random.default_rng(n).integers(2, 256, n).tolist() for n in (150, 
 
 def _serve():
     model = random_model(tiny(), rules=DECODE, seed=1)
-    generator = Generator(model, chunks=(136,))
-    completions = generator.generate(PROMPTS, max_new_tokens=8, stop_ids=(0,))
+    engine = Engine(model, chunks=(136,))
+    greedy = Sampling(temperature=0, max_new_tokens=8)
+    completions = engine.generate(PROMPTS, greedy, stop_ids=(0,))
     return completions, Scorer(model).logits(TOKENS[:, :LENGTH])
 
 
@@ -198,16 +200,16 @@ def test_parts_of_quantised_weights_must_be_whole_blocks():
 
 def test_a_device_must_hold_whole_blocks_of_quantised_weights():
     with jax.set_mesh(make_mesh(tensor=2)):
-        model = checkpoint.load(nano_path(), rules=DECODE)
+        model = checkpoint.load(nano_path())
         with pytest.raises(ValueError, match=r"tensor=2 cuts .* need blocks of \d+ whole"):
-            Generator(model)
+            Engine(model)
 
 
 def test_a_mesh_is_refused_before_anything_is_compiled(compilations):
     model = random_model(tiny(), rules=DECODE, seed=1)
     before = compilations()
     with jax.set_mesh(make_mesh(tensor=4)), pytest.raises(ValueError, match="o_groups=2"):
-        Generator(model)
+        Engine(model)
     with jax.set_mesh(make_mesh(context=8)), pytest.raises(ValueError, match="length=20"):
         Scorer(model).logits(TOKENS[:, :20])
     assert compilations() == before

@@ -37,8 +37,8 @@ from v4jax.inference.batch.files import (
     read_lines,
 )
 from v4jax.inference.batch.requests import KEYS, line_text
-from v4jax.inference.generate import Generator
-from v4jax.inference.sampling import Greedy, Temperature, TopK, TopP
+from v4jax.inference.engine import Engine
+from v4jax.inference.sampling import Sampling
 from v4jax.text.format import BOS, EOS, ROLES
 from v4jax.text.prompt import encode_messages
 from v4jax.text.tokenizer import Tokenizer
@@ -57,8 +57,8 @@ def test_a_prompt_takes_the_settings_it_does_not_give():
 
     assert (request.line, request.id, request.thinking_mode) == (3, "3", None)
     assert request.prompt == BOS + "Emma was"
-    assert request.settings.sampler == Temperature(0.5)
-    assert (request.settings.max_new_tokens, request.settings.seed) == (7, 13)
+    expected = Sampling(temperature=0.5, max_new_tokens=7, seed=13)
+    assert request.settings.sampling == expected
 
 
 def test_messages_are_rendered_in_their_mode():
@@ -78,22 +78,22 @@ def test_tools_go_to_the_system_message():
 
 
 @pytest.mark.parametrize(
-    "given, sampler",
+    "given",
     [
-        ({"temperature": 0, "top_p": 0.3}, Greedy()),
-        ({"temperature": 2}, TopP(0.9, 2.0)),
-        ({"top_k": 5}, TopK(5, 0.8)),
-        ({"top_p": 1}, TopP(1.0, 0.8)),
-        ({"temperature": 1e-300}, Greedy()),
-        ({"temperature": 1e-5}, TopP(0.9, 1e-5)),
-        ({"top_p": 1e-300}, TopP(1e-6, 0.8)),
+        {"temperature": 0, "top_p": 0.3},
+        {"temperature": 2},
+        {"top_k": 5},
+        {"top_p": 1, "min_p": 0.1},
+        {"temperature": 1e-300},
+        {"max_new_tokens": 3, "seed": 4},
     ],
     ids=str,
 )
-def test_a_line_chooses_its_sampler(given, sampler):
+def test_a_line_chooses_its_sampling(given):
     request = parse({"prompt": "x", **given}, temperature=0.8, top_p=0.9)
 
-    assert request.settings.sampler == sampler
+    inherited = dict(temperature=0.8, top_p=0.9, seed=3)  # the seed of line 3
+    assert request.settings.sampling == Sampling(**{**inherited, **given})
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,6 @@ def test_a_line_chooses_its_sampler(given, sampler):
         ({"prompt": "x", "temperature": True}, "temperature=True"),
         ({"prompt": "x", "top_p": 1.5}, r"top_p=1.5: expected a number in \(0, 1\]"),
         ({"prompt": "x", "top_k": 0}, "top_k=0: expected a positive integer"),
-        ({"prompt": "x", "top_k": 3, "top_p": 0.5}, "top_k=3 and top_p=0.5 exclude each other"),
         ({"prompt": "x", "max_new_tokens": 1.0}, "max_new_tokens=1.0: expected a positive integer"),
         ({"prompt": "x", "seed": 2**32}, "seed=4294967296: expected an integer in"),
         ({"prompt": "x", "stop": ["a", ""]}, "stop=.* none empty"),
@@ -243,11 +242,10 @@ def test_a_plan_counts_and_sorts(tmp_path):
     plan = Plan(path, Settings(), batch_size=2)
 
     assert [[plan.line(i) for i in range(*batch)] for batch in plan.batches] == [
-        *([6, 8], [1]),  # shorter first, in batches of two
-        *([3], [7]),  # another sampler, another length
+        *([7, 3], [6, 8], [1])  # the shortest answer first, then the shortest prompt
     ]
-    assert [plan.request(i).line for i in range(5)] == [6, 8, 1, 3, 7]
-    assert plan.request(0).prompt == BOS + 5 * "é"
+    assert [plan.request(i).line for i in range(5)] == [7, 3, 6, 8, 1]
+    assert plan.request(2).prompt == BOS + 5 * "é"
     assert [(r["line"], r["id"]) for r in plan.malformed] == [(4, None), (5, "1"), (9, "8")]
     assert "an earlier line has this id" in plan.malformed[1]["error"]
     assert (plan.count, plan.last_line, plan.size) == (8, 9, path.stat().st_size)
@@ -500,11 +498,11 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def generator(tokenizer) -> Generator:
+def engine(tokenizer) -> Engine:
     """Random weights, float32 and no rounding: a row does not depend on its batch."""
     cfg = dataclasses.replace(tiny(), vocab_size=tokenizer.vocab_size, max_length=512)
     model = random_model(cfg, scan_layers=False, seed=1)
-    return Generator(model, chunks=(16,))
+    return Engine(model, chunks=(16,))
 
 
 @pytest.fixture
@@ -529,9 +527,9 @@ def job_of(requests, output, **options) -> Job:
     return Job(requests, output, settings, **{"batch_size": 2, "identity": {}, **options})
 
 
-def finish(job: Job, generator, tokenizer) -> int:
+def finish(job: Job, engine, tokenizer) -> int:
     with job:
-        steps = list(job.run(generator, tokenizer))
+        steps = list(job.run(engine, tokenizer))
         assert sum(step.requests for step in steps) == job.remaining
         return job.finish()
 
@@ -540,10 +538,10 @@ def records(path) -> list[dict]:
     return [json.loads(text) for _, text in read_lines(path)]
 
 
-def test_results_are_those_of_each_request_alone(requests, generator, tokenizer, tmp_path):
+def test_results_are_those_of_each_request_alone(requests, engine, tokenizer, tmp_path):
     output = tmp_path / "out"
 
-    assert finish(job_of(requests, output), generator, tokenizer) == 0
+    assert finish(job_of(requests, output), engine, tokenizer) == 0
 
     results, errors = records(output), records(errors_path(output))
     assert [(r["line"], r["id"]) for r in results] == [
@@ -557,12 +555,8 @@ def test_results_are_those_of_each_request_alone(requests, generator, tokenizer,
             lines[result["line"] - 1], result["line"], Settings(max_new_tokens=12)
         )
         prompt = tokenizer.encode(request.prompt)
-        (completion,) = generator.generate(
-            [prompt],
-            sampler=request.settings.sampler,
-            max_new_tokens=12,
-            stop_ids=tokenizer.stop_ids,
-            seed=[request.settings.seed],
+        (completion,) = engine.generate(
+            [prompt], [request.settings.sampling], stop_ids=tokenizer.stop_ids
         )
         assert result["prompt_tokens"] == len(prompt)
         if request.settings.stop:
@@ -582,17 +576,17 @@ def test_results_are_those_of_each_request_alone(requests, generator, tokenizer,
     assert chat["tool_calls"] == [] and "content" not in results[0]
 
 
-def test_interrupted_at_any_step_the_files_are_the_same(requests, generator, tokenizer, tmp_path):
+def test_interrupted_at_any_step_the_files_are_the_same(requests, engine, tokenizer, tmp_path):
     """Every restart goes one step further, with another number of processes each time."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(job_of(requests, whole), generator, tokenizer)
+    finish(job_of(requests, whole), engine, tokenizer)
 
     for stop_after in itertools.count():
         count = 1 + stop_after % 3
         left = 0
         for process in range(count):
             with job_of(requests, broken, process=process, count=count) as job:
-                list(itertools.islice(job.run(generator, tokenizer), stop_after))
+                list(itertools.islice(job.run(engine, tokenizer), stop_after))
                 if process == count - 1:
                     left = job.finish()
         if not left:
@@ -605,30 +599,30 @@ def test_interrupted_at_any_step_the_files_are_the_same(requests, generator, tok
         ]
     assert broken.read_bytes() == whole.read_bytes()
     assert errors_path(broken).read_bytes() == errors_path(whole).read_bytes()
-    assert finish(job_of(requests, broken), generator, tokenizer) == 0
+    assert finish(job_of(requests, broken), engine, tokenizer) == 0
     assert broken.read_bytes() == whole.read_bytes()
 
 
-def test_half_a_batch_is_filled_up(requests, generator, tokenizer, tmp_path):
+def test_half_a_batch_is_filled_up(requests, engine, tokenizer, tmp_path):
     """A batch of which one line was written is computed again, and only the other one is added."""
     output = tmp_path / "out"
-    finish(job_of(requests, output), generator, tokenizer)
+    finish(job_of(requests, output), engine, tokenizer)
     whole = output.read_bytes()
     lines = whole.splitlines(keepends=True)
     output.write_bytes(b"".join(lines[1:-1]) + lines[-1][:20])
 
     with job_of(requests, output) as job:
         assert job.total == 6 and job.remaining == 2
-        assert list(job.run(generator, tokenizer))[-1].requests > 0
+        assert list(job.run(engine, tokenizer))[-1].requests > 0
         assert len(output.read_bytes().splitlines()) == len(lines)
         assert job.finish() == 0
 
     assert output.read_bytes() == whole
 
 
-def test_another_input_is_refused(requests, generator, tokenizer, tmp_path):
+def test_another_input_is_refused(requests, engine, tokenizer, tmp_path):
     output = tmp_path / "out"
-    finish(job_of(requests, output), generator, tokenizer)
+    finish(job_of(requests, output), engine, tokenizer)
 
     with pytest.raises(JobError, match="batch_size was 2, is 3"):
         job_of(requests, output, batch_size=3)
@@ -639,15 +633,15 @@ def test_another_input_is_refused(requests, generator, tokenizer, tmp_path):
 
 
 class Scripted:
-    """A generator that says what it is told to, in every row."""
+    """An engine that says what it is told to, in every row."""
 
     cfg = tiny()
 
     def __init__(self, tokens):
         self.tokens = tokens
 
-    def stream(self, prompts, *, max_new_tokens, **_):
-        for token in self.tokens[:max_new_tokens]:
+    def stream(self, prompts, sampling, **_):
+        for token in self.tokens[: max(request.max_new_tokens for request in sampling)]:
             yield np.full(len(prompts), token)
 
 

@@ -15,7 +15,7 @@ from sharding import collectives, make_mesh
 from sharding.rules import PREFILL
 from tests import models
 from v4jax import Transformer, flash, nano, plain, pro, released, tiny
-from v4jax.inference.generate import Generator
+from v4jax.inference.engine import Engine
 from v4jax.inference.score import Scorer
 from v4jax.nn.cache import Chunk, append_entries, init_cache, window_rows, write_window
 from v4jax.planning import costs
@@ -191,6 +191,6 @@ def test_other_numerics_refuse_it(numerics):
 
 def test_the_format_reaches_generation_and_scoring(model):
     with pytest.raises(ValueError, match="format='fp8': expected \"packed\""):
-        Generator(model, cache="fp8").init_cache(1, 64)
+        Engine(model, cache="fp8").init_cache(1, 64)
     with pytest.raises(ValueError, match="format='fp8': expected \"packed\""):
         Scorer(model, cache="fp8").logits(np.zeros((1, 4), int), decode_from=2)

@@ -1,78 +1,101 @@
-"""Strategies draw from the distributions they promise."""
+"""Rows draw from the distributions that their options promise, whatever the other rows do."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from v4jax.inference.sampling import Greedy, Temperature, TopK, TopP, sampler_of
+from v4jax.inference.sampling import Sampling, SamplingRows, sample
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.25, 0.2, 0.1])).astype(np.float32)
 DRAWS = 20_000
+CASES = [  # options, the tokens that are left, the temperature
+    (Sampling(), [0, 1, 2, 3, 4], 1.0),
+    (Sampling(temperature=0.5), [0, 1, 2, 3, 4], 0.5),
+    (Sampling(top_k=2), [1, 2], 1.0),
+    (Sampling(top_k=3, temperature=2.0), [1, 2, 3], 2.0),
+    (Sampling(top_k=99), [0, 1, 2, 3, 4], 1.0),
+    (Sampling(top_p=0.6), [1, 2], 1.0),  # 0.4 is not enough, 0.65 is
+    (Sampling(top_p=0.3), [1], 1.0),
+    (Sampling(top_p=1e-300), [1], 1.0),
+    (Sampling(top_p=1.0, temperature=2.0), [0, 1, 2, 3, 4], 2.0),
+    (Sampling(min_p=0.6), [1, 2], 1.0),  # 0.24 is the least
+    (Sampling(top_k=4, top_p=0.8, min_p=0.3), [1, 2, 3], 1.0),  # all of them: 0.8 of what k left
+    (Sampling(top_k=3, top_p=0.7), [1, 2], 1.0),  # 0.65 of 0.85 is 0.76
+    (Sampling(temperature=0), [1], 1.0),
+    (Sampling(temperature=0, top_k=3, top_p=0.5), [1], 1.0),
+]
 
 
-def _shares(sampler) -> np.ndarray:
-    keys = jax.random.split(jax.random.key(0), DRAWS)
-    tokens = jax.jit(jax.vmap(sampler, (None, 0)))(LOGITS, keys)
-    return np.bincount(tokens, minlength=len(LOGITS)) / DRAWS
+@pytest.fixture(scope="module")
+def shares():
+    """Of the tokens drawn for each case, all cases being rows of one program."""
+    rows = SamplingRows.of([options for options, *_ in CASES])
+    logits = np.tile(LOGITS, (len(CASES), 1))
+    keys = jax.random.split(jax.random.key(0), (DRAWS, len(CASES)))
+    tokens = np.asarray(jax.jit(jax.vmap(sample, (None, 0, None)))(logits, keys, rows))
+    return [np.bincount(row, minlength=len(LOGITS)) / DRAWS for row in tokens.T]
 
 
-def _expected(keep: list[int], temperature: float) -> np.ndarray:
-    p = np.zeros(len(LOGITS))
-    p[keep] = np.exp(LOGITS[keep].astype(np.float64) / temperature)
-    return p / p.sum()
-
-
-@pytest.mark.parametrize(
-    "sampler, keep, temperature",
-    [
-        (Temperature(), [0, 1, 2, 3, 4], 1.0),
-        (Temperature(0.5), [0, 1, 2, 3, 4], 0.5),
-        (TopK(2), [1, 2], 1.0),
-        (TopK(3, temperature=2.0), [1, 2, 3], 2.0),
-        (TopK(99), [0, 1, 2, 3, 4], 1.0),
-        (TopP(0.6), [1, 2], 1.0),  # 0.4 is not enough, 0.65 is
-        (TopP(0.3), [1], 1.0),
-        (TopP(1.0, temperature=2.0), [0, 1, 2, 3, 4], 2.0),
-    ],
-    ids=str,
-)
-def test_draws_follow_the_distribution(sampler, keep, temperature):
-    expected = _expected(keep, temperature)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n][0]))
+def test_draws_follow_the_distribution(number, shares):
+    _, keep, temperature = CASES[number]
+    expected = np.zeros(len(LOGITS))
+    expected[keep] = np.exp(LOGITS[keep].astype(np.float64) / temperature)
+    expected /= expected.sum()
     noise = 4.5 * np.sqrt(expected * (1 - expected) / DRAWS)  # one in 150,000 per token
 
-    assert (np.abs(_shares(sampler) - expected) <= noise).all()
+    assert (np.abs(shares[number] - expected) <= noise).all()
 
 
 def test_greedy_takes_the_first_of_the_largest():
-    assert Greedy()(jnp.array([1.0, 3.0, 3.0, 2.0]), jax.random.key(0)) == 1
+    rows = SamplingRows.of([Sampling(temperature=0)])
+    logits = jnp.array([[1.0, 3.0, 3.0, 2.0]])
+
+    assert sample(logits, jax.random.split(jax.random.key(0), 1), rows).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-6, 1e-30, 1e-38, 1e-45, 1e-300])
+def test_a_tiny_temperature_tends_to_the_most_likely_token(temperature):
+    rows = SamplingRows.of([Sampling(temperature=temperature, top_k=k) for k in (None, 2)])
+    logits = jnp.tile(jnp.array([3.0, 15.0, 27.0, 9.0]), (2, 1))
+
+    for seed in range(5):
+        keys = jax.random.split(jax.random.key(seed), 2)
+        assert jax.jit(sample)(logits, keys, rows).tolist() == [2, 2]
+
+
+def test_a_row_does_not_depend_on_the_others():
+    keys = jax.random.split(jax.random.key(1), 3)
+    logits = jax.random.normal(jax.random.key(2), (3, 50))
+    several = [Sampling(), Sampling(top_p=0.5), Sampling(temperature=0)]
+
+    together = jax.jit(sample)(logits, keys, SamplingRows.of(several))
+
+    for i, options in enumerate(several):
+        alone = SamplingRows.of([options])
+        assert jax.jit(sample)(logits[i : i + 1], keys[i : i + 1], alone)[0] == together[i]
 
 
 @pytest.mark.parametrize(
-    "options, sampler",
+    "options, message",
     [
-        (dict(), Temperature()),
-        (dict(temperature=0, top_k=3), Greedy()),
-        (dict(temperature=0.5, top_k=3), TopK(3, 0.5)),
-        (dict(temperature=2.0, top_p=0.9), TopP(0.9, 2.0)),
+        (dict(temperature=-1.0), r"temperature=-1\.0: expected a number from 0 on"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(temperature=float("inf")), "temperature=inf"),
+        (dict(temperature=10**400), "temperature=10"),
+        (dict(temperature="1"), "temperature='1'"),
+        (dict(temperature=True), "temperature=True"),
+        (dict(top_k=0), "top_k=0: expected a positive integer"),
+        (dict(top_k=1.5), r"top_k=1\.5"),
+        (dict(top_p=0.0), r"top_p=0\.0: expected a number in \(0, 1\]"),
+        (dict(top_p=1.5), r"top_p=1\.5"),
+        (dict(min_p=-0.1), r"min_p=-0\.1: expected a number in \[0, 1\]"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(max_new_tokens=0), "max_new_tokens=0: expected a positive integer"),
     ],
     ids=str,
 )
-def test_options_name_a_strategy(options, sampler):
-    assert sampler_of(**options) == sampler
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: Temperature(0.0), "temperature=0.0"),
-        (lambda: Temperature(-1.0), "temperature=-1.0"),
-        (lambda: TopK(0), "k=0"),
-        (lambda: TopP(0.0), "p=0.0"),
-        (lambda: TopP(1.5), "p=1.5"),
-        (lambda: sampler_of(top_k=2, top_p=0.5), "top_k=2 and top_p=0.5 exclude each other"),
-    ],
-)
-def test_bad_settings_are_named(make, message):
+def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        Sampling(**options)

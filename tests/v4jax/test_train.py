@@ -18,7 +18,7 @@ from v4jax.nn.indexer import indexer_loss
 from v4jax.nn.moe import Router
 from v4jax.train.data import TokenStream
 from v4jax.train.losses import LossWeights, shifted, training_loss
-from v4jax.train.optimizers import OptimizerConfig, adamw, update_routing_bias
+from v4jax.train.optimizers import OptimizerConfig, adamw, is_matrix, update_routing_bias
 from v4jax.train.trainer import Saver, Trainer
 
 LENGTH = 140
@@ -192,23 +192,47 @@ def test_routing_bias_moves_against_the_load(model):
 def test_adamw_is_the_published_rule():
     """Two steps against NumPy: warm-up to the peak, decay on the matrix and not on the vector."""
     config = OptimizerConfig(peak_lr=0.1, warmup_steps=1, total_steps=10, clip_norm=1e9)
-    params = {"matrix": jnp.array([[2.0, -1.0]]), "vector": jnp.array([0.5])}
-    grads = [{"matrix": jnp.array([[1.0, -3.0]]), "vector": jnp.array([-2.0])}]
+    matrix = nnx.Param(jnp.array([[2.0, -1.0]]), matrix=True)
+    # As of two stacked layers: an axis more does not make it a matrix.
+    vector = nnx.Param(jnp.array([[0.5], [0.7]]), matrix=False)
+    params = nnx.State({"matrix": matrix, "vector": vector})
+    grads = [
+        nnx.State(
+            {
+                "matrix": matrix.replace(jnp.array([[1.0, -3.0]])),
+                "vector": vector.replace(jnp.array([[-2.0], [1.0]])),
+            }
+        )
+    ]
     grads.append(jax.tree.map(lambda g: 0.5 * g, grads[0]))
     tx = adamw(config)
     state, moments = tx.init(params), {k: (0.0, 0.0) for k in params}
-    expected = {k: np.asarray(v, np.float64) for k, v in params.items()}
+    expected = {k: np.asarray(v.get_value(), np.float64) for k, v in params.items()}
     for t, (grad, lr) in enumerate(zip(grads, (0.0, 0.1)), start=1):
         updates, state = tx.update(grad, state, params)
         params = jax.tree.map(jnp.add, params, updates)
         for k in params:
-            g = np.asarray(grad[k], np.float64)
+            g = np.asarray(grad[k].get_value(), np.float64)
             m, v = 0.9 * moments[k][0] + 0.1 * g, 0.95 * moments[k][1] + 0.05 * g**2
             moments[k] = m, v
             step = (m / (1 - 0.9**t)) / np.sqrt(v / (1 - 0.95**t))
             expected[k] -= lr * (step + (0.1 * expected[k] if k == "matrix" else 0.0))
     for k in params:
-        assert_close(params[k], expected[k], FLOAT32)
+        assert_close(params[k].get_value(), expected[k], FLOAT32)
+
+
+def test_only_matrices_decay_in_stacked_layers():
+    model = nnx.eval_shape(lambda: Transformer(tiny(), rngs=nnx.Rngs(0)))
+    decays = {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(is_matrix(nnx.state(model, nnx.Param)))
+    }
+
+    vectors = ("weight", "sink", "base", "scale", "ape")  # norms are `weight`, sites base and scale
+    assert {path for path in decays if path.endswith(vectors)} == {
+        path for path, decay in decays.items() if not decay
+    }
+    assert sum(decays.values()) > 80 and any(path.startswith("stages.1") for path in decays)
 
 
 def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):

@@ -25,7 +25,7 @@ from pallas_kernels.formats.quantize import (
     fp4_block,
     pack_planes,
 )
-from sharding import AxisRules, fitting
+from sharding import PREFILL, TRAIN, fitting
 from v4jax.checkpoint import names
 from v4jax.checkpoint.hf_config import from_hf
 from v4jax.checkpoint.safetensors import CheckpointError, SafetensorsFile
@@ -33,6 +33,7 @@ from v4jax.config import V4Config
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import Numerics, plain
 
+NANO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "nano")
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _logger = logging.getLogger("v4jax")
@@ -241,21 +242,34 @@ def leaves(model: Transformer) -> Iterator[Leaf]:
     yield from of(model, names.TOP, ("",))
 
 
+# How weights lie for what the model is to do. Prefill and decoding read them alike.
+USES = {"serve": PREFILL, "train": TRAIN}
+
+
+def _folder(source: str | os.PathLike) -> str | os.PathLike:
+    """Of a checkpoint; the model in the package goes by its name."""
+    return NANO if source == "nano" and not os.path.exists("nano") else source
+
+
 def load(
     source: str | os.PathLike | Checkpoint,
     numerics: Numerics = plain(),
-    rules: AxisRules = AxisRules(),
     *,
-    scan_layers: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    use: str = "serve",
+    scan_layers: bool | None = None,
     expert_format: str | None = None,
 ) -> Transformer:
     """Loads a model; weights keep the format they are stored in (FP4, FP8, bfloat16 ...).
 
-    Under a mesh (`with jax.set_mesh(mesh):`) arrays are placed by `rules`, and each process reads
-    only the parts that its devices hold.
+    On a mesh each process reads only the parts that its devices hold. The model carries where its
+    weights lie: what runs it asks the model.
 
     Args:
-      scan_layers: stack repeating layers, see `Transformer`.
+      source: a folder, "nano" (the model in the package), or an opened checkpoint.
+      mesh: of `v4jax.make_mesh`; default the ambient one (`with jax.set_mesh(mesh):`), if any.
+      use: "serve" lays weights as prefill and decoding read them, "train" as training does.
+      scan_layers: stack repeating layers, see `Transformer`; default: for training.
       expert_format: "fp8" holds FP4 experts as FP8 with the same values, in twice the memory; they
         are read and expanded one parameter at a time. None: as stored.
 
@@ -264,7 +278,14 @@ def load(
         Nothing has been loaded then. Or names experts that FP8 cannot hold, or that are damaged.
       ValueError: an `expert_format` that the stored experts cannot take without loss.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    if use not in USES:
+        raise ValueError(f"use={use!r}: expected one of {', '.join(map(repr, USES))}.")
+    if mesh is not None:
+        with jax.set_mesh(mesh):
+            options = dict(use=use, scan_layers=scan_layers, expert_format=expert_format)
+            return load(source, numerics, **options)
+    scan_layers = use == "train" if scan_layers is None else scan_layers
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(_folder(source))
     for note in checkpoint.notes:
         _logger.warning("%s: %s", checkpoint.path, note)
     config, stored = checkpoint.config, checkpoint.config.expert_format
@@ -277,7 +298,7 @@ def load(
             )
         config = dataclasses.replace(config, expert_format=expert_format)
     model = nnx.eval_shape(
-        lambda: Transformer(config, numerics, rules, scan_layers=scan_layers, rngs=nnx.Rngs(0))
+        lambda: Transformer(config, numerics, USES[use], scan_layers=scan_layers, rngs=nnx.Rngs(0))
     )
     plan = _check(checkpoint, list(leaves(model)))
     for leaf, read in plan:

@@ -19,7 +19,6 @@ import time
 import jax
 from tqdm import tqdm
 
-from sharding import DECODE
 from v4jax import Numerics, checkpoint
 from v4jax.cli.generate import add_sampling_arguments
 from v4jax.cli.pod import (
@@ -32,7 +31,7 @@ from v4jax.cli.pod import (
 )
 from v4jax.inference.batch import Job, JobError, Settings, merge_files
 from v4jax.inference.batch.files import errors_path, fingerprint
-from v4jax.inference.generate import Generator
+from v4jax.inference.engine import Engine
 from v4jax.text.format import MODES
 from v4jax.text.release import release_of
 from v4jax.text.tokenizer import Tokenizer
@@ -112,10 +111,10 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
                 initial=done, total=job.total, unit="request", desc=name[:-2], disable=not leads
             )
             with mesh, bar:
-                model = checkpoint.load(args.checkpoint, numerics, DECODE)
-                generator = Generator(model, cache=args.cache)
+                model = checkpoint.load(args.checkpoint, numerics)
+                engine = Engine(model, cache=args.cache)
                 started = time.monotonic()
-                for progress in job.run(generator, tokenizer):
+                for progress in job.run(engine, tokenizer):
                     tokens += progress.tokens
                     rate = tokens / (time.monotonic() - started)
                     bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)

@@ -14,32 +14,14 @@ from collections.abc import Iterator
 
 from v4jax import Numerics, checkpoint
 from v4jax.cli.errors import one_message
-from v4jax.cli.generate import accept_any_text, add_sampling_arguments
-from v4jax.inference.generate import Generator
-from v4jax.inference.sampling import sampler_of
+from v4jax.cli.generate import accept_any_text, add_sampling_arguments, sampling_of
+from v4jax.inference.engine import Engine
 from v4jax.text.format import MODES, THINK_END, EncodingError, resolve_mode
 from v4jax.text.parse import parse_partial_completion
 from v4jax.text.tokenizer import Tokenizer
 
 
-def stream(
-    generator: Generator, tokenizer: Tokenizer, prompt: list[int], seed: int, args
-) -> Iterator[int]:
-    """The ids of a reply as they come, the one that ends it included."""
-    steps = generator.stream(
-        [prompt],
-        sampler=sampler_of(args.temperature, args.top_k, args.top_p),
-        max_new_tokens=args.max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
-        seed=seed,
-    )
-    for step in steps:
-        yield int(step[0])
-
-
-def reply(
-    generator: Generator, tokenizer: Tokenizer, messages: list[dict], mode: str, args
-) -> dict:
+def reply(engine: Engine, tokenizer: Tokenizer, messages: list[dict], mode: str, args) -> dict:
     """Generates, prints and returns the assistant's next message."""
     prompt = tokenizer.render(messages, mode)
     ids = tokenizer.encode(prompt.text)
@@ -47,7 +29,8 @@ def reply(
 
     def until_end() -> Iterator[int]:
         nonlocal is_ended
-        for token in stream(generator, tokenizer, ids, args.seed + len(messages), args):
+        for step in engine.stream([ids], sampling_of(args, args.seed + len(messages))):
+            token = int(step[0])
             is_ended = token in tokenizer.stop_ids
             if not is_ended:
                 yield token
@@ -81,11 +64,11 @@ def main() -> None:
     resolve_mode(args.mode, tokenizer.release)
     tokenizer.encode(args.system or "")
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
-    generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
+    engine = Engine(checkpoint.load(args.checkpoint, numerics), tokenizer, cache=args.cache)
     accept_any_text()
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode
-    print(f"{generator.cfg.name}, {mode}; /mode NAME, /reset, /quit", file=sys.stderr)
+    print(f"{engine.cfg.name}, {mode}; /mode NAME, /reset, /quit", file=sys.stderr)
     while True:
         try:
             line = input("> ").strip()
@@ -106,7 +89,7 @@ def main() -> None:
         elif line:
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                messages = [*asked, reply(generator, tokenizer, asked, mode, args)]
+                messages = [*asked, reply(engine, tokenizer, asked, mode, args)]
             except ValueError as error:  # of this message: too long, or not in UTF-8
                 print(f"error: {error}", file=sys.stderr)
 

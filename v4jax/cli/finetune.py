@@ -68,7 +68,7 @@ def start_model(args: argparse.Namespace) -> Transformer:
     """The float32 model to start from."""
     numerics = released("float32") if args.qat else plain()
     if args.checkpoint:
-        return to_float(checkpoint.load(args.checkpoint, numerics, scan_layers=True))
+        return to_float(checkpoint.load(args.checkpoint, numerics, use="train"))
     cfg = VARIANTS[args.model]()
     return jax.jit(lambda: Transformer(cfg, numerics, rngs=nnx.Rngs(args.seed)))()
 

@@ -15,8 +15,8 @@ import time
 
 from v4jax import Numerics, checkpoint
 from v4jax.cli.errors import one_message
-from v4jax.inference.generate import Generator
-from v4jax.inference.sampling import sampler_of
+from v4jax.inference.engine import Engine
+from v4jax.inference.sampling import Sampling
 from v4jax.nn.numerics import RECIPES
 from v4jax.text.format import MODES
 from v4jax.text.prompt import with_bos
@@ -28,6 +28,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--top-k", type=int)
+    parser.add_argument("--min-p", type=float)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
@@ -36,6 +37,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", choices=RECIPES, help="of released numerics, see v4jax.nn.numerics"
     )
     parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
+
+
+def sampling_of(args: argparse.Namespace, seed: int | None = None) -> Sampling:
+    """What the options of `add_sampling_arguments` describe."""
+    names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
+    options = {name: getattr(args, name) for name in names}
+    return Sampling(**options, seed=args.seed if seed is None else seed)
 
 
 def accept_any_text() -> None:
@@ -64,23 +72,16 @@ def main() -> None:
     add_sampling_arguments(parser)
     args = parser.parse_args()
 
-    sampler = sampler_of(args.temperature, args.top_k, args.top_p)
+    sampling = sampling_of(args)
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     tokenizer = Tokenizer(args.checkpoint)
     prompt = tokenizer.encode(render(tokenizer, args.prompt, args.mode))  # fails before loading
-    generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
+    engine = Engine(checkpoint.load(args.checkpoint, numerics), tokenizer, cache=args.cache)
     accept_any_text()
     times = [time.monotonic()]
 
     def ids():
-        steps = generator.stream(
-            [prompt],
-            sampler=sampler,
-            max_new_tokens=args.max_new_tokens,
-            stop_ids=tokenizer.stop_ids,
-            seed=args.seed,
-        )
-        for step in steps:
+        for step in engine.stream([prompt], sampling):
             times.append(time.monotonic())
             if step[0] not in tokenizer.stop_ids:
                 yield step[0]

@@ -9,12 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sharding import DECODE, PREFILL, AxisRules, collectives
-from v4jax.inference.generate import MIN_CAPACITY
+from sharding import DECODE, PREFILL, collectives
 from v4jax.nn.cache import CacheFormat
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import Transformer
-from v4jax.nn.placement import check_mesh, specs
+from v4jax.nn.placement import check_mesh, mesh_of, on_mesh, require_placed, specs
+
+LEAST_CAPACITY = 256  # tokens of a cache: few programs for short texts
+
+
+def _on_its_mesh(method):
+    """Runs a method on the mesh that the scorer's model lies on."""
+
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        with on_mesh(self._mesh):
+            return method(self, *args, **options)
+
+    return call
 
 
 class Scorer:
@@ -22,8 +34,11 @@ class Scorer:
 
     Args:
       cache: how rows are held, see `v4jax.nn.cache.CacheFormat`.
-      rules: how whole sequences, and steps through a cache, are spread over the ambient mesh, if
-        there is one.
+
+    If the model lies on a mesh, the steps run there.
+
+    Raises:
+      ValueError: its weights do not lie as the steps read them.
     """
 
     def __init__(
@@ -31,9 +46,8 @@ class Scorer:
         model: Transformer,
         *,
         cache: CacheFormat = None,
-        rules: tuple[AxisRules, AxisRules] = (PREFILL, DECODE),
     ):
-        self.model, self._rules = model, rules
+        self.model, self._mesh = model, mesh_of(model)
         self._init_cache = functools.partial(model.init_cache, format=cache)
         graphdef, self._params = nnx.split(model)
 
@@ -50,7 +64,12 @@ class Scorer:
             model = nnx.merge(graphdef, params)
             return cross_entropy(model, model.hidden(model.trunk(tokens)[0]), following)
 
-        at_once, stepwise = rules
+        with on_mesh(self._mesh):
+            self._make_steps(whole, extend, losses)
+
+    def _make_steps(self, whole, extend, losses) -> None:
+        at_once, stepwise = PREFILL, DECODE
+        require_placed(self._params, at_once)
         placed, tokens = specs(self._params, at_once), at_once.tokens
         rows = stepwise.spec("batch")
         per_device = functools.partial(collectives.per_device, followed=at_once)
@@ -62,6 +81,7 @@ class Scorer:
         step = collectives.per_device(extend, stepwise, (placed, rows, rows), (rows, rows))
         self._extend = jax.jit(step, donate_argnums=(2,))
 
+    @_on_its_mesh
     def logits(self, tokens: np.ndarray, *, decode_from: int | None = None) -> np.ndarray:
         """Logits [B, T, V] (float32) of token ids [B, T].
 
@@ -75,19 +95,20 @@ class Scorer:
         tokens = self._checked(tokens)
         if decode_from is None:
             batch, length = tokens.shape
-            check_mesh(self.model.cfg, self._rules[0], batch=batch, length=length)
+            check_mesh(self.model.cfg, PREFILL, batch=batch, length=length)
             return np.asarray(self._whole(self._params, tokens))
         batch, length = tokens.shape
-        check_mesh(self.model.cfg, self._rules[1], batch=batch)
+        check_mesh(self.model.cfg, DECODE, batch=batch)
         if not 1 <= decode_from <= length:
             raise ValueError(f"decode_from={decode_from}: expected 1..{length} (the length).")
-        cache = self._init_cache(batch, max(length, MIN_CAPACITY))
+        cache = self._init_cache(batch, max(length, LEAST_CAPACITY))
         parts = []
         for start, stop in [(0, decode_from)] + [(t, t + 1) for t in range(decode_from, length)]:
             logits, cache = self._extend(self._params, tokens[:, start:stop], cache)
             parts.append(np.asarray(logits))
         return np.concatenate(parts, axis=1)
 
+    @_on_its_mesh
     def perplexity(
         self, tokens: Sequence[int], *, context: int = 512, batch_size: int = 8
     ) -> tuple[float, int]:
@@ -108,7 +129,7 @@ class Scorer:
         if len(tokens) < 2:
             raise ValueError(f"{len(tokens)} tokens: perplexity needs at least 2.")
         context = min(context, len(tokens) - 1)
-        check_mesh(self.model.cfg, self._rules[0], batch=batch_size, length=context)
+        check_mesh(self.model.cfg, PREFILL, batch=batch_size, length=context)
         stride = max(context // 2, 1)
         last = len(tokens) - 1 - context
         starts = [*range(0, last, stride), last]

@@ -29,7 +29,7 @@ from v4jax.nn.hyper_connections import HyperConnection, HyperHead
 from v4jax.nn.layers import KeyStream, Linear, RMSNorm, param
 from v4jax.nn.moe import MoE, RouterStats
 from v4jax.nn.numerics import Numerics, plain
-from v4jax.nn.placement import gathered
+from v4jax.nn.placement import check_mesh, gathered, mesh_of, on_mesh, specs
 
 
 @functools.partial(
@@ -89,6 +89,17 @@ def _extend(rules, block, streams, tokens, chunk, cache):
     """`Block.extend`, traced once for all layers of a kind. `rules` only tells traces apart."""
     del rules
     return gathered(block, streams.dtype).extend(streams, tokens, chunk, cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _whole(graphdef, rules, params, tokens):
+    """`Transformer.__call__` of whole sequences on every device of the ambient mesh."""
+
+    def on_device(params, tokens):
+        return nnx.merge(graphdef, params)(tokens)
+
+    placed = (specs(params, rules), rules.tokens)
+    return collectives.per_device(on_device, rules, placed, rules.tokens)(params, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,12 +259,31 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
         self.head = param(rngs, shape, axes, rules, stored="bf16", init=init)
         self.mtp = nnx.List([MTP(cfg, s, numerics, rules, rngs=rngs) for s in cfg.mtp_layers])
-        self.cfg, self.numerics = cfg, numerics
+        self.cfg, self.numerics, self.rules = cfg, numerics, rules
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Token ids [B, T] -> logits [B, T, V] in float32, whole sequences from position 0."""
+        """Token ids [B, T] -> logits [B, T, V] in float32, whole sequences from position 0.
+
+        A model that lies on a mesh computes there. Its axes have to divide B and T.
+
+        Raises:
+          ValueError: they do not.
+        """
+        mesh = mesh_of(self)
+        if collectives.rules() is None and (
+            mesh is not None or not jax.sharding.get_abstract_mesh().empty
+        ):
+            with on_mesh(mesh):
+                return self._over_mesh(jnp.asarray(tokens))
         streams, _ = self.trunk(tokens)
         return self.logits(self.hidden(streams))
+
+    def _over_mesh(self, tokens: jax.Array) -> jax.Array:
+        """`__call__` on the ambient mesh: every device its part of tokens and weights."""
+        batch, length = tokens.shape
+        check_mesh(self.cfg, self.rules, batch=batch, length=length)
+        graphdef, params = nnx.split(self)
+        return _whole(graphdef, self.rules, params, tokens)
 
     def trunk(
         self, tokens: jax.Array, *, remat: bool = False

@@ -1,5 +1,6 @@
 """Where a model's parameters lie on a mesh, and what that means for a step: gather, reduce, check."""
 
+import contextlib
 import math
 
 import jax
@@ -61,6 +62,47 @@ def _check_blocks(weight: QuantizedArray, spec: P, sizes: dict[str, int]) -> Non
                 f"mesh axis {label} cuts {whole} {'inputs' if axis == -2 else 'outputs'} of a "
                 f"weight of {tuple(weight.shape)} into {parts} parts, but its scales need blocks of "
                 f"{block} whole: sizes that would do are {', '.join(map(str, good)) or 1}."
+            )
+
+
+def mesh_of(module: nnx.Module) -> jax.sharding.Mesh | None:
+    """The mesh that a module's arrays lie on; None on one device."""
+    for leaf in jax.tree.leaves(nnx.state(module)):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.NamedSharding) and isinstance(sharding.mesh, jax.sharding.Mesh):
+            return sharding.mesh
+    return None
+
+
+def on_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
+    """`with on_mesh(mesh_of(model)):` programs run where the model lies."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def require_placed(state, rules: AxisRules) -> None:
+    """Refuses variables that lie otherwise than a step under `rules` reads them on the ambient mesh.
+
+    The step would bring them there each time it runs: all weights, for every token.
+
+    Raises:
+      ValueError: names the first such variable, where it lies and where it should.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return
+    mesh = jax.sharding.get_mesh()
+    wanted = dict(nnx.to_flat_state(specs(state, rules)))
+    for path, variable in nnx.to_flat_state(state):
+        arrays = jax.tree.leaves(variable.get_value())
+        places = jax.tree.leaves(wanted[path].get_value(), is_leaf=lambda s: isinstance(s, P))
+        for array, spec in zip(arrays, places, strict=True):
+            place = jax.NamedSharding(mesh, spec)
+            if array.sharding.is_equivalent_to(place, array.ndim):
+                continue
+            found = getattr(array.sharding, "spec", array.sharding)
+            raise ValueError(
+                f"{'.'.join(map(str, path))} lies by {found}, and this step reads it by {spec}: it "
+                "would be moved in every step. Load the model for what it is to do: "
+                'v4jax.load(folder, mesh=mesh, use="serve"), or use="train".'
             )
 
 

@@ -20,8 +20,8 @@ from flax import nnx
 from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import AXES, DECODE, PREFILL, TRAIN, AxisRules
 from v4jax.config import V4Config
-from v4jax.inference.generate import DecodeState, decode_step, prefill_step
-from v4jax.inference.sampling import Greedy
+from v4jax.inference.sampling import Sampling
+from v4jax.inference.steps import Slots, decode_step, prefill_step, request_rows
 from v4jax.nn.cache import CacheFormat, init_cache
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
@@ -179,17 +179,16 @@ def _train(model, job, mesh):
 def _decode(model, job, mesh):
     leaves, rows = _leaves(model, job, mesh), job.rules.spec("batch")
 
-    def state() -> DecodeState:
+    def make() -> Slots:
         cache, logits = _cache_and_logits(model, job)
-        keys = jax.vmap(jax.random.key)(jnp.arange(job.batch))
-        done = jnp.zeros(job.batch, bool)
-        return DecodeState(cache, logits, keys, done, jnp.zeros((), jnp.int32))
+        sampling, keys, limits, stops = request_rows([Sampling()] * job.batch, [model.cfg.eos_id])
+        keys = jax.random.wrap_key_data(keys)
+        steps, done = jnp.zeros(job.batch, jnp.int32), jnp.zeros(job.batch, bool)
+        return Slots(cache, logits, keys, steps, limits, stops, done, sampling)
 
-    state = jax.tree.map(
-        lambda x: _placed(x, rows if x.ndim else jax.P(), mesh), jax.eval_shape(state)
-    )
-    held = {"parameters": leaves, "cache": state.cache}
-    return decode_step(model, job.rules), (leaves, state, Greedy(), (model.cfg.eos_id,)), held
+    slots = jax.tree.map(lambda x: _placed(x, rows, mesh), jax.eval_shape(make))
+    held = {"parameters": leaves, "cache": slots.cache}
+    return decode_step(model, job.rules), (leaves, slots), held
 
 
 def _prefill(model, job, mesh):

@@ -20,7 +20,7 @@ from v4jax.inference.batch.files import (
 )
 from v4jax.inference.batch.plan import Plan
 from v4jax.inference.batch.requests import Request, Settings
-from v4jax.inference.generate import Generator
+from v4jax.inference.engine import Engine
 from v4jax.text.format import THINK_END
 from v4jax.text.parse import answer_span, parse_partial_completion
 from v4jax.text.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ class Job:
     """One process's share of a job, to be used in a `with` statement.
 
         with Job(input, output, Settings(), batch_size=8, identity={...}) as job:
-            for progress in job.run(generator, tokenizer):
+            for progress in job.run(engine, tokenizer):
                 ...
             left = job.finish()
 
@@ -158,7 +158,7 @@ class Job:
         lines = map(self.plan.line, range(start, end))
         return [line for line in lines if not self._done[line]]
 
-    def run(self, generator: Generator, tokenizer: Tokenizer) -> Iterator[Progress]:
+    def run(self, engine: Engine, tokenizer: Tokenizer) -> Iterator[Progress]:
         """Generates what is not done.
 
         A batch is always computed as a whole, whatever of it is done already, and padded to
@@ -168,7 +168,7 @@ class Job:
           after every step of a batch its tokens, and after every batch its requests.
         """
         self._write_malformed()
-        limit = generator.cfg.max_length
+        limit = engine.cfg.max_length
         for start, end in self._batches:
             lines = self._open(start, end)
             if not lines:
@@ -183,11 +183,11 @@ class Job:
                     message = (
                         f"{len(prompt)} prompt tokens and max_new_tokens="
                         f"{request.settings.max_new_tokens} are more than the {limit} tokens of "
-                        f"{generator.cfg.name}: shorten the prompt or generate fewer tokens."
+                        f"{engine.cfg.name}: shorten the prompt or generate fewer tokens."
                     )
                     errors.append({"line": request.line, "id": request.id, "error": message})
             if rows:
-                for tokens in self._generate(generator, tokenizer, rows):
+                for tokens in self._generate(engine, tokenizer, rows):
                     yield Progress(0, tokens)
             if self._leads:
                 self._results.append([row.record() for row in rows if row.request.line in lines])
@@ -196,18 +196,13 @@ class Job:
                 self._done[line] = True
             yield Progress(len(lines), 0)
 
-    def _generate(
-        self, generator: Generator, tokenizer: Tokenizer, rows: list["_Row"]
-    ) -> Iterator[int]:
+    def _generate(self, engine: Engine, tokenizer: Tokenizer, rows: list["_Row"]) -> Iterator[int]:
         """Fills the rows; yields how many of them got a token."""
         padded = rows + [rows[0]] * (self.plan.batch_size - len(rows))
-        settings = rows[0].request.settings  # its sampler and length are those of the batch
-        steps = generator.stream(
+        steps = engine.stream(
             [row.prompt for row in padded],
-            sampler=settings.sampler,
-            max_new_tokens=settings.max_new_tokens,
+            [row.request.settings.sampling for row in padded],
             stop_ids=tokenizer.stop_ids,
-            seed=[row.request.settings.seed for row in padded],
         )
         for step in steps:
             yield sum([row.push(int(token)) for row, token in zip(rows, step)])

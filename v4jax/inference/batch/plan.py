@@ -20,8 +20,7 @@ from v4jax.text.format import resolve_mode
 class Plan:
     """Which requests a file holds, and the batches they form.
 
-    A batch has requests with the same sampler and the same `max_new_tokens`, of similar length.
-    Batches depend on the file, the settings and `batch_size` only: not on what is done already or
+    A batch has requests of similar length, whatever their samplers. Batches depend on the file, the settings and `batch_size` only: not on what is done already or
     on how many hosts there are. So a request is always computed in the same company, and its result
     has the same bits (in bfloat16 a product's last bit may depend on the shape of the batch).
 
@@ -58,8 +57,7 @@ class Plan:
         self.path, self.settings = path, settings
         self.batch_size, self.release = batch_size, release
         self.malformed: list[dict[str, object]] = []
-        lines, offsets, groups, lengths, marks = (array.array(code) for code in "qqiqQ")
-        numbers: dict[tuple, int] = {}  # of (sampler, max_new_tokens)
+        lines, offsets, limits, lengths, marks = (array.array(code) for code in "qqqqQ")
         ids: set[str] = set()
         sha, self.size = hashlib.sha256(), 0
         if os.path.exists(path) and not os.path.isfile(path):
@@ -75,26 +73,22 @@ class Plan:
                         if request.id in ids:
                             raise RequestError("an earlier line has this id.", request.id)
                         ids.add(request.id)
-                        group = (request.settings.sampler, request.settings.max_new_tokens)
                         lines.append(line)
                         offsets.append(self.size)
-                        groups.append(numbers.setdefault(group, len(numbers)))
+                        limits.append(request.settings.max_new_tokens)
                         lengths.append(len(request.prompt))
                         marks.append(_mark(text))
                     except RequestError as error:
                         self.malformed.append({"line": line, "id": error.id, "error": str(error)})
                 self.size += len(text)
         self.digest = sha.hexdigest()
-        order = np.lexsort((lines, lengths, groups))
+        # A batch runs as long as its longest row: first by what may be generated, then by prompt.
+        order = np.lexsort((lines, lengths, limits))
         self._lines, self._offsets = np.array(lines)[order], np.array(offsets)[order]
         self._marks = np.array(marks)[order]
-        # A group begins where the number changes; batches do not reach over its end.
-        sizes = np.bincount(np.array(groups, np.int64), minlength=len(numbers))
-        ends = np.cumsum(sizes)
+        count = len(lines)
         self.batches = [
-            (start, min(start + batch_size, int(end)))
-            for end, size in zip(ends, sizes)
-            for start in range(int(end - size), int(end), batch_size)
+            (start, min(start + batch_size, count)) for start in range(0, count, batch_size)
         ]
 
     @property

@@ -6,20 +6,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
-from v4jax.inference.sampling import Sampler, sampler_of
+from v4jax.inference.sampling import Sampling
 from v4jax.text.format import DEEPEST, MODES, is_too_deep, shown
 from v4jax.text.prompt import render, with_bos
 
 SEEDS = 2**32  # jax takes the low 32 bits of a seed
 _MAX_MESSAGE = 500  # characters; messages of errors may quote a whole request
 _MARK = b"\xef\xbb\xbf"  # UTF-8 byte-order mark
-# Samplers compute in float32, where a division by less could overflow, and a draw at this
-# temperature is the most likely token in any case.
-_COLDEST = 1e-5
-_HOTTEST = float(np.finfo(np.float32).max)
-_SMALLEST_TOP_P = 1e-6  # keeps one token, as anything smaller would: no vocabulary has a million
 
 
 class RequestError(ValueError):
@@ -44,41 +37,29 @@ class Settings:
     temperature: float = 1.0  # 0, and what is nearly that: greedy
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     max_new_tokens: int = 256
     seed: int = 0  # a line without its own uses this plus its number
     stop: str | Sequence[str] = ()  # texts that end a completion and are not part of it
 
     def __post_init__(self):
         _require(self, "mode", self.mode in tuple(MODES), f"one of {', '.join(MODES)}")
-        is_temperature = _is_number(self.temperature) and 0 <= self.temperature <= _HOTTEST
-        _require(self, "temperature", is_temperature, "a number from 0 on that float32 has")
-        is_count = self.top_k is None or (_is_integer(self.top_k) and 1 <= self.top_k < 2**31)
-        _require(self, "top_k", is_count, "a positive integer")
-        is_probability = self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1)
-        _require(self, "top_p", is_probability, "a number in (0, 1]")
-        is_length = _is_integer(self.max_new_tokens) and 1 <= self.max_new_tokens < 2**31
-        _require(self, "max_new_tokens", is_length, "a positive integer")
-        is_seed = _is_integer(self.seed) and 0 <= self.seed < SEEDS
-        _require(self, "seed", is_seed, f"an integer in 0..{SEEDS - 1}")
         texts = [self.stop] if isinstance(self.stop, str) else self.stop
         is_texts = isinstance(texts, list | tuple) and all(
             isinstance(text, str) and text and _is_unicode(text) for text in texts
         )
         _require(self, "stop", is_texts, "a text or a list of texts in Unicode, none empty")
         object.__setattr__(self, "stop", tuple(texts))
-        _ = self.sampler  # refuses what does not go together
+        _ = self.sampling  # refuses what it does not take
 
     @property
-    def sampler(self) -> Sampler:
-        """The strategy that temperature, top_k and top_p describe."""
-        temperature = 0.0 if self.temperature < _COLDEST else float(self.temperature)
-        top_p = None if self.top_p is None else max(float(self.top_p), _SMALLEST_TOP_P)
-        return sampler_of(temperature, self.top_k, top_p)
+    def sampling(self) -> Sampling:
+        """How the request's tokens are drawn, and how many."""
+        names = [field.name for field in dataclasses.fields(Sampling)]
+        return Sampling(**{name: getattr(self, name) for name in names})
 
     def updated(self, given: Mapping[str, object]) -> "Settings":
-        """With the settings that a line gives. Its top_k or top_p takes the place of either."""
-        if "top_k" in given or "top_p" in given:
-            given = {"top_k": None, "top_p": None, **given}
+        """With the settings that a line gives."""
         return dataclasses.replace(self, **given)
 
 
@@ -190,14 +171,6 @@ def _request(
 def _require(settings: Settings, name: str, holds: bool, expected: str) -> None:
     if not holds:
         raise ValueError(f"{name}={shown(getattr(settings, name))}: expected {expected}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_unicode(text: str) -> bool:
