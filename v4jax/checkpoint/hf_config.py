@@ -5,11 +5,11 @@
 
 import copy
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
+from v4jax.checkpoint.errors import ConfigError, read_json
 from v4jax.config import (
     CSA_RATIO,
     HCA_RATIO,
@@ -64,6 +64,7 @@ _LAYER_TYPES = {
     "compressed_sparse_attention": CSA_RATIO,
     "heavily_compressed_attention": HCA_RATIO,
 }
+_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 _QUANTIZATION = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -71,10 +72,6 @@ _QUANTIZATION = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
-
-
-class ConfigError(ValueError):
-    """A config.json that this implementation does not compute."""
 
 
 def from_hf(source: str | os.PathLike | Mapping[str, Any]) -> V4Config:
@@ -92,13 +89,7 @@ def from_hf(source: str | os.PathLike | Mapping[str, Any]) -> V4Config:
     else:
         path = os.fspath(source)
         path = os.path.join(path, "config.json") if os.path.isdir(path) else path
-        with open(path, encoding="utf-8-sig") as file:
-            try:
-                raw = json.load(file)
-            except ValueError as error:
-                raise ConfigError(f"{path} is not JSON: {error}.") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} holds a {type(raw).__name__}: expected an object.")
+        raw = read_json(path, ConfigError)
     return _Reader(raw).config()
 
 
@@ -122,43 +113,61 @@ class _Reader:
             return default[0]
         raise ConfigError(f"{key} is missing from the config.")
 
-    def integer(self, key: str, *default: int) -> int:
-        value = self.take(key, *default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ConfigError(f"{key}={value!r}: expected a whole number.")
-        return value
+    def integer(self, key: str, *default: int, least: int = 1, most: int = 1 << 24) -> int:
+        return _integer(key, self.take(key, *default), least, most)
 
     def number(self, key: str) -> float:
-        value = self.take(key)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"{key}={value!r}: expected a number.")
-        return float(value)
+        return _positive(key, self.take(key))
+
+    def items(self, key: str) -> list | None:
+        """A list, or None if there is none."""
+        value = self.take(key, None)
+        if value is not None and not isinstance(value, list | tuple):
+            raise ConfigError(f"{key}={_shown(value)}: expected a list.")
+        return None if value is None else list(value)
+
+    def mapping(self, key: str) -> dict[str, Any] | None:
+        """An object, or None if there is none."""
+        value = self.take(key, None)
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={_shown(value)}: expected an object.")
+        return None if value is None else dict(value)
+
+    def token(self, key: str, default: int) -> int:
+        """An id; of several, the first. transformers writes a number, a list or null."""
+        value = self.take(key, default)
+        value = default if value is None or value == [] else value
+        return _integer(key, value[0] if isinstance(value, list) else value, 0, 1 << 24)
 
     def config(self) -> V4Config:
         for key, accepted in _FIXED.items():
             value = self.take(key, accepted[0])
-            if value not in accepted:
-                raise ConfigError(f"{key}={value!r}: expected {accepted[0]!r}.")
+            same = any(
+                value == a and isinstance(value, bool) == isinstance(a, bool) for a in accepted
+            )
+            if not same:
+                raise ConfigError(f"{key}={_shown(value)}: expected {accepted[0]!r}.")
         for key in [k for k in self.raw if k in _IGNORED or k.startswith(_DRAFTER_PREFIX)]:
             self.raw.pop(key)
 
-        num_layers = self.integer("num_hidden_layers")
-        num_mtp = self.integer("num_nextn_predict_layers", 0)
+        num_layers = self.integer("num_hidden_layers", most=4096)
+        num_mtp = self.integer("num_nextn_predict_layers", 0, least=0, most=64)
         head_dim = self.integer("head_dim")
         rope_head_dim = self.integer("qk_rope_head_dim")
         factor = self.take("partial_rotary_factor", None)
-        if factor is not None and round(factor * head_dim) != rope_head_dim:
+        if (
+            factor is not None
+            and round(_positive("partial_rotary_factor", factor) * head_dim) != rope_head_dim
+        ):
             raise ConfigError(
                 f"partial_rotary_factor={factor} does not give qk_rope_head_dim={rope_head_dim} "
                 f"of head_dim={head_dim}."
             )
-        quantization = self.take("quantization_config", None) or {}
-        if not isinstance(quantization, Mapping):
-            raise ConfigError(f"quantization_config={quantization!r}: expected an object.")
+        quantization = self.mapping("quantization_config") or {}
         for key, expected in _QUANTIZATION.items():
             if quantization.get(key, expected) != expected:
                 raise ConfigError(
-                    f"quantization_config.{key}={quantization[key]!r}: expected {expected!r}."
+                    f"quantization_config.{key}={_shown(quantization[key])}: expected {expected!r}."
                 )
         values = dict(
             vocab_size=self.integer("vocab_size"),
@@ -178,25 +187,31 @@ class _Reader:
                 topk=self.integer("index_topk"),
             ),
             moe=MoEConfig(
-                num_experts=self.integer("n_routed_experts"),
+                num_experts=self.integer("n_routed_experts", most=1 << 16),
                 experts_per_token=self.integer("num_experts_per_tok"),
                 expert_dim=self.integer("moe_intermediate_size"),
                 routed_scale=self.number("routed_scaling_factor"),
                 swiglu_limit=self.number("swiglu_limit"),
             ),
             rope=self.rope(),
-            num_streams=self.integer("hc_mult"),
-            sinkhorn_iters=self.integer("hc_sinkhorn_iters"),
+            num_streams=self.integer("hc_mult", most=64),
+            sinkhorn_iters=self.integer("hc_sinkhorn_iters", least=0, most=1000),
             hc_eps=self.number("hc_eps"),
             norm_eps=self.number("rms_norm_eps"),
-            max_length=self.integer("max_position_embeddings"),
-            bos_id=self.integer("bos_token_id", 0),
-            eos_id=self.integer("eos_token_id", 1),
+            max_length=self.integer("max_position_embeddings", most=1 << 31),
+            bos_id=self.token("bos_token_id", 0),
+            eos_id=self.token("eos_token_id", 1),
             expert_format=self.take("expert_dtype", None),
         )
         if self.raw:
-            unknown = ", ".join(f"{k}={v!r}" for k, v in sorted(self.raw.items()))
+            unknown = ", ".join(f"{k}={_shown(v)}" for k, v in sorted(self.raw.items()))
             raise ConfigError(f"unknown config keys: {unknown}.")
+        for name in ("bos", "eos"):
+            if values[f"{name}_id"] >= values["vocab_size"]:
+                raise ConfigError(
+                    f"{name}_token_id={values[f'{name}_id']}: expected less than "
+                    f"vocab_size={values['vocab_size']}."
+                )
         try:
             config = V4Config(**values)
         except ValueError as error:
@@ -207,8 +222,7 @@ class _Reader:
         return config
 
     def layers(self, num_layers: int) -> tuple[LayerSpec, ...]:
-        ratios = self.take("compress_ratios", None)
-        types = self.take("layer_types", None)
+        ratios, types = self.items("compress_ratios"), self.items("layer_types")
         if ratios is None and types is None:
             raise ConfigError(
                 "compress_ratios is missing: expected it (released form) or layer_types "
@@ -216,14 +230,15 @@ class _Reader:
             )
         if types is not None:
             for layer_type in types:
-                if layer_type not in _LAYER_TYPES:
+                if not isinstance(layer_type, str) or layer_type not in _LAYER_TYPES:
                     raise ConfigError(
-                        f"layer_types has {layer_type!r}: expected one of {sorted(_LAYER_TYPES)}."
+                        f"layer_types has {_shown(layer_type)}: expected one of {sorted(_LAYER_TYPES)}."
                     )
             of_types = [_LAYER_TYPES[t] for t in types]
             if ratios is not None and list(ratios[: len(of_types)]) != of_types:
                 raise ConfigError("compress_ratios and layer_types contradict each other.")
             ratios = of_types if ratios is None else ratios
+        ratios = [_integer("compress_ratios", ratio, 0, 1 << 24) for ratio in ratios]
         if len(ratios) < num_layers:
             raise ConfigError(
                 f"compress_ratios/layer_types has {len(ratios)} entries: expected at least "
@@ -234,12 +249,15 @@ class _Reader:
                 f"compress_ratios[{num_layers}:]={ratios[num_layers:]}: expected 0 for MTP blocks."
             )
         num_hash = self.take("num_hash_layers", None)
-        mlp_types = self.take("mlp_layer_types", None)
+        if num_hash is not None:
+            num_hash = _integer("num_hash_layers", num_hash, 0, num_layers)
+        mlp_types = self.items("mlp_layer_types")
         if mlp_types is not None:
             hashed = [t == "hash_moe" for t in mlp_types]
-            if set(mlp_types) - {"hash_moe", "moe"} or len(hashed) != num_layers:
+            known = all(isinstance(t, str) and t in ("hash_moe", "moe") for t in mlp_types)
+            if not known or len(hashed) != num_layers:
                 raise ConfigError(
-                    f"mlp_layer_types={mlp_types}: expected {num_layers} of 'hash_moe' or 'moe'."
+                    f"mlp_layer_types={_shown(mlp_types)}: expected {num_layers} of 'hash_moe' or 'moe'."
                 )
             if num_hash is not None and sum(hashed) != num_hash:
                 raise ConfigError(
@@ -259,8 +277,7 @@ class _Reader:
             raise ConfigError(f"compress_ratios: {error}") from error
 
     def rope(self) -> RopeConfig:
-        nested = self.take("rope_parameters", None)
-        yarn = self.take("rope_scaling", None)
+        nested, yarn = self.mapping("rope_parameters"), self.mapping("rope_scaling")
         theta = self.take("rope_theta", None)
         compress_theta = self.take("compress_rope_theta", None)
         if nested is not None:
@@ -268,6 +285,9 @@ class _Reader:
                 raise ConfigError(
                     f"rope_parameters has keys {sorted(nested)}: expected 'main' and 'compress'."
                 )
+            for name, part in nested.items():
+                if not isinstance(part, Mapping):
+                    raise ConfigError(f"rope_parameters.{name}={_shown(part)}: expected an object.")
             main, yarn = dict(nested["main"]), dict(nested["compress"])
             if main.get("rope_type", "default") != "default":
                 raise ConfigError(
@@ -290,20 +310,43 @@ class _Reader:
         if yarn.pop("attention_factor", None) not in (None, 1, 1.0):
             raise ConfigError("rope_scaling.attention_factor: expected 1 (V4 scales nothing).")
         yarn.pop("partial_rotary_factor", None)
-        try:
-            rope = RopeConfig(
-                theta=float(theta),
-                compress_theta=float(compress_theta),
-                yarn_factor=float(yarn.pop("factor")),
-                yarn_original_length=yarn.pop("original_max_position_embeddings"),
-                yarn_beta_fast=float(yarn.pop("beta_fast")),
-                yarn_beta_slow=float(yarn.pop("beta_slow")),
-            )
-        except KeyError as error:
-            raise ConfigError(f"rope_scaling.{error.args[0]} is missing.") from error
+        missing = [key for key in _YARN if key not in yarn]
+        if missing:
+            raise ConfigError(f"rope_scaling.{missing[0]} is missing.")
+        factor, length, fast, slow = (yarn.pop(key) for key in _YARN)
+        rope = RopeConfig(
+            theta=_positive("rope_theta", theta),
+            compress_theta=_positive("compress_rope_theta", compress_theta),
+            yarn_factor=_positive("rope_scaling.factor", factor),
+            yarn_original_length=_integer(f"rope_scaling.{_YARN[1]}", length, 1, 1 << 31),
+            yarn_beta_fast=_positive("rope_scaling.beta_fast", fast),
+            yarn_beta_slow=_positive("rope_scaling.beta_slow", slow),
+        )
         if yarn:
             raise ConfigError(f"unknown keys in rope_scaling: {sorted(yarn)}.")
         return rope
+
+
+def _integer(key: str, value: Any, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(f"{key}={_shown(value)}: expected a whole number in {least}..{most}.")
+    return value
+
+
+def _positive(key: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1e30:
+        raise ConfigError(f"{key}={_shown(value)}: expected a positive number.")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, without what is too long for one."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; an integer of thousands of digits
+        text = f"a {type(value).__name__} too deep or too large to show"
+    return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 def to_hf(config: V4Config) -> dict[str, Any]:

@@ -7,7 +7,6 @@ one is read, and then goes straight from the mapped file to its place on the dev
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import re
@@ -27,13 +26,15 @@ from pallas_kernels.formats.quantize import (
 )
 from sharding import PREFILL, TRAIN, fitting
 from v4jax.checkpoint import names
+from v4jax.checkpoint.errors import CheckpointError, read_json
 from v4jax.checkpoint.hf_config import from_hf
-from v4jax.checkpoint.safetensors import CheckpointError, SafetensorsFile
+from v4jax.checkpoint.safetensors import SafetensorsFile
 from v4jax.config import V4Config
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import Numerics, plain
 
 NANO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "nano")
+MAX_EXPERTS, MAX_NAMES = 1 << 16, 1 << 17
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _logger = logging.getLogger("v4jax")
@@ -101,15 +102,21 @@ class Checkpoint:
                 self._add(file, stored_name)
         self._settle_mtp()
         self._settle_expert_format()
+        blocks = len(self.config.layers) + len(self.config.mtp_layers)
+        if blocks * self.config.moe.num_experts > MAX_NAMES:
+            raise CheckpointError(
+                f"{self.path}: the config has {blocks} layers with {self.config.moe.num_experts} "
+                f"experts, the files have {len(self.tensors)} tensors: they do not belong together."
+            )
 
     def _add(self, file: SafetensorsFile, stored_name: str) -> None:
         name = names.from_transformers(stored_name)
         if isinstance(name, names.StackedExperts):
             shape, parts = file.tensors[stored_name].shape, name.parts
-            if len(shape) != 3 or shape[1] % len(parts):
+            if len(shape) != 3 or shape[1] % len(parts) or shape[0] > MAX_EXPERTS:
                 raise CheckpointError(
                     f"{file.path}: {stored_name} is {list(shape)}: expected [experts, "
-                    f"{len(parts)} * rows, columns]."
+                    f"{len(parts)} * rows, columns], and at most {MAX_EXPERTS} experts."
                 )
             rows = shape[1] // len(parts)
             new = {
@@ -156,16 +163,23 @@ class Checkpoint:
 
 def _open_files(path: str) -> list[SafetensorsFile]:
     index = os.path.join(path, INDEX_NAME)
-    if not os.path.isfile(index):
-        found = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
+    if not os.path.lexists(index):
+        # Hidden ones are a system's own, such as the ._ files of macOS.
+        found = sorted(
+            n for n in os.listdir(path) if n.endswith(".safetensors") and not n.startswith(".")
+        )
         if not found:
             raise CheckpointError(f"{path} has no .safetensors file.")
         return [SafetensorsFile(os.path.join(path, name)) for name in found]
-    try:
-        with open(index, encoding="utf-8-sig") as file:
-            weight_map = dict(json.load(file)["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not a valid index: {error!r}.") from error
+    weight_map = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map that is an object of file names.")
+    for tensor, name in weight_map.items():
+        if not _is_file_name(name):
+            raise CheckpointError(
+                f"{index} has {tensor!r} in {str(name)[:200]!r}: expected the name of a file in "
+                "this folder, without a path."
+            )
     problems, files = [], {}
     for name in sorted(set(weight_map.values())):
         try:
@@ -180,6 +194,17 @@ def _open_files(path: str) -> list[SafetensorsFile]:
     if problems:
         raise CheckpointError(f"{path}:\n  " + "\n  ".join(problems))
     return list(files.values())
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether it names a file of its own folder: nothing outside is opened (a link is the owner's)."""
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and name == os.path.basename(name)
+        and "\\" not in name
+        and name.isprintable()  # no null bytes, no halves of surrogate pairs
+    )
 
 
 @dataclasses.dataclass(frozen=True)

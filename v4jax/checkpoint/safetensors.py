@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 import ml_dtypes
 import numpy as np
 
+from v4jax.checkpoint.errors import CheckpointError, require_file
+
 # Tag in the file -> NumPy dtype. I8 holds packed FP4 in V4's files; readers view it as uint8.
 DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -36,10 +38,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _MAX_HEADER = 100_000_000
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message lists everything found wrong with it."""
+_MAX_DIMENSIONS, _MAX_SIZE = 8, 2**48  # of a shape that is no nonsense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        size = os.path.getsize(self.path)
+        size = require_file(self.path, CheckpointError)
         with open(self.path, "rb") as file:
             head = file.read(8)
             (length,) = struct.unpack("<Q", head) if len(head) == 8 else (None,)
@@ -75,9 +74,12 @@ class SafetensorsFile:
         try:
             raw = json.loads(self.header)
             self.metadata: dict[str, str] = raw.pop("__metadata__", {})
+            if not isinstance(self.metadata, dict):
+                raise TypeError(f"__metadata__ is a {type(self.metadata).__name__}")
             self.tensors = {name: _tensor_info(entry, 8 + length) for name, entry in raw.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: the header is not valid: {error!r}.") from error
+            what = f"{type(error).__name__}: {str(error)[:400]}"  # may quote all of it
+            raise CheckpointError(f"{self.path}: the header is not valid: {what}.") from error
         problems, position = [], 8 + length
         for name, info in sorted(
             self.tensors.items(), key=lambda item: (item[1].begin, item[1].end)
@@ -110,12 +112,15 @@ class SafetensorsFile:
 
 def _tensor_info(entry: Mapping, data_start: int) -> TensorInfo:
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']!r} is unknown (known: {', '.join(DTYPES)})")
+        shown = str(entry["dtype"])[:40]
+        raise ValueError(f"dtype {shown!r} is unknown (known: {', '.join(DTYPES)})")
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+    whole = len(shape) <= _MAX_DIMENSIONS and all(
+        type(n) is int and 0 <= n < _MAX_SIZE for n in (begin, end, *shape)
+    )
     if not whole or end < begin:
-        raise ValueError(f"impossible offsets or shape in {entry}")
+        raise ValueError(f"impossible offsets or shape in {str(entry)[:200]}")
     return TensorInfo(entry["dtype"], shape, data_start + begin, data_start + end)
 
 
