@@ -54,7 +54,7 @@ def official_model() -> Transformer:
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_weights_loaded_under_a_mesh_are_the_same_and_spread_over_it(scan_layers):
     with jax.set_mesh(make_mesh(fsdp=2, expert=2, tensor=2)):
-        model = load(OFFICIAL, scan_layers=scan_layers)
+        model = load(OFFICIAL, use="train", scan_layers=scan_layers)
     blocks = SCANNED if scan_layers else None
     assert_same_parameters(parameters(model), expected_parameters(official_tensors(), blocks))
 
@@ -85,7 +85,7 @@ def test_weights_loaded_under_a_mesh_are_the_same_and_spread_over_it(scan_layers
 
 def test_a_model_spread_over_a_mesh_is_written_byte_for_byte(tmp_path):
     with jax.set_mesh(make_mesh(fsdp=2, expert=2, tensor=2)):
-        model = load(OFFICIAL, scan_layers=True)
+        model = load(OFFICIAL, use="train")
     save(model, tmp_path / "new", like=Checkpoint(OFFICIAL))
     written = read_tensors(tmp_path / "new" / "model.safetensors")
     assert_same_tensors(written, official_tensors())
@@ -196,7 +196,7 @@ def test_a_folder_with_a_checkpoint_is_not_written_to(tmp_path, official_model, 
 def test_config_comes_last_so_that_a_failed_save_is_no_checkpoint(
     tmp_path, monkeypatch, official_model, limit, num_written
 ):
-    write, written = save.write_safetensors, []
+    write, written = saving.write_safetensors, []
 
     def failing(path, *args):
         if len(written) == num_written:

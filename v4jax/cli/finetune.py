@@ -16,6 +16,7 @@ any mesh, to write model/.
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -27,16 +28,95 @@ from flax import nnx
 from tqdm import tqdm
 
 from v4jax import checkpoint
+from v4jax.checkpoint.hf_config import from_hf
+from v4jax.checkpoint.saving import write_text
 from v4jax.cli.errors import one_message
 from v4jax.cli.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
 from v4jax.config import VARIANTS
+from v4jax.inference.batch.files import fingerprint
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
 from v4jax.nn.quantization import to_float, to_released
+from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.data import TokenStream
 from v4jax.train.losses import LossWeights, Metrics
 from v4jax.train.optimizers import OptimizerConfig
 from v4jax.train.trainer import Saver, Trainer, TrainState
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 on.")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if natural(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 1.")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A number from 0 on."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 on.")
+    return value
+
+
+# What decides the numbers of a run: a state is not continued with another of these.
+IDENTITY = ("model", "steps", "batch_size", "seq_len", "lr", "warmup", "seed", "qat")
+
+
+def identity_of(args: argparse.Namespace) -> dict[str, object]:
+    """Settings and files that a run's numbers depend on."""
+    found = {name: getattr(args, name) for name in IDENTITY}
+    found["tokens"] = fingerprint([args.tokens])
+    if args.checkpoint:
+        files = [args.checkpoint / "config.json", *sorted(args.checkpoint.glob("*.safetensors"))]
+        found["checkpoint"] = fingerprint(files)
+    return found
+
+
+def claim(args: argparse.Namespace) -> None:
+    """Makes `--output` this run's own.
+
+    Raises:
+      ValueError: it has another run's state, or a model that no run wrote.
+    """
+    path, own = args.output / "run.json", identity_of(args)
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in sorted({*found, *own}) if found.get(name) != own.get(name)]
+        if other:
+            raise ValueError(
+                f"{args.output} has a run with other settings: {', '.join(other)}. Give the same "
+                "ones to go on with it, or another --output."
+            )
+        return
+    if (args.output / "model").exists():
+        raise ValueError(
+            f"{args.output / 'model'} exists, and this run did not write it: give another --output. "
+            "Nothing was changed."
+        )
+    write_text(str(path), json.dumps(own, indent=2))
+
+
+def drop_lines_after(path: pathlib.Path, step: int) -> None:
+    """Leaves out of metrics.jsonl the steps behind the state that a run goes on from."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # half a line: the run was killed while it wrote
+            continue
+    path.with_suffix(".new").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(path.with_suffix(".new"), path)
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,15 +128,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=pathlib.Path, required=True, help=".npy, integers [N]")
     parser.add_argument("--eval-tokens", type=pathlib.Path, help="held-out tokens, .npy")
     parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
-    parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--eval-every", type=int, default=250)
-    parser.add_argument("--log-every", type=int, default=10)
+    parser.add_argument("--steps", type=positive, default=1000)
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--seq-len", type=positive, default=512)
+    parser.add_argument("--lr", type=rate, default=2e-4, help="peak learning rate")
+    parser.add_argument("--warmup", type=natural, default=100)
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--save-every", type=positive, default=250)
+    parser.add_argument("--eval-every", type=positive, default=250)
+    parser.add_argument("--log-every", type=positive, default=10)
     parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
     parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
     parser.add_argument("--save", choices=["released", "float"], default="released")
@@ -91,6 +171,21 @@ def record(step: int, metrics: Metrics) -> dict[str, float]:
     return {"step": step, **{name: round(float(getattr(metrics, name)), 5) for name in terms}}
 
 
+def require_finite(trainer: Trainer, state: TrainState, metrics: Metrics, step: int, output):
+    """A state with NaN never takes the place of a good one.
+
+    Raises:
+      ValueError: the loss or a parameter is NaN or infinite.
+    """
+    if math.isfinite(float(metrics.loss)) and trainer.is_finite(state):
+        return
+    raise ValueError(
+        f"step {step}: the loss is {float(metrics.loss)}, or a parameter is not finite. Nothing was "
+        f"saved; the last good state, if any, is in {output / 'state'}. Try a lower --lr or a longer "
+        "--warmup, in another --output."
+    )
+
+
 def main() -> None:
     """Trains, saves and exports."""
     args = parse_args()
@@ -101,14 +196,18 @@ def main() -> None:
 
 def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
     """The run; the first process prints and logs."""
+    stream = TokenStream(args.tokens, args.seq_len, seed=args.seed)
+    cfg = VARIANTS[args.model]() if args.model else from_hf(args.checkpoint)
+    stream.require_ids(cfg.vocab_size)
     args.output.mkdir(parents=True, exist_ok=True)
+    if is_first:
+        claim(args)
     trainer = Trainer(
         start_model(args),
         OptimizerConfig(peak_lr=args.lr, warmup_steps=args.warmup, total_steps=args.steps),
         LossWeights(),
         qat=args.qat,
     )
-    stream = TokenStream(args.tokens, args.seq_len, seed=args.seed)
     state, first = trainer.init(), 0
     saver = Saver(args.output / "state")
     if (found := saver.restore(state)) is not None:
@@ -118,6 +217,8 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
     if args.eval_tokens:
         held_out = TokenStream(args.eval_tokens, args.seq_len, seed=args.seed)
         evaluate = Evaluator(trainer, held_out, args.batch_size)
+    if is_first:
+        drop_lines_after(args.output / "metrics.jsonl", first)
     per_step, started = args.batch_size * args.seq_len, time.monotonic()
     with open(args.output / "metrics.jsonl" if is_first else os.devnull, "a") as log:
         steps = range(first, args.steps)
@@ -125,16 +226,18 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
         for step in bar:
             state, metrics = trainer.step(state, trainer.batch(stream, step, args.batch_size))
             done = step + 1
-            if done % args.log_every == 0 or done == args.steps:
+            is_eval = evaluate and (done % args.eval_every == 0 or done == args.steps)
+            if done % args.log_every == 0 or done == args.steps or is_eval:
                 line = record(done, metrics)
                 rate = (done - first) * per_step / (time.monotonic() - started)
                 bar.set_postfix(ce=line["ce"], mtp=line["mtp_ce"], tok_s=round(rate))
-                if evaluate and (done % args.eval_every == 0 or done == args.steps):
+                if is_eval:
                     line["heldout_ce"] = round(evaluate(state), 5)
                     bar.write(f"step {done}: held-out loss {line['heldout_ce']:.4f}")
                 log.write(json.dumps(line) + "\n")
                 log.flush()
             if done % args.save_every == 0 or done == args.steps:
+                require_finite(trainer, state, metrics, done, args.output)
                 saver.save(done, state)
                 saver.wait()
     saver.close()
@@ -142,10 +245,11 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
         print(f"{args.output / 'state'} has the model: run this on one host to write model/")
         return
     model = trainer.model(state)
-    shutil.rmtree(args.output / "model", ignore_errors=True)
+    shutil.rmtree(args.output / "model", ignore_errors=True)  # `claim` made sure that it is ours
     checkpoint.save(to_released(model) if args.save == "released" else model, args.output / "model")
-    if args.tokenizer:
-        shutil.copyfile(args.tokenizer, args.output / "model" / "tokenizer.json")
+    source = args.tokenizer or (args.checkpoint and args.checkpoint / "tokenizer.json")
+    if source and source.exists():
+        Tokenizer(source if args.tokenizer else args.checkpoint).save(args.output / "model")
     print(f"wrote {args.output / 'model'}")
 
 

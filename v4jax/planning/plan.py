@@ -179,10 +179,12 @@ def _train(model, job, mesh):
 def _decode(model, job, mesh):
     leaves, rows = _leaves(model, job, mesh), job.rules.spec("batch")
 
+    requests = [Sampling()] * job.batch
+    sampling, key_data, limits, stops = request_rows(requests, [model.cfg.eos_id])
+
     def make() -> Slots:
         cache, logits = _cache_and_logits(model, job)
-        sampling, keys, limits, stops = request_rows([Sampling()] * job.batch, [model.cfg.eos_id])
-        keys = jax.random.wrap_key_data(keys)
+        keys = jax.random.wrap_key_data(key_data)
         steps, done = jnp.zeros(job.batch, jnp.int32), jnp.zeros(job.batch, bool)
         return Slots(cache, logits, keys, steps, limits, stops, done, sampling)
 

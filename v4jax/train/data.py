@@ -9,6 +9,33 @@ import os
 import jax
 import numpy as np
 
+_BLOCK = 1 << 24  # tokens looked at together
+
+
+def _load(path: str | os.PathLike) -> np.ndarray:
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} is not a .npy file: expected an array of token ids [N], as "
+            "numpy.save writes it (a text has to be tokenized first)."
+        ) from error
+    if not isinstance(found, np.ndarray):
+        raise ValueError(  # noqa: TRY004 - as other wrong files
+            f"{os.fspath(path)} holds several arrays: expected a .npy file of token ids [N]."
+        )
+    return found
+
+
+def _require_ids(tokens: np.ndarray, vocab_size: int, start: int = 0) -> None:
+    wrong = (tokens < 0) | (tokens >= vocab_size)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise ValueError(
+            f"token {int(tokens[at])} (number {start + at}) is outside the vocabulary: expected ids "
+            f"0..{vocab_size - 1}. Were the tokens made with this model's tokenizer?"
+        )
+
 
 class TokenStream:
     """Windows of a token array.
@@ -23,7 +50,7 @@ class TokenStream:
 
     def __init__(self, tokens: np.ndarray | str | os.PathLike, seq_len: int, *, seed: int = 0):
         if not isinstance(tokens, np.ndarray):
-            tokens = np.load(tokens, mmap_mode="r")
+            tokens = _load(tokens)
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"tokens are {tokens.dtype}{tokens.shape}: expected integers [N].")
         if len(tokens) < seq_len + 2:
@@ -33,8 +60,17 @@ class TokenStream:
             )
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
 
+    def require_ids(self, vocab_size: int) -> None:
+        """Reads all tokens once.
+
+        Raises:
+          ValueError: one is no id of a vocabulary of this size; names the first and where it is.
+        """
+        for start in range(0, len(self.tokens), _BLOCK):
+            _require_ids(self.tokens[start : start + _BLOCK], vocab_size, start)
+
     def batch(self, step: int, batch_size: int) -> np.ndarray:
-        """[batch_size, seq_len + 2] int32 windows of one step."""
+        """[batch_size, seq_len + 2] windows of one step."""
         return self.rows(step, batch_size, slice(None))
 
     def rows(self, step: int, batch_size: int, rows: slice) -> np.ndarray:
@@ -42,16 +78,20 @@ class TokenStream:
         rng = np.random.default_rng((self.seed, step))
         width = self.seq_len + 2
         starts = rng.integers(0, len(self.tokens) - width + 1, batch_size)[rows]
-        return np.stack([self.tokens[s : s + width] for s in starts]).astype(np.int32)
+        return np.stack([self.tokens[s : s + width] for s in starts])
 
     def targets(
-        self, step: int, batch_size: int, sharding: jax.NamedSharding | None
+        self, step: int, batch_size: int, vocab_size: int, sharding: jax.NamedSharding | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A step's inputs, the tokens after them, and those after these, [batch_size, seq_len] each.
 
         Args:
+          vocab_size: ids that the model knows.
           sharding: where they go; every process reads the rows that its devices hold. None: to the
             default device.
+
+        Raises:
+          ValueError: an id outside the vocabulary.
         """
         shape = (batch_size, self.seq_len)
 
@@ -59,7 +99,9 @@ class TokenStream:
             def read(index: tuple[slice, ...]) -> np.ndarray:
                 rows, columns = index
                 start, stop, _ = columns.indices(self.seq_len)
-                return self.rows(step, batch_size, rows)[:, start + offset : stop + offset]
+                found = self.rows(step, batch_size, rows)[:, start + offset : stop + offset]
+                _require_ids(found.reshape(-1), vocab_size)
+                return found.astype(np.int32)
 
             if sharding is None:
                 return jax.device_put(read((slice(None), slice(None))))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -85,13 +86,14 @@ class Trainer:
         """Tokens of a step as `step` takes them; every process reads its own rows.
 
         Raises:
-          ValueError: the mesh does not divide the batch or the sequences.
+          ValueError: the mesh does not divide the batch or the sequences, or a token is outside the
+            model's vocabulary.
         """
         check_mesh(self.cfg, self.rules, batch=batch_size, length=stream.seq_len)
         sharding = None
         if not jax.sharding.get_abstract_mesh().empty:
             sharding = jax.NamedSharding(jax.sharding.get_mesh(), self.rules.tokens)
-        return stream.targets(step, batch_size, sharding)
+        return stream.targets(step, batch_size, self.cfg.vocab_size, sharding)
 
     def step(self, state: TrainState, tokens: Sequence[jax.Array]) -> tuple[TrainState, Metrics]:
         """One step on inputs, the tokens after them, and those after these, [B, T] each.
@@ -103,6 +105,10 @@ class Trainer:
     def loss(self, state: TrainState, tokens: Sequence[jax.Array]) -> jax.Array:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
         return self._loss(state, *tokens[:2])
+
+    def is_finite(self, state: TrainState) -> bool:
+        """Whether no parameter is NaN or infinite."""
+        return bool(_all_finite(state.params))
 
     def model(self, state: TrainState) -> Transformer:
         """The model with the state's arrays."""
@@ -127,6 +133,12 @@ def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: 
         return run(params, fixed, *tokens)
 
     return call
+
+
+@jax.jit
+def _all_finite(params) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def _mean_loss(graphdef, computed, rules, state, inputs, following):
