@@ -204,6 +204,11 @@ def _ragged(axes: tuple[str, ...]) -> bool:
     return _platform() != "cpu" and len(axes) == 1
 
 
+def rounds_overlap() -> bool:
+    """Whether the platform compiled for moves rows of one round while it computes another's."""
+    return _platform() != "cpu"
+
+
 def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -225,7 +230,7 @@ def _in_rounds(plan: _Plan, one: Callable, carry):
     of another are computed; what is left is a loop. On a CPU all rounds are: nothing would overlap,
     and the exchange would stand in the program three times.
     """
-    if _platform() == "cpu":
+    if not rounds_overlap():
         return jax.lax.fori_loop(0, plan.rounds, one, carry)
     for number in range(EVEN_ROUNDS):
         carry = one(number, carry)
@@ -308,15 +313,17 @@ _all_to_all.defvjp(_all_to_all_fwd, _all_to_all_bwd)
 def _split_floats(params):
     """Trainable leaves, and a function that puts others in their place again.
 
-    Quantised weights are frozen: their gradient is None.
+    Leaf by leaf: quantised weights are frozen and their gradient is None, while adapters beside them
+    learn.
     """
     leaves, tree = jax.tree.flatten(params)
     trained = [leaf.dtype in (jnp.float32, jnp.bfloat16) for leaf in leaves]
-    is_frozen = not all(trained)
 
     def rebuild(floats, zero: bool = False):
-        if zero and is_frozen:
-            return None
-        return tree.unflatten(floats if not is_frozen else leaves)
+        others = iter(floats)
+        frozen = [None if zero else leaf for leaf in leaves]
+        return tree.unflatten(
+            [next(others) if learns else leaf for learns, leaf in zip(trained, frozen)]
+        )
 
-    return ([] if is_frozen else leaves), rebuild
+    return [leaf for leaf, learns in zip(leaves, trained) if learns], rebuild

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import P
 
-from sharding import TRAIN, collectives, make_mesh
+from pallas_kernels.formats.quantize import quantize_weight
+from sharding import TRAIN, collectives, expert_parallel, make_mesh
 from sharding.expert_parallel import COUNT_BLOCK, apply_experts, by_expert
 from v4jax.planning.hlo import exchanges
 from v4jax.planning.topologies import COMPILER_OPTIONS, topology_devices
@@ -54,3 +55,66 @@ def test_rows_of_one_round_travel_while_those_of_another_are_computed(not_kept):
     # Not all: a compiler may do one at once whose rows fit into a core's own memory.
     assert {one.kind for one in found} == {"ragged-all-to-all"}
     assert sum("dot_general" in one.work for one in found) >= 2, found
+
+
+EXPERTS, TOKENS, DIM, CHOICES = 4, 64, 8, 2
+
+
+def _with_adapter(params, rows, sizes, row_weights):
+    """Experts of a frozen FP8 matrix and a trained one beside it; plain products, for comparison."""
+    weights = params["frozen"].dequantize(jnp.float32) + params["adapter"]
+    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows.shape[0]), side="right")
+    chosen = weights[jnp.minimum(expert, weights.shape[0] - 1)]
+    out = jnp.einsum("rd,rde->re", rows, chosen) * row_weights[:, None]
+    return jnp.where((expert < weights.shape[0])[:, None], out, 0)
+
+
+def _gradients(load: str, **sizes):
+    """Output, and gradients of the adapter, the rows and their weights, on a mesh or one device."""
+    rng = np.random.default_rng(0)
+    frozen = quantize_weight(jnp.asarray(rng.normal(size=(EXPERTS, DIM, DIM)), jnp.float32), "fp8")
+    params = {"frozen": frozen, "adapter": rng.normal(size=(EXPERTS, DIM, DIM)).astype(np.float32)}
+    x = rng.normal(size=(TOKENS, DIM)).astype(np.float32)
+    experts = np.argsort(rng.random((TOKENS, EXPERTS)), axis=1)[:, :CHOICES].astype(np.int32)
+    if load == "uneven":  # nearly all rows go to one expert: rounds of an even load do not do
+        experts[:-4] = [0, 1]
+    weights = rng.random((TOKENS, CHOICES)).astype(np.float32)
+    direction = rng.normal(size=(TOKENS, DIM)).astype(np.float32)
+
+    def fn(adapter, frozen, x, weights, experts, direction):
+        def loss(adapter, x, weights):
+            params = {"frozen": frozen, "adapter": adapter}
+            out = apply_experts(_with_adapter, params, x, experts, weights, adapter.shape[0])
+            return jnp.sum(out * direction), out
+
+        grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(adapter, x, weights)
+        others = tuple(a for a in ("fsdp", "context") if sizes.get(a, 1) > 1)
+        adapter = jax.lax.psum(grads[0], others) if others else grads[0]
+        return out, adapter, grads[1], grads[2]
+
+    arguments = (params["adapter"], frozen, x, weights, experts, direction)
+    if not sizes:
+        return jax.jit(fn)(*arguments)
+    tokens, cut = P(("fsdp", "expert", "context")), P("expert")
+    with jax.set_mesh(make_mesh(**sizes)):
+        specs = (cut, cut, tokens, tokens, tokens, tokens), (tokens, cut, tokens, tokens)
+        return jax.jit(collectives.per_device(fn, TRAIN, *specs))(*arguments)
+
+
+@pytest.mark.parametrize("load", ["even", "uneven"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["one loop", "unrolled rounds"])
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(expert=4), dict(fsdp=2, expert=2), dict(expert=2, context=2), dict(expert=2, tensor=2)],
+    ids=str,
+)
+def test_trained_leaves_learn_beside_frozen_ones(sizes, overlap, load, monkeypatch):
+    """Also in the form that TPUs and GPUs run: rounds of an even load unrolled, a loop for the rest."""
+    monkeypatch.setattr(expert_parallel, "rounds_overlap", lambda: overlap)
+
+    found = _gradients(load, **sizes)
+
+    expected = _gradients(load)
+    assert np.abs(expected[1]).max() > 1
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
