@@ -24,6 +24,7 @@ from sharding import DECODE, PREFILL
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.steps import Slots, decode_step, prefill_step, request_rows
 from v4jax.nn.cache import Cache, CacheFormat
+from v4jax.nn.compilation import keep_programs
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, mesh_of, num_batch_parts, on_mesh, require_placed
 from v4jax.text.parse import parse_partial_completion
@@ -90,6 +91,7 @@ class Engine:
         cache: CacheFormat = None,
         chunks: Sequence[int] = CHUNKS,
     ):
+        keep_programs()
         self.cfg, self.tokenizer = model.cfg, tokenizer
         self.chunks = tuple(sorted(chunks))
         if tokenizer is not None and tokenizer.vocab_size > model.cfg.vocab_size:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from sharding import DECODE, PREFILL, collectives
 from v4jax.nn.cache import CacheFormat
+from v4jax.nn.compilation import keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, mesh_of, on_mesh, require_placed, specs
@@ -47,6 +48,7 @@ class Scorer:
         *,
         cache: CacheFormat = None,
     ):
+        keep_programs()
         self.model, self._mesh = model, mesh_of(model)
         self._init_cache = functools.partial(model.init_cache, format=cache)
         graphdef, self._params = nnx.split(model)

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from sharding import TRAIN, AxisRules, collectives
+from v4jax.nn.compilation import keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, reduce_gradients, specs
@@ -56,6 +57,7 @@ class Trainer:
         qat: bool = False,
         remat: bool = True,
     ):
+        keep_programs()
         check_mesh(model.cfg, rules)
         if qat and not model.numerics.is_released:
             raise ValueError(

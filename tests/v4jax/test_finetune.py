@@ -1,0 +1,168 @@
+"""The command that trains: what it refuses, and what it leaves behind. Steps are not computed."""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import NANO
+from v4jax.checkpoint import Checkpoint
+from v4jax.cli import finetune
+from v4jax.config import tiny
+from v4jax.text.tokenizer import Tokenizer
+from v4jax.train.losses import Metrics
+from v4jax.train.trainer import Trainer
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing catches it."""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the command on one layer; `run.step` is what a step does, `run.folder` has the files."""
+    small = dataclasses.replace(tiny(), layers=tiny().layers[:1], mtp_layers=())
+    monkeypatch.setitem(finetune.VARIANTS, "tiny", lambda: small)
+    np.save(tmp_path / "t.npy", np.arange(5000, dtype=np.uint16) % 256)
+
+    def call(*options: object, **changed: object):
+        given = {"tokens": tmp_path / "t.npy", "output": tmp_path / "o", "steps": 2, **changed}
+        given = {"model": "tiny", "batch-size": 2, "seq-len": 64, "save": "float", **given}
+        words = [str(w) for name, value in given.items() if value for w in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["finetune", *words, *map(str, options)])
+        monkeypatch.setattr(Trainer, "step", lambda self, state, tokens: call.step(state))
+        finetune.main()
+
+    call.step = lambda state: (state, Metrics(*[jnp.float32(1)] * 5, ()))
+    call.folder = tmp_path
+    return call
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(("--lr", "nan"), ("--lr", "-1"), ("--lr", "inf"), ("--steps", "-3"), ("--steps", "0")),
+        *(("--warmup", "-5"), ("--log-every", "0"), ("--save-every", "0"), ("--eval-every", "0")),
+        *(("--seq-len", "-1"), ("--batch-size", "0"), ("--seed", "-1")),
+    ],
+    ids=" ".join,
+)
+def test_odd_numbers_are_refused_before_anything_is_written(run, option, capsys):
+    with pytest.raises(SystemExit):
+        run(*option)
+
+    assert f"argument {option[0]}" in capsys.readouterr().err
+    assert not (run.folder / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "tokens, named",
+    [
+        (np.arange(5000, dtype=np.uint16) + 200, "token 256 .number 56."),
+        (np.where(np.arange(5000) == 4321, 300, 5), "token 300 .number 4321."),
+        (np.full(5000, -7), "token -7 .number 0."),
+        (np.full(5000, 2**40 + 5), "token 1099511627781 .number 0."),
+    ],
+    ids=["too large", "one", "negative", "beyond 32 bits"],
+)
+def test_ids_outside_the_vocabulary_are_refused(run, tokens, named):
+    np.save(run.folder / "t.npy", tokens)
+
+    with pytest.raises(ValueError, match=rf"{named} is outside the vocabulary: .* 0\.\.255"):
+        run()
+    assert not (run.folder / "o").exists()
+
+
+def test_a_text_is_no_token_file(run):
+    (run.folder / "t.jsonl").write_text('{"text": "x"}\n')
+
+    with pytest.raises(ValueError, match=r"t\.jsonl is not a \.npy file: .* token ids"):
+        run(tokens=run.folder / "t.jsonl")
+
+
+def test_a_state_is_not_continued_with_other_settings(run):
+    run()
+    np.save(run.folder / "u.npy", np.arange(5000, dtype=np.uint16)[::-1] % 256)
+    others = {"seed": 5, "tokens": run.folder / "u.npy", "seq-len": 32, "batch-size": 4, "lr": 1}
+    for name, value in {**others, "steps": 3}.items():
+        with pytest.raises(ValueError, match=f"other settings: {name.replace('-', '_')}"):
+            run(**{name: value})
+    run()  # the same settings
+
+
+def test_the_source_is_never_deleted(run):
+    source = run.folder / "o" / "model"
+    shutil.copytree(NANO, source)
+    before = sorted(path.name for path in source.iterdir())
+
+    with pytest.raises(ValueError, match="exists, and this run did not write it"):
+        run(checkpoint=source, model=None)
+
+    assert sorted(path.name for path in source.iterdir()) == before
+
+
+def test_a_state_that_is_not_finite_is_not_saved(run):
+    def step(state):
+        run.count += 1
+        if run.count < 3:
+            return state, Metrics(*[jnp.float32(1)] * 5, ())
+        spoiled = jax.tree.map(
+            lambda a: a * np.nan if jnp.issubdtype(a.dtype, jnp.floating) else a, state
+        )
+        return spoiled, Metrics(*[jnp.float32(run.loss)] * 5, ())
+
+    run.step = step
+    for loss in (np.nan, 1.0):  # a step's loss is that of the parameters before it
+        run.count, run.loss = 0, loss
+        with pytest.raises(ValueError, match=r"step 3: .* Nothing was saved; the last good state"):
+            run("--save-every", 1, output=run.folder / f"o{loss}", steps=4)
+        states = sorted(path.name for path in (run.folder / f"o{loss}" / "state").iterdir())
+        assert states == ["1", "2"]
+        assert not (run.folder / f"o{loss}" / "model").exists()
+
+
+def test_metrics_have_every_step_once_after_a_kill(run):
+    def step(state):
+        run.count += 1
+        if run.count == 8:
+            raise Killed
+        return state, Metrics(*[jnp.float32(1)] * 5, ())
+
+    run.step, run.count = step, 0
+    options = ("--save-every", 5, "--log-every", 1)
+    with pytest.raises(Killed):
+        run(*options, steps=10)
+    with open(run.folder / "o" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    run(*options, steps=10)
+
+    lines = (run.folder / "o" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 11))
+
+
+def test_held_out_loss_is_measured_when_it_is_asked_for(run, monkeypatch):
+    monkeypatch.setattr(Trainer, "loss", lambda *_: 2.0)
+
+    run("--eval-tokens", run.folder / "t.npy", "--eval-every", 3, "--log-every", 5, steps=7)
+
+    lines = map(json.loads, (run.folder / "o" / "metrics.jsonl").read_text().splitlines())
+    assert {line["step"]: "heldout_ce" in line for line in lines} == {
+        3: True,
+        5: False,
+        6: True,
+        7: True,
+    }
+
+
+def test_the_export_has_the_tokenizer_of_what_it_started_from(run):
+    np.save(run.folder / "t.npy", np.arange(5000) % 1280)
+
+    run(checkpoint=NANO, model=None, steps=1, save="released")
+
+    assert Checkpoint(run.folder / "o" / "model").config.name == "nano"
+    assert Tokenizer(run.folder / "o" / "model").encode("Emma") == Tokenizer(NANO).encode("Emma")
