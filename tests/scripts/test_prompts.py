@@ -37,8 +37,8 @@ def model(monkeypatch):
 
     scripted = Scripted()
     scripted.asked = []
-    monkeypatch.setattr(checkpoint, "load", lambda *_: None)
     for module in (chat, generate):
+        monkeypatch.setattr(module, "load_model", lambda *_: None)
         monkeypatch.setattr(module, "Engine", lambda *_, **__: scripted)
     return scripted
 
@@ -174,7 +174,7 @@ def test_a_scored_text_begins_once(text, tmp_path, monkeypatch, capsys):
             seen.append(tokens)
             return 2.0, 4
 
-    monkeypatch.setattr(checkpoint, "load", lambda *_: None)
+    monkeypatch.setattr(score, "load_model", lambda *_: None)
     monkeypatch.setattr(score, "Scorer", Scorer)
     (tmp_path / "text").write_text(text, encoding="utf-8")
 

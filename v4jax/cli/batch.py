@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from v4jax import Numerics, checkpoint
 from v4jax.cli.generate import add_sampling_arguments
+from v4jax.cli.models import load_model
 from v4jax.cli.pod import (
     add_pod_arguments,
     from_first,
-    on_mesh,
     parse_pod_args,
     spans_processes,
     start_processes,
@@ -106,12 +106,11 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
             tokenizer = Tokenizer(args.checkpoint)
             # Kernels can run: a program is of one device or of a whole mesh.
             numerics = dataclasses.replace(args.rounding, implementation=("tpu", "xla"))
-            mesh = on_mesh(args.mesh, devices)
             bar = tqdm(
                 initial=done, total=job.total, unit="request", desc=name[:-2], disable=not leads
             )
-            with mesh, bar:
-                model = checkpoint.load(args.checkpoint, numerics)
+            with bar:
+                model = load_model(args, numerics, devices, says=leads)
                 engine = Engine(model, cache=args.cache)
                 started = time.monotonic()
                 for progress in job.run(engine, tokenizer):

@@ -12,9 +12,11 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from v4jax import Numerics, checkpoint
+from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.generate import accept_any_text, add_sampling_arguments, sampling_of
+from v4jax.cli.models import load_model
+from v4jax.cli.pod import add_mesh_argument
 from v4jax.inference.engine import Engine
 from v4jax.text.format import MODES, THINK_END, EncodingError, resolve_mode
 from v4jax.text.parse import parse_partial_completion
@@ -58,13 +60,14 @@ def main() -> None:
     parser.add_argument("--mode", choices=list(MODES), default="non-think")
     parser.add_argument("--system", help="system message")
     add_sampling_arguments(parser)
+    add_mesh_argument(parser)
     args = parser.parse_args()
 
     tokenizer = Tokenizer(args.checkpoint)
     resolve_mode(args.mode, tokenizer.release)
     tokenizer.encode(args.system or "")
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
-    engine = Engine(checkpoint.load(args.checkpoint, numerics), tokenizer, cache=args.cache)
+    engine = Engine(load_model(args, numerics), tokenizer, cache=args.cache)
     accept_any_text()
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode

@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 import time
 
 import jax
@@ -31,8 +32,9 @@ from v4jax import checkpoint
 from v4jax.checkpoint.hf_config import from_hf
 from v4jax.checkpoint.saving import write_text
 from v4jax.cli.errors import one_message
+from v4jax.cli.models import choose_mesh
 from v4jax.cli.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
-from v4jax.config import VARIANTS
+from v4jax.config import VARIANTS, V4Config
 from v4jax.inference.batch.files import fingerprint
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
@@ -67,7 +69,7 @@ def rate(text: str) -> float:
 
 
 # What decides the numbers of a run: a state is not continued with another of these.
-IDENTITY = ("model", "steps", "batch_size", "seq_len", "lr", "warmup", "seed", "qat")
+IDENTITY = ("model", "steps", "batch_size", "seq_len", "lr", "warmup", "seed", "qat", "dtype")
 
 
 def identity_of(args: argparse.Namespace) -> dict[str, object]:
@@ -140,16 +142,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
     parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
     parser.add_argument("--save", choices=["released", "float"], default="released")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of activations; parameters stay float32",
+    )
     add_pod_arguments(parser)
     return parse_pod_args(parser)
 
 
+def config_of(args: argparse.Namespace) -> V4Config:
+    """The architecture that is trained."""
+    return VARIANTS[args.model]() if args.model else from_hf(args.checkpoint)
+
+
 def start_model(args: argparse.Namespace) -> Transformer:
     """The float32 model to start from."""
-    numerics = released("float32") if args.qat else plain()
+    numerics = released(args.dtype) if args.qat else plain(args.dtype)
     if args.checkpoint:
         return to_float(checkpoint.load(args.checkpoint, numerics, use="train"))
-    cfg = VARIANTS[args.model]()
+    cfg = config_of(args)
     return jax.jit(lambda: Transformer(cfg, numerics, rngs=nnx.Rngs(args.seed)))()
 
 
@@ -190,6 +203,10 @@ def main() -> None:
     """Trains, saves and exports."""
     args = parse_args()
     process, count = start_processes(args)
+    if args.mesh is None:
+        devices = jax.devices()
+        args.mesh, why = choose_mesh(config_of(args), len(devices), devices[0].platform, "train")
+        print(f"mesh: {why}", file=sys.stderr)
     with on_mesh(args.mesh):
         train(args, is_first=process == 0, is_alone=count == 1)
 
@@ -197,8 +214,7 @@ def main() -> None:
 def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
     """The run; the first process prints and logs."""
     stream = TokenStream(args.tokens, args.seq_len, seed=args.seed)
-    cfg = VARIANTS[args.model]() if args.model else from_hf(args.checkpoint)
-    stream.require_ids(cfg.vocab_size)
+    stream.require_ids(config_of(args).vocab_size)
     args.output.mkdir(parents=True, exist_ok=True)
     if is_first:
         claim(args)

@@ -13,8 +13,10 @@ import pathlib
 import sys
 import time
 
-from v4jax import Numerics, checkpoint
+from v4jax import Numerics
 from v4jax.cli.errors import one_message
+from v4jax.cli.models import load_model
+from v4jax.cli.pod import add_mesh_argument
 from v4jax.inference.engine import Engine
 from v4jax.inference.sampling import Sampling
 from v4jax.nn.numerics import RECIPES
@@ -70,13 +72,14 @@ def main() -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--mode", choices=["raw", *MODES], default="non-think")
     add_sampling_arguments(parser)
+    add_mesh_argument(parser)
     args = parser.parse_args()
 
     sampling = sampling_of(args)
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     tokenizer = Tokenizer(args.checkpoint)
     prompt = tokenizer.encode(render(tokenizer, args.prompt, args.mode))  # fails before loading
-    engine = Engine(checkpoint.load(args.checkpoint, numerics), tokenizer, cache=args.cache)
+    engine = Engine(load_model(args, numerics), tokenizer, cache=args.cache)
     accept_any_text()
     times = [time.monotonic()]
 

@@ -24,18 +24,23 @@ from sharding import AXES, make_mesh
 
 def add_pod_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """How devices are arranged, and which process this is, of how many; gives the latter's group."""
-    parser.add_argument(
-        "--mesh",
-        type=parse_mesh,
-        default={},
-        help='such as "fsdp=4,expert=2" (default: one device)',
-    )
+    add_mesh_argument(parser)
     group = parser.add_argument_group("several processes")
     group.add_argument("--distributed", action="store_true", help="jax finds the others")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--num-processes", type=int)
     group.add_argument("--process-id", type=int)
     return group
+
+
+def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
+    """How devices are arranged."""
+    parser.add_argument(
+        "--mesh",
+        type=parse_mesh,
+        help='such as "fsdp=4,expert=2", or "none" for one device (default: chosen for the devices '
+        "of this host, and printed)",
+    )
 
 
 def parse_pod_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -51,12 +56,14 @@ def parse_pod_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """ "fsdp=4,expert=2" -> sizes by axis.
+    """ "fsdp=4,expert=2" -> sizes by axis; "none" -> no axes.
 
     Raises:
       argparse.ArgumentTypeError: an unknown axis, or a size that is not a positive integer.
     """
     sizes = {}
+    if text == "none":
+        return sizes
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in AXES or not size.isdecimal() or int(size) < 1 or axis in sizes:
@@ -80,12 +87,14 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int]:
     return args.process_id or 0, args.num_processes or 1
 
 
-def spans_processes(sizes: dict[str, int]) -> bool:
+def spans_processes(sizes: dict[str, int] | None) -> bool:
     """Whether a mesh is one of all processes' devices, rather than of a host's own.
 
     Raises:
       ValueError: more devices than this host has, but not all there are.
     """
+    if sizes is None:
+        return False
     devices, own, found = math.prod(sizes.values()), jax.local_device_count(), jax.device_count()
     if devices > own and devices != found:
         raise ValueError(

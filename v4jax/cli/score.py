@@ -16,8 +16,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax import Numerics, checkpoint
+from v4jax import Numerics
 from v4jax.cli.errors import one_message
+from v4jax.cli.models import load_model
+from v4jax.cli.pod import add_mesh_argument
 from v4jax.inference.score import Scorer
 from v4jax.nn.numerics import RECIPES
 from v4jax.text.prompt import with_bos
@@ -36,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--recipe", choices=RECIPES, help="of released numerics, see v4jax.nn.numerics"
     )
+    add_mesh_argument(parser)
     parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
     parser.add_argument("--decode-from", type=int, metavar="N")
     parser.add_argument("--context", type=int, default=512, help="window of the perplexity")
@@ -69,7 +72,7 @@ def main() -> None:
     args = parse_args()
     numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
     tokens = read_tokens(args.tokens) if args.tokens else None
-    scorer = Scorer(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
+    scorer = Scorer(load_model(args, numerics), cache=args.cache)
     if args.tokens:
         logits = scorer.logits(tokens, decode_from=args.decode_from)
         np.savez(args.out, logits=logits)
