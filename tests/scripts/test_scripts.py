@@ -139,26 +139,6 @@ def test_finetune_goes_on_where_it_was_killed(tmp_path):
     assert checkpoint.load(broken / "model").cfg.name == "tiny"
 
 
-def test_the_example_of_the_readme_runs(tmp_path):
-    """In a process of its own: what other tests import must not help it."""
-    (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
-    )
-    (tmp_path / "example.py").write_text(example, encoding="utf-8")
-
-    done = subprocess.run(
-        [sys.executable, "example.py"],
-        cwd=tmp_path,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) > 8
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

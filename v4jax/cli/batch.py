@@ -1,7 +1,6 @@
 """Generates for a file of requests; killed and started again, it goes on.
 
-    v4jax batch --checkpoint v4jax/assets/nano --input requests.jsonl \\
-        --output results.jsonl
+    v4jax batch --checkpoint nano --input requests.jsonl --output results.jsonl
 
 A request is a JSON object with `messages` or `prompt`; docs/batch.md lists its keys. Lines that are
 no requests are reported in results.jsonl.errors, by number. On several hosts that see one file
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from sharding import DECODE
 from v4jax import Numerics, checkpoint
 from v4jax.cli.generate import add_sampling_arguments
+from v4jax.cli.options import add_checkpoint_option, command_parser
 from v4jax.cli.pod import (
     add_pod_arguments,
     from_first,
@@ -40,12 +40,16 @@ from v4jax.text.tokenizer import Tokenizer
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=pathlib.Path)
-    parser.add_argument("--input", type=pathlib.Path, help="requests, JSON lines")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="results, JSON lines")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--mode", choices=list(MODES), default="non-think")
+    parser = command_parser("batch", __doc__)
+    add_checkpoint_option(parser, required=False)
+    parser.add_argument("--input", type=pathlib.Path, metavar="FILE", help="requests, JSON lines")
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="FILE", required=True, help="results, JSON lines"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="requests that run together")
+    parser.add_argument(
+        "--mode", choices=list(MODES), default="non-think", help="of requests that name none"
+    )
     add_sampling_arguments(parser)
     hosts = add_pod_arguments(parser)
     hosts.add_argument("--merge", action="store_true", help="only join what they have written")

@@ -1,20 +1,19 @@
 """A conversation in the terminal.
 
-    v4jax chat --checkpoint v4jax/assets/nano --mode think-high
+    v4jax chat --checkpoint nano --mode think-high
 
 Type a message, or /mode NAME, /reset, /quit. In the thinking modes the reasoning is shown in
 brackets; as in the released format, it is dropped from the history when the next message comes.
 Every turn feeds the whole conversation again. Ctrl-C ends a reply, and keeps what there is of it.
 """
 
-import argparse
-import pathlib
 import sys
 from collections.abc import Iterator
 
 from v4jax import Numerics, checkpoint
 from v4jax.cli.errors import one_message
 from v4jax.cli.generate import accept_any_text, add_sampling_arguments
+from v4jax.cli.options import add_checkpoint_option, command_parser
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import sampler_of
 from v4jax.text.format import MODES, THINK_END, EncodingError, resolve_mode
@@ -70,10 +69,12 @@ def reply(
 
 def main() -> None:
     """Reads messages until the end of the input."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
-    parser.add_argument("--mode", choices=list(MODES), default="non-think")
-    parser.add_argument("--system", help="system message")
+    parser = command_parser("chat", __doc__)
+    add_checkpoint_option(parser)
+    parser.add_argument(
+        "--mode", choices=list(MODES), default="non-think", help="how much it thinks first"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling_arguments(parser)
     args = parser.parse_args()
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from v4jax import checkpoint
 from v4jax.cli.errors import one_message
+from v4jax.cli.options import checkpoint_folder, command_parser
 from v4jax.cli.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
 from v4jax.config import VARIANTS
 from v4jax.nn.model import Transformer
@@ -41,25 +42,35 @@ from v4jax.train.trainer import Saver, Trainer, TrainState
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_parser("finetune", __doc__)
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", choices=sorted(VARIANTS), help="train this variant from scratch")
-    start.add_argument("--checkpoint", type=pathlib.Path, help="start from this folder")
+    start.add_argument(
+        "--checkpoint", type=checkpoint_folder, metavar="DIR", help="start from this folder"
+    )
     parser.add_argument("--tokens", type=pathlib.Path, required=True, help=".npy, integers [N]")
     parser.add_argument("--eval-tokens", type=pathlib.Path, help="held-out tokens, .npy")
-    parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="DIR", required=True, help="folder of the run"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=1000, help="in all, those before an interruption too"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
-    parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--eval-every", type=int, default=250)
-    parser.add_argument("--log-every", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=100, help="steps until --lr is reached")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and the order of the data"
+    )
+    parser.add_argument("--save-every", type=int, default=250, help="steps")
+    parser.add_argument("--eval-every", type=int, default=250, help="steps")
+    parser.add_argument("--log-every", type=int, default=10, help="steps")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
     parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
-    parser.add_argument("--save", choices=["released", "float"], default="released")
+    parser.add_argument(
+        "--save", choices=["released", "float"], default="released", help="format of model/"
+    )
     add_pod_arguments(parser)
     return parse_pod_args(parser)
 

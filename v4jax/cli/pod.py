@@ -28,13 +28,14 @@ def add_pod_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         "--mesh",
         type=parse_mesh,
         default={},
+        metavar="AXIS=SIZE,...",
         help='such as "fsdp=4,expert=2" (default: one device)',
     )
     group = parser.add_argument_group("several processes")
     group.add_argument("--distributed", action="store_true", help="jax finds the others")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    group.add_argument("--num-processes", type=int)
-    group.add_argument("--process-id", type=int)
+    group.add_argument("--num-processes", type=int, help="how many there are")
+    group.add_argument("--process-id", type=int, help="which this is, from 0")
     return group
 
 
