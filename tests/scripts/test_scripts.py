@@ -49,6 +49,21 @@ def test_generate_continues_a_prompt_reproducibly():
     assert run("generate", *args, "--seed", 4)[0] != out
 
 
+def test_generate_over_a_mesh_writes_the_same():
+    """On several devices, by a mesh that is given and by the one that is chosen; it says which."""
+    args = ("--checkpoint", NANO, "--mode", "raw", "--prompt", PROMPT, "--max-new-tokens", 12)
+    args += ("--temperature", 0, "--dtype", "float32")
+
+    chosen, said = run("generate", *args, devices=2)
+    given, said_given = run("generate", *args, "--mesh", "expert=2", devices=2)
+
+    assert given == chosen
+    assert re.search(
+        r"^devices +2 x cpu\nmesh +one device\n +2 x cpu: weights 0.0 \+", said, re.MULTILINE
+    )
+    assert re.search(r"^mesh +expert=2\n +as given\nweights +0.01 GB in ", said_given, re.MULTILINE)
+
+
 @pytest.mark.parametrize("mode", ["non-think", "think-high", "think-max"])
 def test_generate_in_each_mode(mode):
     args = ("--checkpoint", NANO, "--mode", mode, "--prompt", "She was very happy.")

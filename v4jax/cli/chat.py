@@ -10,15 +10,18 @@ Every turn feeds the whole conversation again. Ctrl-C ends a reply, and keeps wh
 import sys
 from collections.abc import Iterator
 
-from v4jax import Numerics, checkpoint
+from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.generate import accept_any_text, add_sampling_arguments
-from v4jax.cli.options import add_checkpoint_option, command_parser
+from v4jax.cli.options import add_checkpoint_option, add_mesh_option, command_parser
+from v4jax.cli.serving import load_for_serving
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import sampler_of
 from v4jax.text.format import MODES, THINK_END, EncodingError, resolve_mode
 from v4jax.text.parse import parse_partial_completion
 from v4jax.text.tokenizer import Tokenizer
+
+LONG_CONVERSATION = 32_768  # tokens that a mesh is chosen for
 
 
 def stream(
@@ -75,6 +78,7 @@ def main() -> None:
         "--mode", choices=list(MODES), default="non-think", help="how much it thinks first"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    add_mesh_option(parser)
     add_sampling_arguments(parser)
     args = parser.parse_args()
 
@@ -82,7 +86,8 @@ def main() -> None:
     resolve_mode(args.mode, tokenizer.release)
     tokenizer.encode(args.system or "")
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
-    generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
+    model = load_for_serving(args, numerics, context=LONG_CONVERSATION)
+    generator = Generator(model, cache=args.cache)
     accept_any_text()
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode

@@ -12,14 +12,16 @@ import io
 import sys
 import time
 
-from v4jax import Numerics, checkpoint
+from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
     add_checkpoint_option,
+    add_mesh_option,
     add_numerics_options,
     add_sampling_options,
     command_parser,
 )
+from v4jax.cli.serving import load_for_serving
 from v4jax.inference.generate import Generator
 from v4jax.inference.sampling import sampler_of
 from v4jax.text.format import MODES
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--mode", choices=["raw", *MODES], default="non-think", help="how much it thinks first"
     )
+    add_mesh_option(parser)
     add_sampling_arguments(parser)
     args = parser.parse_args()
 
@@ -67,7 +70,9 @@ def main() -> None:
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     tokenizer = Tokenizer(args.checkpoint)
     prompt = tokenizer.encode(render(tokenizer, args.prompt, args.mode))  # fails before loading
-    generator = Generator(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
+    context = len(prompt) + args.max_new_tokens
+    model = load_for_serving(args, numerics, context=context)
+    generator = Generator(model, cache=args.cache)
     accept_any_text()
     times = [time.monotonic()]
 

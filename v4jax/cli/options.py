@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from v4jax import nano_path
+from v4jax.cli.pod import parse_mesh
 from v4jax.nn.numerics import RECIPES
 
 DTYPES = ("float32", "bfloat16")
@@ -87,6 +88,17 @@ def add_numerics_options(
         help="KV cache in FP8 and FP4, or in floats (default: packed where it is exact)",
     )
     return group
+
+
+def add_mesh_option(parser: argparse.ArgumentParser) -> None:
+    """--mesh of the commands that run a model: "auto", or sizes by axis."""
+    parser.add_argument(
+        "--mesh",
+        type=lambda text: text if text == "auto" else parse_mesh(text),
+        metavar="AXIS=SIZE,...",
+        default="auto",
+        help='such as "expert=8"; auto: one device if the model fits on it, else all there are',
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

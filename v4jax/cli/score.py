@@ -16,9 +16,15 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 
-from v4jax import Numerics, checkpoint
+from v4jax import Numerics
 from v4jax.cli.errors import one_message
-from v4jax.cli.options import add_checkpoint_option, add_numerics_options, command_parser
+from v4jax.cli.options import (
+    add_checkpoint_option,
+    add_mesh_option,
+    add_numerics_options,
+    command_parser,
+)
+from v4jax.cli.serving import load_for_serving
 from v4jax.inference.score import Scorer
 from v4jax.text.prompt import with_bos
 
@@ -37,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--context", type=int, default=512, help="tokens that a token of --text can look back at"
     )
+    add_mesh_option(parser)
     add_numerics_options(parser, dtype="float32")
     args = parser.parse_args()
     if args.tokens and not args.out:
@@ -68,7 +75,9 @@ def main() -> None:
     args = parse_args()
     numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
     tokens = read_tokens(args.tokens) if args.tokens else None
-    scorer = Scorer(checkpoint.load(args.checkpoint, numerics), cache=args.cache)
+    context = args.context if tokens is None or tokens.ndim != 2 else max(1, tokens.shape[1])
+    model = load_for_serving(args, numerics, context=context)
+    scorer = Scorer(model, cache=args.cache)
     if args.tokens:
         logits = scorer.logits(tokens, decode_from=args.decode_from)
         np.savez(args.out, logits=logits)
