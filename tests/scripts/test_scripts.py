@@ -89,7 +89,7 @@ def test_chat_answers_every_message():
     first, second = (part.strip() for part in out.split("> ") if part.strip())
     assert len(first) > 20
     assert second.startswith("[")
-    assert "'shout': expected one of non-think" in err
+    assert "mode='shout': release 'april' has non-think" in err
 
 
 @pytest.mark.parametrize("decode", [(), ("--decode-from", 150)], ids=["whole", "decoded"])
