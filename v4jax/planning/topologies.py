@@ -1,4 +1,4 @@
-"""TPUs that are not there: their figures, and compiling for them on any machine.
+"""Figures of TPU generations, and ahead-of-time compilation for their topologies on any machine.
 
     with jax.set_mesh(topology_mesh("v6e")):
         compiled = jax.jit(fn).lower(*arguments).compile()
