@@ -22,7 +22,7 @@ def make_mesh(
     Use it with `with jax.set_mesh(mesh):`.
 
     Args:
-      devices: in place of `jax.devices()`, say those of a topology that is not there.
+      devices: in place of `jax.devices()`, say those of a topology that is compiled for ahead of time.
 
     Raises:
       ValueError: there are not enough devices.

@@ -189,13 +189,13 @@ def test_an_interrupt_leaves_what_was_written(requests, whole, tmp_path):
 def test_the_recipe_reaches_the_model(requests, tmp_path, monkeypatch):
     numerics = []
 
-    def load(args, given, devices, *, says):
+    def load(args, given, **_):
         numerics.append(given)
         raise checkpoint.CheckpointError("enough is known")
 
     options = (*arguments(requests, tmp_path / "results.jsonl"), "--recipe", "bf16")
     monkeypatch.setattr(sys, "argv", ["batch", *map(str, options)])
-    monkeypatch.setattr(batch, "load_model", load)
+    monkeypatch.setattr(batch, "load_for_serving", load)
     with pytest.raises(SystemExit, match="enough is known"):
         batch.main()
 

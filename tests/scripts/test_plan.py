@@ -81,12 +81,12 @@ def test_a_layer_of_flash_is_planned_for_v5p():
 def test_wrong_topologies_and_meshes_are_refused_with_what_would_do():
     job = ["--model", "tiny", "--job", "decode", "--context", "512", "--batch", "4"]
     unknown = _plan(*job, "--topology", "v9:2x2")
-    assert unknown.returncode == 1
+    assert unknown.returncode == 2
     assert "expected one of v5e:2x2 .. v5e:16x16" in unknown.stderr
     assert "Traceback" not in unknown.stderr
 
     wrong = _plan(*job, "--topology", "v6e:2x2", "--mesh", "tensor=4")
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert "tensor=4 cuts o_groups=2 into 4 parts: sizes that would do are 1, 2" in wrong.stderr
 
     few = _plan(*job, "--topology", "v6e:2x2", "--mesh", "expert=2,data=2")

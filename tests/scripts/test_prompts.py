@@ -9,7 +9,6 @@ import pytest
 import v4jax
 from tests.conftest import NANO
 from tests.scripts.test_scripts import start
-from v4jax import checkpoint
 from v4jax.cli import batch, chat, generate, score
 from v4jax.cli.errors import one_message
 from v4jax.inference.batch import JobError
@@ -38,7 +37,7 @@ def model(monkeypatch):
     scripted = Scripted()
     scripted.asked = []
     for module in (chat, generate):
-        monkeypatch.setattr(module, "load_model", lambda *_: None)
+        monkeypatch.setattr(module, "load_for_serving", lambda *_, **__: None)
         monkeypatch.setattr(module, "Engine", lambda *_, **__: scripted)
     return scripted
 
@@ -174,7 +173,7 @@ def test_a_scored_text_begins_once(text, tmp_path, monkeypatch, capsys):
             seen.append(tokens)
             return 2.0, 4
 
-    monkeypatch.setattr(score, "load_model", lambda *_: None)
+    monkeypatch.setattr(score, "load_for_serving", lambda *_, **__: None)
     monkeypatch.setattr(score, "Scorer", Scorer)
     (tmp_path / "text").write_text(text, encoding="utf-8")
 

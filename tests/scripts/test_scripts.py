@@ -49,6 +49,21 @@ def test_generate_continues_a_prompt_reproducibly():
     assert run("generate", *args, "--seed", 4)[0] != out
 
 
+def test_generate_over_a_mesh_writes_the_same():
+    """On several devices, by a mesh that is given and by the one that is chosen; it says which."""
+    args = ("--checkpoint", NANO, "--mode", "raw", "--prompt", PROMPT, "--max-new-tokens", 12)
+    args += ("--temperature", 0, "--dtype", "float32")
+
+    chosen, said = run("generate", *args, devices=2)
+    given, said_given = run("generate", *args, "--mesh", "expert=2", devices=2)
+
+    assert given == chosen
+    assert re.search(
+        r"^devices +2 x cpu\nmesh +one device\n +2 x cpu: weights 0.0 \+", said, re.MULTILINE
+    )
+    assert re.search(r"^mesh +expert=2\n +as given\nweights +0.01 GB in ", said_given, re.MULTILINE)
+
+
 @pytest.mark.parametrize("mode", ["non-think", "think-high", "think-max"])
 def test_generate_in_each_mode(mode):
     args = ("--checkpoint", NANO, "--mode", mode, "--prompt", "She was very happy.")
@@ -56,6 +71,14 @@ def test_generate_in_each_mode(mode):
     out, _ = run("generate", *args, "--max-new-tokens", 30, "--temperature", 0)
 
     assert len(out.strip()) > 20
+
+
+def test_generate_refuses_two_samplers():
+    process = start("generate", "--checkpoint", NANO, "--prompt", "x", "--top-k", 3, "--top-p", 0.5)
+    _, err = process.communicate(timeout=600)
+
+    assert process.returncode != 0
+    assert "top_k=3 and top_p=0.5 exclude each other" in err
 
 
 def test_chat_answers_every_message():
@@ -66,7 +89,7 @@ def test_chat_answers_every_message():
     first, second = (part.strip() for part in out.split("> ") if part.strip())
     assert len(first) > 20
     assert second.startswith("[")
-    assert "'shout'" in err and "non-think, think-high" in err
+    assert "mode='shout': release 'april' has non-think" in err
 
 
 @pytest.mark.parametrize("decode", [(), ("--decode-from", 150)], ids=["whole", "decoded"])
@@ -129,26 +152,6 @@ def test_finetune_goes_on_where_it_was_killed(tmp_path):
     files = [d / "model" / "model.safetensors" for d in (whole, broken)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert checkpoint.load(broken / "model").cfg.name == "tiny"
-
-
-def test_the_example_of_the_readme_runs(tmp_path):
-    """In a process of its own: what other tests import must not help it."""
-    (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
-    )
-    (tmp_path / "example.py").write_text(example, encoding="utf-8")
-
-    done = subprocess.run(
-        [sys.executable, "example.py"],
-        cwd=tmp_path,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) > 8
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Generates for a file of requests; killed and started again, it goes on.
 
-    v4jax batch --checkpoint v4jax/assets/nano --input requests.jsonl \\
-        --output results.jsonl
+    v4jax batch --checkpoint nano --input requests.jsonl --output results.jsonl
 
 A request is a JSON object with `messages` or `prompt`; docs/batch.md lists its keys. Lines that are
 no requests are reported in results.jsonl.errors, by number. On several hosts that see one file
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from v4jax import Numerics, checkpoint
 from v4jax.cli.generate import add_sampling_arguments
-from v4jax.cli.models import load_model
+from v4jax.cli.options import add_checkpoint_option, command_parser
 from v4jax.cli.pod import (
     add_pod_arguments,
     from_first,
@@ -29,6 +28,7 @@ from v4jax.cli.pod import (
     spans_processes,
     start_processes,
 )
+from v4jax.cli.serving import load_for_serving
 from v4jax.inference.batch import Job, JobError, Settings, merge_files
 from v4jax.inference.batch.files import errors_path, fingerprint
 from v4jax.inference.engine import Engine
@@ -36,24 +36,30 @@ from v4jax.text.format import MODES
 from v4jax.text.release import release_of
 from v4jax.text.tokenizer import Tokenizer
 
+CONTEXT = 8192  # tokens of a sequence that a mesh is chosen for
+
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=pathlib.Path)
-    parser.add_argument("--input", type=pathlib.Path, help="requests, JSON lines")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="results, JSON lines")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--mode", choices=list(MODES), default="non-think")
+    parser = command_parser("batch", __doc__)
+    add_checkpoint_option(parser, required=False)
+    parser.add_argument("--input", type=pathlib.Path, metavar="FILE", help="requests, JSON lines")
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="FILE", required=True, help="results, JSON lines"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="requests that run together")
+    parser.add_argument(
+        "--mode", choices=list(MODES), default="non-think", help="of requests that name none"
+    )
     add_sampling_arguments(parser)
-    hosts = add_pod_arguments(parser)
+    hosts = add_pod_arguments(parser, auto=True)
     hosts.add_argument("--merge", action="store_true", help="only join what they have written")
     args = parse_pod_args(parser)
     if not args.merge and not (args.checkpoint and args.input):
         parser.error("--checkpoint and --input are required, except with --merge.")
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: expected at least 1.")
-    names = ("mode", "temperature", "top_k", "top_p", "max_new_tokens", "seed")
+    names = ("mode", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed")
     try:
         args.settings = Settings(**{name: getattr(args, name) for name in names})
         args.rounding = Numerics(args.numerics, args.dtype, recipe=args.recipe)
@@ -110,7 +116,9 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
                 initial=done, total=job.total, unit="request", desc=name[:-2], disable=not leads
             )
             with bar:
-                model = load_model(args, numerics, devices, says=leads)
+                model = load_for_serving(
+                    args, numerics, context=CONTEXT, batch=args.batch_size, devices=devices
+                )
                 engine = Engine(model, cache=args.cache)
                 started = time.monotonic()
                 for progress in job.run(engine, tokenizer):

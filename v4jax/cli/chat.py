@@ -1,26 +1,26 @@
 """A conversation in the terminal.
 
-    v4jax chat --checkpoint v4jax/assets/nano --mode think-high
+    v4jax chat --checkpoint nano --mode think-high
 
 Type a message, or /mode NAME, /reset, /quit. In the thinking modes the reasoning is shown in
 brackets; as in the released format, it is dropped from the history when the next message comes.
 Every turn feeds the whole conversation again. Ctrl-C ends a reply, and keeps what there is of it.
 """
 
-import argparse
-import pathlib
 import sys
 from collections.abc import Iterator
 
 from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.generate import accept_any_text, add_sampling_arguments, sampling_of
-from v4jax.cli.models import load_model
-from v4jax.cli.pod import add_mesh_argument
+from v4jax.cli.options import add_checkpoint_option, add_mesh_option, command_parser
+from v4jax.cli.serving import load_for_serving
 from v4jax.inference.engine import Engine
 from v4jax.text.format import MODES, THINK_END, EncodingError, resolve_mode
 from v4jax.text.parse import parse_partial_completion
 from v4jax.text.tokenizer import Tokenizer
+
+LONG_CONVERSATION = 32_768  # tokens that a mesh is chosen for
 
 
 def reply(engine: Engine, tokenizer: Tokenizer, messages: list[dict], mode: str, args) -> dict:
@@ -55,19 +55,22 @@ def reply(engine: Engine, tokenizer: Tokenizer, messages: list[dict], mode: str,
 
 def main() -> None:
     """Reads messages until the end of the input."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
-    parser.add_argument("--mode", choices=list(MODES), default="non-think")
-    parser.add_argument("--system", help="system message")
+    parser = command_parser("chat", __doc__)
+    add_checkpoint_option(parser)
+    parser.add_argument(
+        "--mode", choices=list(MODES), default="non-think", help="how much it thinks first"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    add_mesh_option(parser)
     add_sampling_arguments(parser)
-    add_mesh_argument(parser)
     args = parser.parse_args()
 
     tokenizer = Tokenizer(args.checkpoint)
     resolve_mode(args.mode, tokenizer.release)
     tokenizer.encode(args.system or "")
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
-    engine = Engine(load_model(args, numerics), tokenizer, cache=args.cache)
+    model = load_for_serving(args, numerics, context=LONG_CONVERSATION)
+    engine = Engine(model, tokenizer, cache=args.cache)
     accept_any_text()
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode

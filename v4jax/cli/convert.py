@@ -1,6 +1,6 @@
 """Converts a checkpoint to another storage format, to other tensor names, or both.
 
-    v4jax convert v4jax/assets/nano runs/nano-bf16 --to bf16
+    v4jax convert nano runs/nano-bf16 --to bf16
     v4jax convert runs/nano-bf16 runs/nano-fp4 --to released
     v4jax convert DIR NEW --names transformers
 
@@ -11,22 +11,22 @@ interruption. TARGET/report.json says what changed, for each kind of tensor.
 """
 
 import argparse
-import os
 import pathlib
-import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # an accelerator may be busy, and is not needed
-
+import jax
 from tqdm import tqdm
 
 from v4jax.checkpoint.convert import FORMATS, NAMINGS, Conversion
 from v4jax.cli.errors import one_message
+from v4jax.cli.options import checkpoint_folder, command_parser
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("source", type=pathlib.Path, help="folder with config.json and safetensors")
+    parser = command_parser("convert", __doc__)
+    parser.add_argument(
+        "source", type=checkpoint_folder, help="folder with config.json and safetensors files"
+    )
     parser.add_argument("target", type=pathlib.Path, help="new folder, or one to continue")
     parser.add_argument("--to", choices=list(FORMATS), default="stored", help="storage format")
     parser.add_argument("--names", choices=NAMINGS, default="released", help="tensor names")
@@ -57,15 +57,13 @@ def table(report: dict) -> str:
 def main() -> None:
     """Converts, with a progress bar, and prints the report."""
     args = parse_args()
-    try:
-        conversion = Conversion(
-            args.source, args.target, to=args.to, naming=args.names, allow_lossy=args.allow_lossy
-        )
-        size = conversion.num_bytes
-        with tqdm(total=size, unit="B", unit_scale=True, desc=args.target.name) as bar:
-            report = conversion.run(bar.update)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, and is not needed
+    conversion = Conversion(
+        args.source, args.target, to=args.to, naming=args.names, allow_lossy=args.allow_lossy
+    )
+    size = conversion.num_bytes
+    with tqdm(total=size, unit="B", unit_scale=True, desc=args.target.name) as bar:
+        report = conversion.run(bar.update)
     print(table(report))
     for note in report["notes"]:
         print(f"note: {note}")

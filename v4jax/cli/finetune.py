@@ -32,13 +32,14 @@ from v4jax import checkpoint
 from v4jax.checkpoint.hf_config import from_hf
 from v4jax.checkpoint.saving import write_text
 from v4jax.cli.errors import one_message
-from v4jax.cli.models import choose_mesh
+from v4jax.cli.options import DTYPES, checkpoint_folder, command_parser
 from v4jax.cli.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
 from v4jax.config import VARIANTS, V4Config
 from v4jax.inference.batch.files import fingerprint
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
 from v4jax.nn.quantization import to_float, to_released
+from v4jax.planning.devices import training_mesh
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.data import TokenStream
 from v4jax.train.losses import LossWeights, Metrics
@@ -123,32 +124,42 @@ def drop_lines_after(path: pathlib.Path, step: int) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_parser("finetune", __doc__)
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", choices=sorted(VARIANTS), help="train this variant from scratch")
-    start.add_argument("--checkpoint", type=pathlib.Path, help="start from this folder")
+    start.add_argument(
+        "--checkpoint", type=checkpoint_folder, metavar="DIR", help="start from this folder"
+    )
     parser.add_argument("--tokens", type=pathlib.Path, required=True, help=".npy, integers [N]")
     parser.add_argument("--eval-tokens", type=pathlib.Path, help="held-out tokens, .npy")
-    parser.add_argument("--output", type=pathlib.Path, required=True)
-    parser.add_argument("--steps", type=positive, default=1000)
-    parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--seq-len", type=positive, default=512)
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="DIR", required=True, help="folder of the run"
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=1000, help="in all, those before an interruption too"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, help="sequences a step")
+    parser.add_argument("--seq-len", type=positive, default=512, help="tokens of a sequence")
     parser.add_argument("--lr", type=rate, default=2e-4, help="peak learning rate")
-    parser.add_argument("--warmup", type=natural, default=100)
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--save-every", type=positive, default=250)
-    parser.add_argument("--eval-every", type=positive, default=250)
-    parser.add_argument("--log-every", type=positive, default=10)
+    parser.add_argument("--warmup", type=natural, default=100, help="steps until --lr is reached")
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="of the weights and the order of the data"
+    )
+    parser.add_argument("--save-every", type=positive, default=250, help="steps")
+    parser.add_argument("--eval-every", type=positive, default=250, help="steps")
+    parser.add_argument("--log-every", type=positive, default=10, help="steps")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
     parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
-    parser.add_argument("--save", choices=["released", "float"], default="released")
+    parser.add_argument(
+        "--save", choices=["released", "float"], default="released", help="format of model/"
+    )
     parser.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16"],
+        choices=DTYPES,
         default="float32",
         help="of activations; parameters stay float32",
     )
-    add_pod_arguments(parser)
+    add_pod_arguments(parser, auto=True)
     return parse_pod_args(parser)
 
 
@@ -203,10 +214,10 @@ def main() -> None:
     """Trains, saves and exports."""
     args = parse_args()
     process, count = start_processes(args)
-    if args.mesh is None:
-        devices = jax.devices()
-        args.mesh, why = choose_mesh(config_of(args), len(devices), devices[0].platform, "train")
-        print(f"mesh: {why}", file=sys.stderr)
+    if args.mesh == "auto":
+        args.mesh, why = training_mesh(config_of(args), jax.devices())
+        if process == 0:
+            print(f"mesh: {why}", file=sys.stderr)
     with on_mesh(args.mesh):
         train(args, is_first=process == 0, is_alone=count == 1)
 

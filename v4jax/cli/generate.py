@@ -1,6 +1,6 @@
 """Continues a prompt.
 
-    v4jax generate --checkpoint v4jax/assets/nano --prompt "Emma was" --mode raw
+    v4jax generate --checkpoint nano --prompt "Emma was" --mode raw
     v4jax generate --checkpoint DIR --prompt "Name three primes." --mode think-high
 
 In the modes non-think, think-high and think-max (and think-low, since the 0731 release) the prompt is
@@ -9,17 +9,21 @@ rendered as a user turn; `raw` continues the text as it is. The token rate goes 
 
 import argparse
 import io
-import pathlib
 import sys
 import time
 
 from v4jax import Numerics
 from v4jax.cli.errors import one_message
-from v4jax.cli.models import load_model
-from v4jax.cli.pod import add_mesh_argument
+from v4jax.cli.options import (
+    add_checkpoint_option,
+    add_mesh_option,
+    add_numerics_options,
+    add_sampling_options,
+    command_parser,
+)
+from v4jax.cli.serving import load_for_serving
 from v4jax.inference.engine import Engine
 from v4jax.inference.sampling import Sampling
-from v4jax.nn.numerics import RECIPES
 from v4jax.text.format import MODES
 from v4jax.text.prompt import with_bos
 from v4jax.text.tokenizer import Tokenizer
@@ -27,22 +31,12 @@ from v4jax.text.tokenizer import Tokenizer
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Options shared with v4jax.cli.chat and v4jax.cli.batch."""
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--numerics", choices=["plain", "released"], default="released")
-    parser.add_argument(
-        "--recipe", choices=RECIPES, help="of released numerics, see v4jax.nn.numerics"
-    )
-    parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
+    add_sampling_options(parser)
+    add_numerics_options(parser)
 
 
 def sampling_of(args: argparse.Namespace, seed: int | None = None) -> Sampling:
-    """What the options of `add_sampling_arguments` describe."""
+    """What the options of `add_sampling_options` describe."""
     names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
     options = {name: getattr(args, name) for name in names}
     return Sampling(**options, seed=args.seed if seed is None else seed)
@@ -67,19 +61,25 @@ def render(tokenizer: Tokenizer, prompt: str, mode: str) -> str:
 
 def main() -> None:
     """Generates and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--mode", choices=["raw", *MODES], default="non-think")
+    parser = command_parser("generate", __doc__)
+    add_checkpoint_option(parser)
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="what is asked or continued"
+    )
+    parser.add_argument(
+        "--mode", choices=["raw", *MODES], default="non-think", help="how much it thinks first"
+    )
+    add_mesh_option(parser)
     add_sampling_arguments(parser)
-    add_mesh_argument(parser)
     args = parser.parse_args()
 
     sampling = sampling_of(args)
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     tokenizer = Tokenizer(args.checkpoint)
     prompt = tokenizer.encode(render(tokenizer, args.prompt, args.mode))  # fails before loading
-    engine = Engine(load_model(args, numerics), tokenizer, cache=args.cache)
+    context = len(prompt) + args.max_new_tokens
+    model = load_for_serving(args, numerics, context=context)
+    engine = Engine(model, tokenizer, cache=args.cache)
     accept_any_text()
     times = [time.monotonic()]
 

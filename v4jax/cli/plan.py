@@ -1,4 +1,4 @@
-"""Compiles a full-size job for TPUs that are not there, and says what a device would hold and do.
+"""Compiles a full-size job ahead of time for a TPU slice, and says what a device holds and does.
 
     v4jax plan --model flash --topology v6e:4x4 --job decode --context 131072 --batch 16
 
@@ -18,11 +18,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 
 from sharding import AXES, make_mesh
+from v4jax.cli.errors import one_message
+from v4jax.cli.options import command_parser
 from v4jax.config import VARIANTS, V4Config
 from v4jax.planning import costs
 from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
@@ -75,17 +75,29 @@ class Report:
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=sorted(VARIANTS), default="flash")
+    parser = command_parser("plan", __doc__)
+    parser.add_argument(
+        "--model", choices=sorted(VARIANTS), default="flash", help="the architecture"
+    )
     slices = ", ".join(name for chip in CHIPS.values() for name in chip.slices[:2])
     parser.add_argument("--topology", required=True, help=f"a slice: {slices} ...")
-    parser.add_argument("--job", choices=sorted(EXPERTS), required=True)
+    parser.add_argument("--job", choices=sorted(EXPERTS), required=True, help="what is run")
     parser.add_argument("--context", type=int, required=True, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=0, help="sequences; default one a device")
     parser.add_argument("--chunk", type=int, default=4096, help="prefill: tokens fed at once")
-    parser.add_argument("--mesh", default="", help="such as fsdp=4,expert=16; default: chosen")
-    parser.add_argument("--experts", choices=("fp4", "float", "frozen"), default="")
-    parser.add_argument("--cache", choices=("packed", "float"), help="default: packed where exact")
+    parser.add_argument("--mesh", default="", help="such as fsdp=4,expert=16 (default: chosen)")
+    parser.add_argument(
+        "--experts",
+        choices=("fp4", "float", "frozen"),
+        default="",
+        help="fp4: as released; float: no quantized weight; frozen: trained around (default: fp4, "
+        "float in training)",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("packed", "float"),
+        help="KV cache in FP8 and FP4, or in floats (default: packed where it is exact)",
+    )
     parser.add_argument("--layers", type=int, default=0, help="only the first layers")
     parser.add_argument(
         "--schedule", action="store_true", help="stop once the program is scheduled, without code"
@@ -307,6 +319,8 @@ def _kinds(cfg: V4Config, job: Job) -> list[str]:
 def main() -> None:
     """Prints the plan; exits with 1 if it does not fit."""
     args = parse_args()
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")  # none of this machine's devices is used
     jax.config.update("jax_enable_compilation_cache", False)
     started = time.monotonic()
 
@@ -316,20 +330,17 @@ def main() -> None:
     cfg = VARIANTS[args.model]()
     if args.layers:
         cfg = dataclasses.replace(cfg, layers=cfg.layers[: args.layers])
-    try:
-        chip_of(args.topology)
-        devices = len(topology_devices(args.topology))
-        job = Job(
-            kind=args.job,
-            context=args.context,
-            batch=args.batch or devices,
-            chunk=args.chunk,
-            experts=args.experts,
-            cache=args.cache,
-        )
-        report = plan(cfg, args.topology, job, args.mesh, has_code=not args.schedule, say=say)
-    except ValueError as error:
-        sys.exit(str(error))
+    chip_of(args.topology)
+    devices = len(topology_devices(args.topology))
+    job = Job(
+        kind=args.job,
+        context=args.context,
+        batch=args.batch or devices,
+        chunk=args.chunk,
+        experts=args.experts,
+        cache=args.cache,
+    )
+    report = plan(cfg, args.topology, job, args.mesh, has_code=not args.schedule, say=say)
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=1))
     else:
@@ -339,4 +350,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_message():
+        main()

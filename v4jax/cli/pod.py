@@ -22,25 +22,28 @@ from jax.experimental import multihost_utils
 from sharding import AXES, make_mesh
 
 
-def add_pod_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """How devices are arranged, and which process this is, of how many; gives the latter's group."""
-    add_mesh_argument(parser)
+def add_pod_arguments(
+    parser: argparse.ArgumentParser, *, auto: bool = False
+) -> argparse._ArgumentGroup:
+    """How devices are arranged, and which process this is, of how many; gives the latter's group.
+
+    Args:
+      auto: the command chooses a mesh for the devices of its host where none is given.
+    """
+    default = "auto: for the devices of this host, and said" if auto else "one device"
+    parser.add_argument(
+        "--mesh",
+        type=(lambda text: text if text == "auto" else parse_mesh(text)) if auto else parse_mesh,
+        default="auto" if auto else {},
+        metavar="AXIS=SIZE,...",
+        help=f'such as "fsdp=4,expert=2" (default: {default})',
+    )
     group = parser.add_argument_group("several processes")
     group.add_argument("--distributed", action="store_true", help="jax finds the others")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    group.add_argument("--num-processes", type=int)
-    group.add_argument("--process-id", type=int)
+    group.add_argument("--num-processes", type=int, help="how many there are")
+    group.add_argument("--process-id", type=int, help="which this is, from 0")
     return group
-
-
-def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
-    """How devices are arranged."""
-    parser.add_argument(
-        "--mesh",
-        type=parse_mesh,
-        help='such as "fsdp=4,expert=2", or "none" for one device (default: chosen for the devices '
-        "of this host, and printed)",
-    )
 
 
 def parse_pod_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -56,14 +59,12 @@ def parse_pod_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """ "fsdp=4,expert=2" -> sizes by axis; "none" -> no axes.
+    """ "fsdp=4,expert=2" -> sizes by axis.
 
     Raises:
       argparse.ArgumentTypeError: an unknown axis, or a size that is not a positive integer.
     """
     sizes = {}
-    if text == "none":
-        return sizes
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in AXES or not size.isdecimal() or int(size) < 1 or axis in sizes:
@@ -87,13 +88,13 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int]:
     return args.process_id or 0, args.num_processes or 1
 
 
-def spans_processes(sizes: dict[str, int] | None) -> bool:
+def spans_processes(sizes: dict[str, int] | str) -> bool:
     """Whether a mesh is one of all processes' devices, rather than of a host's own.
 
     Raises:
       ValueError: more devices than this host has, but not all there are.
     """
-    if sizes is None:
+    if sizes == "auto":
         return False
     devices, own, found = math.prod(sizes.values()), jax.local_device_count(), jax.device_count()
     if devices > own and devices != found:

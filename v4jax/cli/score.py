@@ -2,7 +2,7 @@
 
     v4jax score --checkpoint DIR --tokens tokens.npy --out logits.npz \\
         --dtype float32 --numerics plain
-    v4jax score --checkpoint v4jax/assets/nano --text scripts/data/austen/heldout.txt
+    v4jax score --checkpoint nano --text scripts/data/austen/heldout.txt
 
 `--tokens` holds int32 [B, T]; `logits` in the output is float32 [B, T, V]. With `--decode-from N`
 the first N tokens are fed at once and the others one at a time through the cache.
@@ -18,30 +18,33 @@ import numpy as np
 
 from v4jax import Numerics
 from v4jax.cli.errors import one_message
-from v4jax.cli.models import load_model
-from v4jax.cli.pod import add_mesh_argument
+from v4jax.cli.options import (
+    add_checkpoint_option,
+    add_mesh_option,
+    add_numerics_options,
+    command_parser,
+)
+from v4jax.cli.serving import load_for_serving
 from v4jax.inference.score import Scorer
-from v4jax.nn.numerics import RECIPES
 from v4jax.text.prompt import with_bos
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
+    parser = command_parser("score", __doc__)
+    add_checkpoint_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tokens", type=pathlib.Path, help=".npy, integers [B, T]")
     what.add_argument("--text", type=pathlib.Path, help="print the perplexity of this file")
     parser.add_argument("--out", type=pathlib.Path, help=".npz to write (with --tokens)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--numerics", choices=["plain", "released"], default="released")
     parser.add_argument(
-        "--recipe", choices=RECIPES, help="of released numerics, see v4jax.nn.numerics"
+        "--decode-from", type=int, metavar="N", help="feed tokens from here on one at a time"
     )
-    add_mesh_argument(parser)
-    parser.add_argument("--cache", choices=["packed", "float"], help="default: packed where exact")
-    parser.add_argument("--decode-from", type=int, metavar="N")
-    parser.add_argument("--context", type=int, default=512, help="window of the perplexity")
+    parser.add_argument(
+        "--context", type=int, default=512, help="tokens that a token of --text can look back at"
+    )
+    add_mesh_option(parser)
+    add_numerics_options(parser, dtype="float32")
     args = parser.parse_args()
     if args.tokens and not args.out:
         parser.error("--tokens needs --out FILE.npz")
@@ -72,7 +75,9 @@ def main() -> None:
     args = parse_args()
     numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
     tokens = read_tokens(args.tokens) if args.tokens else None
-    scorer = Scorer(load_model(args, numerics), cache=args.cache)
+    context = args.context if tokens is None or tokens.ndim != 2 else max(1, tokens.shape[1])
+    model = load_for_serving(args, numerics, context=context)
+    scorer = Scorer(model, cache=args.cache)
     if args.tokens:
         logits = scorer.logits(tokens, decode_from=args.decode_from)
         np.savez(args.out, logits=logits)

@@ -1,4 +1,4 @@
-"""Full-size jobs on devices that are not there: which mesh, what a device holds, the program.
+"""Full-size jobs, compiled ahead of time: which mesh, what a device holds, the program.
 
     cfg, job = flash(), Job(kind="decode", context=131_072, batch=16)
     choice = choose_mesh(cfg, CHIPS["v6e"], 16, job)

@@ -1,4 +1,4 @@
-"""TPUs that are not there: their figures, and compiling for them on any machine.
+"""Figures of TPU generations, and ahead-of-time compilation for their topologies on any machine.
 
     with jax.set_mesh(topology_mesh("v6e")):
         compiled = jax.jit(fn).lower(*arguments).compile()
@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import topologies
 
 GiB = 2**30
-# Rows travel to experts while others are computed; libtpu does not do that by itself. Where a TPU is:
-# LIBTPU_INIT_ARGS=--xla_tpu_enable_async_ragged_all_to_all=true
+# Rows travel to experts while others are computed; libtpu does not do that by itself. Where a TPU is,
+# the commands set the same in LIBTPU_INIT_ARGS (`v4jax.cli.LIBTPU_FLAGS`).
 COMPILER_OPTIONS = {"xla_tpu_enable_async_ragged_all_to_all": True}
 
 

@@ -9,7 +9,7 @@ try:
     import tokenizers
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(
-        "v4jax.text.tokenizer needs the package tokenizers: pip install 'v4jax[text]'. Models, "
+        "v4jax.text.tokenizer needs the package tokenizers: pip install tokenizers. Models, "
         "checkpoints and v4jax.text.prompt work without it, on token ids and strings."
     ) from error
 

@@ -1,0 +1,113 @@
+"""What commands share: how their help looks, and options with one spelling, default and text."""
+
+import argparse
+import pathlib
+
+from v4jax import nano_path
+from v4jax.cli.pod import parse_mesh
+from v4jax.nn.numerics import RECIPES
+
+DTYPES = ("float32", "bfloat16")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs stay as written, and an option that has a default shows it."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=100)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        hidden = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        empty = isinstance(action.default, str | dict | tuple) and not action.default
+        if action.option_strings and not (hidden or empty) and "default" not in text:
+            text += f" (default: {action.default})".replace("%", "%%")
+        return text
+
+
+def command_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of `v4jax COMMAND`, whose help is the docstring of the command's module.
+
+    Args:
+      command: its name.
+      doc: one line, then paragraphs; those that are indented are examples.
+    """
+    first, *paragraphs = (doc or "").strip().split("\n\n")
+    examples = [p.rstrip() for p in paragraphs if p.startswith("    ")]
+    texts = [p.strip() for p in paragraphs if not p.startswith("    ")]
+    description = "\n\n".join([first, *texts])
+    epilog = "\n".join(["examples:", *examples]) if examples else None
+    return argparse.ArgumentParser(
+        prog=f"v4jax {command}", description=description, epilog=epilog, formatter_class=_Help
+    )
+
+
+def add_checkpoint_option(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """--checkpoint."""
+    parser.add_argument(
+        "--checkpoint",
+        type=checkpoint_folder,
+        metavar="DIR",
+        required=required,
+        help='folder with config.json, safetensors files and tokenizer.json; "nano": the bundled model',
+    )
+
+
+def checkpoint_folder(text: str) -> pathlib.Path:
+    """A folder; "nano" is the bundled model, unless there is a folder of that name."""
+    path = pathlib.Path(text)
+    return nano_path() if text == "nano" and not path.exists() else path
+
+
+def add_numerics_options(
+    parser: argparse.ArgumentParser, *, dtype: str = "bfloat16"
+) -> argparse._ArgumentGroup:
+    """--dtype, --numerics, --recipe and --cache: what is computed in which format.
+
+    Args:
+      dtype: the default of --dtype.
+    """
+    group = parser.add_argument_group("numerics and memory")
+    group.add_argument("--dtype", choices=DTYPES, default=dtype, help="of activations")
+    group.add_argument(
+        "--numerics",
+        choices=("plain", "released"),
+        default="released",
+        help="released: every FP8 and FP4 rounding of the released inference code; "
+        "plain: none of them",
+    )
+    group.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="how released numerics multiply FP8 and FP4 weights, see docs/numerics.md "
+        "(default: released)",
+    )
+    group.add_argument(
+        "--cache",
+        choices=("packed", "float"),
+        help="KV cache in FP8 and FP4, or in floats (default: packed where it is exact)",
+    )
+    return group
+
+
+def add_mesh_option(parser: argparse.ArgumentParser) -> None:
+    """--mesh of the commands that run a model: "auto", or sizes by axis."""
+    parser.add_argument(
+        "--mesh",
+        type=lambda text: text if text == "auto" else parse_mesh(text),
+        metavar="AXIS=SIZE,...",
+        default="auto",
+        help='such as "expert=8"; auto: one device if the model fits on it, else all there are',
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """--temperature, --top-p, --top-k, --min-p, --max-new-tokens, --seed: how a token is chosen."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    group.add_argument("--top-p", type=float, help="only the likeliest tokens of this total share")
+    group.add_argument("--top-k", type=int, help="only this many of the likeliest tokens")
+    group.add_argument("--min-p", type=float, help="only tokens this likely beside the likeliest")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="tokens at most")
+    group.add_argument("--seed", type=int, default=0, help="of the random numbers")
+    return group

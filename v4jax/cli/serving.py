@@ -1,0 +1,78 @@
+"""A model on the devices that are there: which mesh, whether it fits, and what is said at the start."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+
+from sharding import make_mesh
+from v4jax import checkpoint
+from v4jax.nn.compilation import keep_programs
+from v4jax.nn.model import Transformer
+from v4jax.nn.numerics import Numerics
+from v4jax.planning.devices import serving_mesh
+
+
+def load_for_serving(
+    args: argparse.Namespace,
+    numerics: Numerics,
+    *,
+    context: int,
+    batch: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Transformer:
+    """Loads --checkpoint over --mesh, and says so on stderr.
+
+    Args:
+      args: has `checkpoint`, `mesh` ("auto" or sizes by axis) and `cache`.
+      context: tokens a sequence, prompt and answer.
+      batch: sequences that run together.
+      devices: in place of all there are.
+
+    Raises:
+      ValueError: the model does not fit on the devices; names what would.
+    """
+    opened = checkpoint.Checkpoint(args.checkpoint)
+    files = args.checkpoint.glob("*.safetensors")
+    weight_bytes = sum(file.stat().st_size for file in files)
+    keep_programs()
+    devices = jax.devices() if devices is None else list(devices)
+    reasons = ("as given",)
+    sizes = args.mesh
+    if sizes == "auto":
+        cache = args.cache if numerics.is_released else "float"
+        choice = serving_mesh(
+            *(opened.config, devices),
+            weight_bytes=weight_bytes,
+            batch=batch,
+            context=context,
+            cache=cache,
+        )
+        sizes, reasons = choice.sizes, choice.reasons
+    mesh = None if sizes is None else make_mesh(**sizes, devices=devices)
+    started = time.monotonic()
+    model = checkpoint.load(opened, numerics, mesh=mesh)
+    jax.block_until_ready(jax.tree.leaves(model))
+    seconds = time.monotonic() - started
+    shown = ", ".join(f"{axis}={size}" for axis, size in (sizes or {}).items() if size > 1)
+    _say("model", opened.config.name)
+    _say("devices", f"{len(devices)} x {devices[0].device_kind}")
+    _say("mesh", shown or "one device", *reasons)
+    rate = weight_bytes / seconds / 1e9
+    _say("weights", f"{weight_bytes / 1e9:.2f} GB in {seconds:.1f} s, {rate:.2f} GB/s")
+    _say("numerics", f"{numerics.name}, {numerics.dtype}")
+    _say("cache", args.cache or "packed where it is exact, else float")
+    _say("programs", _kept_programs())
+    return model
+
+
+def _kept_programs() -> str:
+    folder = jax.config.jax_compilation_cache_dir
+    return f"compiled ones are kept in {folder}" if folder else "compiled ones are not kept"
+
+
+def _say(name: str, *lines: str) -> None:
+    for label, line in zip((name, *[""] * len(lines)), lines):
+        print(f"{label:9} {line}", file=sys.stderr)
