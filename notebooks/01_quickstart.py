@@ -25,13 +25,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import v4jax
-from v4jax import checkpoint
-from v4jax.inference.generate import Generator
-from v4jax.inference.sampling import Temperature
 from v4jax.planning.describe import count_parameters, describe
-from v4jax.text.format import ASSISTANT, BOS
-from v4jax.text.parse import parse_partial_completion
-from v4jax.text.tokenizer import Tokenizer
+from v4jax.text.format import BOS
 
 NANO = v4jax.nano_path()
 
@@ -42,15 +37,13 @@ NANO = v4jax.nano_path()
 # with the same roundings as DeepSeek's inference code.
 
 # %%
-model = checkpoint.load(NANO, v4jax.released(jnp.float32))
-tokenizer = Tokenizer(NANO)
-generator = Generator(model)
+model = v4jax.load("nano", v4jax.released(jnp.float32))
+tokenizer = v4jax.Tokenizer(NANO)
+engine = v4jax.Engine(model, tokenizer)
 
-prompt = tokenizer.encode(BOS + "Elizabeth was surprised to see him, but")
-completion = generator.generate(
-    [prompt], sampler=Temperature(0.5), max_new_tokens=80, stop_ids=tokenizer.stop_ids, seed=0
-)[0]
-print(tokenizer.decode([*prompt, *completion.tokens]).removesuffix(ASSISTANT))
+prompt = "Elizabeth was surprised to see him, but"
+completion = engine.generate(prompt, v4jax.Sampling(temperature=0.5, max_new_tokens=80))
+print(prompt + completion.text)
 
 # %% [markdown]
 # ## Three modes
@@ -61,17 +54,12 @@ print(tokenizer.decode([*prompt, *completion.tokens]).removesuffix(ASSISTANT))
 
 # %%
 messages = [{"role": "user", "content": "Mr. Darcy looked at her with great earnestness."}]
+sampling = v4jax.Sampling(temperature=0.5, max_new_tokens=100, seed=3)
 for mode in tokenizer.modes:
-    rendered = tokenizer.render(messages, mode)
-    (completion,) = generator.generate(
-        [tokenizer.encode(rendered.text)], sampler=Temperature(0.5), max_new_tokens=100, seed=3
-    )
-    reply = parse_partial_completion(
-        tokenizer.decode(completion.tokens), rendered.thinking_mode, is_complete=True
-    )
-    print(f"--- {mode}: the prompt ends in {rendered.text[-28:]!r}")
-    print("reasoning:", reply["reasoning_content"])
-    print("answer:   ", reply["content"])
+    reply = engine.chat(messages, mode, sampling)
+    print(f"--- {mode}: the prompt ends in {tokenizer.render(messages, mode).text[-28:]!r}")
+    print("reasoning:", reply.reasoning)
+    print("answer:   ", reply.content)
 
 # %% [markdown]
 # ## Parameters
