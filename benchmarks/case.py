@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import jax
 
-from v4jax.planning.topologies import CHIPS, Chip
+from pallas_kernels.chips import CHIPS, Chip
 
 Trips = dict[str, tuple[int, ...]]  # name of a Pallas kernel -> trips of its loops
 

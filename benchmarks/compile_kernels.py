@@ -31,7 +31,8 @@ DUMP = schedule.start_dump()  # before libtpu is loaded
 
 from benchmarks import hlo, kernel_cases
 from benchmarks.case import Case
-from v4jax.planning.topologies import CHIPS, compile_on
+from pallas_kernels.chips import CHIPS
+from v4jax.planning.topologies import compile_on
 
 
 @dataclasses.dataclass(frozen=True)

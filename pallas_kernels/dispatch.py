@@ -12,7 +12,12 @@ the program is compiled for a TPU and the shapes are the kernel's, else "xla". A
 device's arrays: under a mesh of several devices `None` picks it only inside `jax.shard_map`.
 """
 
+import functools
+import warnings
+
 import jax
+
+from pallas_kernels import chips
 
 IMPLEMENTATIONS = ("tpu", "interpret", "xla", "reference")
 
@@ -44,6 +49,8 @@ def choose(implementation: Implementation, *, unsupported: str | None = None) ->
             f'implementation="tpu" cannot run on {target_platform()}: use "xla", or "interpret" '
             "to run the kernel in the Pallas interpreter."
         )
+    if implementation == "tpu" and chips.of_kind(_tpu_kind()) is None:
+        raise ValueError(f'implementation="tpu": {_unknown(_tpu_kind())}')
     return implementation
 
 
@@ -68,27 +75,48 @@ def target_platform() -> str:
 
 
 def target_chip() -> str:
-    """The TPU generation compiled for ("v5e", "v5p", "v6e", "v7x"), "v6e" when it is not a TPU."""
+    """Name of the chip compiled for; off a TPU, the one whose sizes the interpreter takes.
+
+    Raises:
+      ValueError: a TPU of a kind that no record of `chips.py` names.
+    """
+    kind = _tpu_kind()
+    if kind is None:
+        return chips.INTERPRETED
+    chip = chips.of_kind(kind)
+    if chip is None:
+        raise ValueError(_unknown(kind))
+    return chip.name
+
+
+def _tpu_kind() -> str | None:
+    """Kind of the TPU that is compiled for, None off a TPU."""
+    if target_platform() != "tpu":
+        return None
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        device = jax.devices()[0]
-    return _CHIP_OF_KIND.get(device.device_kind, "v6e")
+    return (jax.devices()[0] if device is None else device).device_kind
 
 
-_CHIP_OF_KIND = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "v7x",
-}
+def _unknown(kind: str) -> str:
+    known = ", ".join(name for chip in chips.CHIPS.values() for name in chip.kinds)
+    return (
+        f"no kernels for a TPU of kind {kind!r}: known are {known}. A record in "
+        "pallas_kernels/chips.py adds one."
+    )
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(f"{message} The XLA forms run.", stacklevel=2)
 
 
 def _kernels_run() -> bool:
     """A TPU program of one device, or the body of a shard_map over all axes."""
-    if target_platform() != "tpu":
+    kind = _tpu_kind()
+    if kind is None:
+        return False
+    if chips.of_kind(kind) is None:
+        _say_once(_unknown(kind))
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

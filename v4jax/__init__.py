@@ -9,8 +9,12 @@ Packages: `nn` (the model), `text` (prompts and tokens), `checkpoint`, `inferenc
 `planning` (costs, memory, meshes) and `cli`. Names below are imported on first use.
 """
 
+import glob
 import importlib
+import importlib.util
+import os
 import pathlib
+import sys
 
 _HOMES = {
     "AxisRules": "sharding",
@@ -37,6 +41,34 @@ _HOMES = {
 
 __version__ = "0.2.0"
 __all__ = ["__version__", "nano_path", *_HOMES]  # noqa: PLE0604
+
+
+def _leave_out_an_absent_tpu() -> None:
+    """With libtpu installed and no accelerator, jax looks for a TPU and prints a page of warnings.
+
+    `JAX_PLATFORMS` wins, if it is set.
+    """
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    devices = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")
+    if any(glob.glob(pattern) for pattern in devices) or _has_google_device():
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # it has read the environment
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def _has_google_device() -> bool:
+    for path in glob.glob("/sys/bus/pci/devices/*/vendor"):
+        try:
+            if pathlib.Path(path).read_text().strip() == "0x1ae0":
+                return True
+        except OSError:
+            continue
+    return False
+
+
+_leave_out_an_absent_tpu()
 
 
 def nano_path() -> pathlib.Path:

@@ -8,17 +8,12 @@ is at the other's softmax; a chunk must be long beside the loading of a weight t
 import dataclasses
 import math
 
-from pallas_kernels import dispatch
+from pallas_kernels import chips, dispatch
 
-VMEM_LIMIT = {"v5e": 100 << 20, "v5p": 56 << 20, "v6e": 100 << 20, "v7x": 56 << 20}
+VMEM_LIMIT = chips.table("attention_vmem")
 
 # chip -> rows of a block, rows of a chunk, entries of a block.
-FORWARD = {
-    "v5e": (2048, 256, 512),
-    "v5p": (2048, 256, 512),
-    "v6e": (2048, 256, 512),
-    "v7x": (2048, 256, 512),
-}
+FORWARD = chips.table("attention_blocks")
 BACKWARD = FORWARD
 WINDOW_ROWS = 128  # of a block of the window's gradient
 

@@ -34,14 +34,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import chips, dispatch
 from pallas_kernels.attention import tpu_packed
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 
 # Entries of a block. A block's copy should take longer than the 0.35 us a grid step costs.
-BLOCK_ENTRIES = {"v5e": 1024, "v5p": 1024, "v6e": 1024, "v7x": 2048}
+BLOCK_ENTRIES = chips.table("decode_entries")
 # Entries per index from which on fetching the picked ones takes less time than fetching all.
-GATHER_RATIO = {"v5e": 8, "v5p": 8, "v6e": 10, "v7x": 12}
+GATHER_RATIO = chips.table("gather_ratio")
 GATHER_UNROLL = 16  # copies issued by one turn of the loop
 LANES = 128
 _LOWEST = -1e30

@@ -15,12 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import chips
+
 E5M2 = jnp.dtype(jnp.float8_e5m2)
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 E4M3B11 = jnp.dtype(jnp.float8_e4m3b11fnuz)
 EXPONENTS = {E5M2: 14, E4M3: 0, E4M3B11: 4}  # log2 of what a value read as this has lost
 # In which a chip multiplies values by their scales in the least time. Exact in both.
-PRODUCTS = {"v5e": jnp.float32, "v5p": jnp.float32, "v6e": jnp.bfloat16, "v7x": jnp.bfloat16}
+PRODUCTS = {
+    name: jnp.bfloat16 if fast else jnp.float32
+    for name, fast in chips.table("vector_bfloat16").items()
+}
 
 
 def e5m2_of_codes(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -32,7 +37,7 @@ def e5m2_of_codes(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def best_e4m3(chip: str) -> jnp.dtype:
     """What e4m3fn is read as on a chip."""
-    return E4M3 if chip == "v7x" else E4M3B11
+    return E4M3 if chips.CHIPS[chip].native_e4m3 else E4M3B11
 
 
 def read_e4m3(values: jax.Array, read_as: jnp.dtype) -> jax.Array:

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+from pallas_kernels import chips
+
 MIB = 1 << 20
 # What a kernel may hold in VMEM; the rest is left to XLA and to registers that spill.
-VMEM_BUDGET = {"v5e": 96 * MIB, "v5p": 46 * MIB, "v6e": 96 * MIB, "v7x": 46 * MIB}
-VMEM_LIMIT = {"v5e": 112 * MIB, "v5p": 58 * MIB, "v6e": 112 * MIB, "v7x": 58 * MIB}
+VMEM_BUDGET = chips.table("grouped_budget")
+VMEM_LIMIT = chips.table("grouped_vmem")
 # Rows of a right operand that the matrix unit holds.
-MXU_DEPTH = {"v5e": 128, "v5p": 128, "v6e": 256, "v7x": 256}
-CORES = {"v5e": 1, "v5p": 2, "v6e": 1, "v7x": 1}  # that share a grid by its column blocks
+MXU_DEPTH = chips.table("mxu_depth")
+CORES = chips.table("cores")  # that share a grid by its column blocks
 MAX_ROW_TILE = 256
 FEW_ROWS = (8, 16)  # row tiles of the kernel for few rows an expert
 FEW_ROWS_X_BYTES = 16 * MIB  # its rows lie in VMEM as float32
@@ -16,7 +18,7 @@ COLUMNS = (2048, 1536, 1024, 768, 512, 384, 256, 128)
 GRADIENT_BLOCKS = (1024, 768, 512, 384, 256, 128)  # of both axes of a gradient
 # A step of the loop within a block takes about so many weights: the more, the more of the unpacking
 # is hidden under products, and the rarer the matrix unit runs dry between steps; the code grows.
-STEP_WEIGHTS = {"v5e": 1 << 20, "v5p": 1 << 20, "v6e": 1 << 22, "v7x": 1 << 22}
+STEP_WEIGHTS = chips.table("grouped_step_weights")
 STEPS = (1024, 512, 256, 128)
 
 

@@ -5,12 +5,12 @@ matrix units better (the projection holds a block's tokens as its stationary ope
 them is VMEM, where every block of an array in HBM is held twice.
 """
 
+from pallas_kernels import chips
+
 # chip -> (bytes of VMEM a kernel may ask for, most tokens of a block)
 _LIMITS = {
-    "v5e": (100 << 20, 256),
-    "v5p": (60 << 20, 256),
-    "v6e": (100 << 20, 256),
-    "v7x": (60 << 20, 256),
+    chip.name: (chip.hyper_connections_vmem, chip.hyper_connections_tokens)
+    for chip in chips.CHIPS.values()
 }
 LANES = 128
 COEFFICIENT_TOKENS = 8 * LANES  # a whole float32 register
@@ -26,7 +26,7 @@ def block_tokens(chip: str, num_tokens: int, bytes_per_token: int, constant_byte
     """Tokens of one program.
 
     Args:
-      chip: "v5e", "v5p", "v6e" or "v7x".
+      chip: a name of `chips.CHIPS`.
       num_tokens: tokens there are.
       bytes_per_token: of all operands and results of one token.
       constant_bytes: of operands every program reads.

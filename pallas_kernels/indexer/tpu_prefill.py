@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import chips, dispatch
 from pallas_kernels.indexer import block_sizes, threshold
 from pallas_kernels.indexer.block_sizes import CHUNK
 from pallas_kernels.indexer.threshold import LANES, MISSING
@@ -43,7 +43,7 @@ from pallas_kernels.selection import ENTRIES_PER_WORD_ROW
 
 QUERY_TILE = 16  # rows of a tile of bfloat16
 CONVERTED_AT_ONCE = 2  # heads
-FP8_CHIPS = ("v7x",)  # chips that multiply e5m2 faster than bfloat16
+FP8_CHIPS = tuple(name for name, is_fast in chips.table("fast_e5m2").items() if is_fast)
 
 
 def unsupported(num_heads: int, num_entries: int) -> str | None:

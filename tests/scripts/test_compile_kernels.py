@@ -14,8 +14,8 @@ import sys
 import pytest
 
 from benchmarks.hlo import largest_of_xla
+from pallas_kernels.chips import CHIPS
 from tests.conftest import ROOT
-from v4jax.planning.topologies import CHIPS
 
 pytest.importorskip("libtpu")
 

@@ -8,13 +8,14 @@ import sys
 import jax
 import pytest
 
+from pallas_kernels.chips import CHIPS
 from sharding import make_mesh
 from tests.conftest import ROOT
 from v4jax import tiny
 from v4jax.cli.plan import GiB, memory_of_error
 from v4jax.planning.hlo import collectives
 from v4jax.planning.plan import Job, program
-from v4jax.planning.topologies import CHIPS, topology_devices
+from v4jax.planning.topologies import topology_devices
 
 pytest.importorskip("libtpu")
 

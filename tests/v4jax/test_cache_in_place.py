@@ -12,11 +12,12 @@ import pytest
 
 from benchmarks.hlo import largest_of_xla
 from pallas_kernels.attention import decode_attention
+from pallas_kernels.chips import CHIPS
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.indexer import index_topk
 from v4jax import flash, released
 from v4jax.nn.cache import Chunk, LayerCache, append_entries, init_cache, write_window
-from v4jax.planning.topologies import CHIPS, topology_mesh
+from v4jax.planning.topologies import topology_mesh
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.usefixtures("not_kept")

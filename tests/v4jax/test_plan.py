@@ -6,12 +6,13 @@ import math
 import jax
 import pytest
 
+from pallas_kernels.chips import CHIPS
 from sharding import make_mesh
 from v4jax import flash, pro, tiny
 from v4jax.planning.hlo import Collective
 from v4jax.planning.plan import Job, choose_mesh, program
 from v4jax.planning.roofline import job_flops, roofline
-from v4jax.planning.topologies import CHIPS, chip_of
+from v4jax.planning.topologies import chip_of
 
 MILLION = 2**20
 

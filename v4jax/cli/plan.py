@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 
+from pallas_kernels.chips import CHIPS, Chip
 from sharding import AXES, make_mesh
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import command_parser
@@ -28,7 +29,7 @@ from v4jax.planning import costs
 from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
 from v4jax.planning.plan import EXPERTS, Job, MeshChoice, choose_mesh, program
 from v4jax.planning.roofline import Roofline, roofline
-from v4jax.planning.topologies import CHIPS, COMPILER_OPTIONS, Chip, chip_of, topology_devices
+from v4jax.planning.topologies import COMPILER_OPTIONS, chip_of, topology_devices
 
 GiB = 2**30
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.chips import Chip
 from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import AXES, DECODE, PREFILL, TRAIN, AxisRules
 from v4jax.config import V4Config
@@ -28,7 +29,6 @@ from v4jax.nn.numerics import plain, released
 from v4jax.nn.placement import FP4_BLOCK, check_mesh, is_rounded, kept_apart, specs
 from v4jax.nn.quantization import freeze_experts, to_float, to_released
 from v4jax.planning import costs
-from v4jax.planning.topologies import Chip
 from v4jax.train.optimizers import OptimizerConfig
 from v4jax.train.trainer import Trainer
 

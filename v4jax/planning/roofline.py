@@ -15,11 +15,11 @@ Assumptions, which every figure below rests on:
 
 import dataclasses
 
+from pallas_kernels.chips import Chip
 from v4jax.config import V4Config
 from v4jax.planning import costs
 from v4jax.planning.hlo import Collective
 from v4jax.planning.plan import Job
-from v4jax.planning.topologies import Chip
 
 STREAM_PASSES = 12  # over the residual streams, per layer and pass
 

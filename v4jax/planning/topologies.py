@@ -1,78 +1,23 @@
-"""Figures of TPU generations, and ahead-of-time compilation for their topologies on any machine.
+"""Ahead-of-time compilation for TPU topologies, on any machine.
 
     with jax.set_mesh(topology_mesh("v6e")):
         compiled = jax.jit(fn).lower(*arguments).compile()
 
 Needs the `libtpu` package (`pip install 'v4jax[tpu]'`), no TPU. Executables cannot run; their
 memory analysis, HLO and schedule can be read.
-
-Figures: Cloud TPU documentation; `jax.experimental.pallas.tpu.get_tpu_info_for_chip`. Clocks of
-v6e and v7x are what the peak rates imply. The documentation gives both directions of the
-inter-chip links together; `ici` is one of them.
 """
 
-import dataclasses
 import os
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
-GiB = 2**30
+from pallas_kernels.chips import CHIPS, Chip
+
 # Rows travel to experts while others are computed; libtpu does not do that by itself. Where a TPU is,
 # the commands set the same in LIBTPU_INIT_ARGS (`v4jax.cli.LIBTPU_FLAGS`).
 COMPILER_OPTIONS = {"xla_tpu_enable_async_ragged_all_to_all": True}
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one JAX device of a TPU generation can do (on v7x half a chip: one TensorCore)."""
-
-    name: str
-    host: str  # topology of one host
-    flops: float  # bfloat16 matrix multiply-adds, FLOP/s
-    fp8_flops: float  # FLOP/s with both factors in FP8
-    bandwidth: float  # HBM, bytes/s
-    clock: float  # Hz
-    hbm: float  # bytes the compiler can use
-    vmem: int  # bytes of one core
-    ici: float  # bytes/s that a device can send over all its links together
-    slices: tuple[str, ...]  # topologies one can rent, smallest first
-    cores: int = 1  # TensorCores of a device; a kernel's parallel grid axes are split over them
-    devices_per_chip: int = 1
-
-
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-
-
-def _slices(prefix: str, shapes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{prefix}:{shape}" for shape in shapes)
-
-
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip(
-            *("v5e", "v5e:2x2", 197e12, 197e12, 819e9, 1.5e9, 15.75 * GiB, 128 << 20, 200e9),
-            _slices("v5e", _FLAT),
-        ),
-        Chip(
-            *("v5p", "v5p:2x2x1", 459e12, 459e12, 2765e9, 1.75e9, 95.74 * GiB, 64 << 20, 600e9),
-            _slices("v5p", _CUBES),
-            cores=2,
-        ),
-        Chip(
-            *("v6e", "v6e:2x2", 918e12, 918e12, 1640e9, 1.75e9, 31.25 * GiB, 128 << 20, 400e9),
-            _slices("v6e", _FLAT),
-        ),
-        Chip(
-            *("v7x", "tpu7x:2x2x1", 1153.5e12, 2307e12, 3690e9, 2.2e9, 94.75 * GiB, 64 << 20),
-            *(300e9, _slices("tpu7x", _CUBES)),
-            devices_per_chip=2,
-        ),
-    )
-}
 
 
 def chip_of(topology: str) -> Chip:
