@@ -13,7 +13,7 @@ ALLOWED = {
     "pallas_kernels": {"jax", "numpy"},
     "sharding": {"jax", "numpy"},
     "v4jax": {
-        *("jax", "numpy", "ml_dtypes", "flax", "optax", "orbax", "tokenizers", "tqdm"),
+        *("jax", "numpy", "ml_dtypes", "flax", "optax", "orbax", "tokenizers", "tqdm", "treescope"),
         *("pallas_kernels", "sharding"),
     },
     "scripts": {"jax", "numpy", "ml_dtypes", "flax", "matplotlib", "v4jax"},

@@ -132,11 +132,6 @@ class V4Config:
                 f"moe.experts_per_token={self.moe.experts_per_token}: expected 1..num_experts "
                 f"({self.moe.num_experts})."
             )
-        if self.indexer.head_dim & (self.indexer.head_dim - 1):
-            raise ValueError(
-                f"indexer.head_dim={self.indexer.head_dim}: expected a power of two "
-                "(the Hadamard transform needs one)."
-            )
 
     @property
     def nope_head_dim(self) -> int:

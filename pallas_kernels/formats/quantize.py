@@ -71,17 +71,19 @@ class QuantizedArray:
     @property
     def ndim(self) -> int:
         """Number of logical axes."""
-        return self.values.ndim
+        return len(self.values.shape)
 
     @property
     def size(self) -> int:
         """Number of weights (scales not counted)."""
-        return self.values.size * (2 if self.is_fp4 else 1)
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes held, scales included."""
-        return sum(a.size * a.dtype.itemsize for a in (self.values, self.scale))
+        # Of shapes and dtypes alone: printers put stand-ins in the place of arrays.
+        parts = (self.values, self.scale)
+        return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in parts)
 
     def __repr__(self) -> str:
         if not hasattr(self.values, "dtype"):  # a tree of something else, say of shardings

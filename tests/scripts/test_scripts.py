@@ -73,14 +73,6 @@ def test_generate_in_each_mode(mode):
     assert len(out.strip()) > 20
 
 
-def test_generate_refuses_two_samplers():
-    process = start("generate", "--checkpoint", NANO, "--prompt", "x", "--top-k", 3, "--top-p", 0.5)
-    _, err = process.communicate(timeout=600)
-
-    assert process.returncode != 0
-    assert "top_k=3 and top_p=0.5 exclude each other" in err
-
-
 def test_chat_answers_every_message():
     stdin = "How is Mr. Knightley?\n/mode think-high\nWho is Emma?\n/mode shout\n/quit\n"
 

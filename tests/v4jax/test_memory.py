@@ -152,3 +152,13 @@ def test_quantised_arrays_pass_through_orbax_to_another_mesh(tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     dtypes = {array.dtype for array in jax.tree.leaves(restored)}
     assert {np.dtype(np.uint8), np.dtype(ml_dtypes.float8_e8m0fnu)} <= dtypes
+
+
+def test_a_loaded_model_prints_as_one_line(capsys):
+    model = load(NANO)
+
+    line = "Transformer(nano: 5 layers, 0.00781 GB, plain float32; v4jax.describe(model) has its parts)"
+    assert repr(model) == str(model) == line
+    nnx.display(model)
+    assert line in capsys.readouterr().out
+    assert "fp4[8,256,128]" in repr(model.stages[1].blocks[0].moe)  # its parts print too

@@ -14,7 +14,7 @@ from flax import nnx
 
 from tests.models import extend, random_model
 from tests.tolerances import FLOAT32, assert_close
-from v4jax import Transformer, flash, pro, tiny
+from v4jax import Transformer, flash, plain, pro, released, tiny
 from v4jax.config import LayerSpec
 from v4jax.nn.cache import CacheFullError
 from v4jax.nn.model import plan_stages
@@ -200,3 +200,15 @@ def test_bytes_in_memory_equal_those_of_the_released_files(cfg, released):
     narrower = tables * cfg.moe.experts_per_token * 4  # hash tables: int64 on disk, int32 here
 
     assert sum(bytes_by_part(abstract_model(cfg)).values()) == released - narrower
+
+
+def test_only_numerics_that_transform_keys_need_a_power_of_two():
+    indexer = dataclasses.replace(tiny().indexer, head_dim=48)
+    cfg = dataclasses.replace(tiny(), layers=tiny().layers[1:2], mtp_layers=(), indexer=indexer)
+
+    def logits(numerics):
+        return Transformer(cfg, numerics, rngs=nnx.Rngs(0))(jnp.zeros((1, 140), jnp.int32))
+
+    assert jax.eval_shape(lambda: logits(plain())).shape == (1, 140, cfg.vocab_size)
+    with pytest.raises(ValueError, match=r"indexer\.head_dim=48 with released .* v4jax\.plain"):
+        jax.eval_shape(lambda: logits(released()))

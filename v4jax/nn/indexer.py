@@ -39,6 +39,11 @@ class Indexer(nnx.Module):
         rngs: KeyStream,
     ):
         heads, width = cfg.indexer.num_heads, cfg.indexer.head_dim
+        if numerics.is_released and width & (width - 1):
+            raise ValueError(
+                f"indexer.head_dim={width} with released numerics: expected a power of two, which "
+                "the Hadamard transform of queries and keys needs. v4jax.plain() takes any."
+            )
         self.wq_b = Linear(
             cfg.q_lora_rank, heads * width, numerics, rules, axes=("embed", None), rngs=rngs
         )

@@ -14,6 +14,7 @@ Source: report section 2; released `inference/model.py` (Block, MTPBlock, Transf
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -284,6 +285,23 @@ class Transformer(nnx.Module):
         check_mesh(self.cfg, self.rules, batch=batch, length=length)
         graphdef, params = nnx.split(self)
         return _whole(graphdef, self.rules, params, tokens)
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(nnx.state(self))
+        held = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+        return (
+            f"Transformer({self.cfg.name}: {len(self.cfg.layers)} layers, {held / 1e9:.3g} GB, "
+            f"{self.numerics.name} {self.numerics.dtype}; v4jax.describe(model) has its parts)"
+        )
+
+    __str__ = __repr__
+
+    def __treescope_repr__(self, path, subtree_renderer):
+        """What notebooks show (`nnx.display`); treescope asks for it."""
+        del path, subtree_renderer
+        from treescope import rendering_parts
+
+        return rendering_parts.text(repr(self))
 
     def trunk(
         self, tokens: jax.Array, *, remat: bool = False
