@@ -14,6 +14,8 @@ from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import Numerics
 from v4jax.planning.devices import serving_mesh
 
+BAR_BYTES = 1e9  # of weights, from which on a bar shows how far loading is
+
 
 def load_for_serving(
     args: argparse.Namespace,
@@ -53,7 +55,7 @@ def load_for_serving(
         sizes, reasons = choice.sizes, choice.reasons
     mesh = None if sizes is None else make_mesh(**sizes, devices=devices)
     started = time.monotonic()
-    model = checkpoint.load(opened, numerics, mesh=mesh)
+    model = checkpoint.load(opened, numerics, mesh=mesh, progress=weight_bytes > BAR_BYTES)
     jax.block_until_ready(jax.tree.leaves(model))
     seconds = time.monotonic() - started
     shown = ", ".join(f"{axis}={size}" for axis, size in (sizes or {}).items() if size > 1)
