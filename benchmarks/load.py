@@ -1,6 +1,6 @@
 """How fast a checkpoint loads, beside reading its files.
 
-    python -m benchmarks.load runs/wide
+python -m benchmarks.load runs/wide
 """
 
 import argparse

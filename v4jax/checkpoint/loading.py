@@ -36,7 +36,8 @@ from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import Numerics, plain
 
 NANO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "nano")
-READERS = 8  # parameters that are read at the same time
+READERS = 8  # threads
+PIECE = 2048  # rows of a matrix that one of them copies
 STRIP = 64  # rows of a matrix that are turned together
 MAX_EXPERTS, MAX_NAMES = 1 << 16, 1 << 17
 INDEX_NAME = "model.safetensors.index.json"
@@ -339,23 +340,12 @@ def load(
     )
     plan = _check(checkpoint, list(leaves(model)))
     sizes = [_stored_bytes(checkpoint, leaf) for leaf, _ in plan]
-    workers = min(READERS, os.cpu_count() or 1)
-    # Each worker holds one parameter on the host, so memory is bounded by the largest few.
-    with (
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
-        tqdm(
-            total=sum(sizes), unit="B", unit_scale=True, desc="loading", disable=not progress
-        ) as bar,
-    ):
-        reading = {pool.submit(read): (leaf, n) for (leaf, read), n in zip(plan, sizes)}
-        try:
-            for done in concurrent.futures.as_completed(reading):
-                leaf, size = reading[done]
-                leaf.variable.set_value(done.result())
-                bar.update(size)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with tqdm(
+        total=sum(sizes), unit="B", unit_scale=True, desc="loading", disable=not progress
+    ) as bar:
+        for (leaf, read), size in zip(plan, sizes):
+            leaf.variable.set_value(read())
+            bar.update(size)
     return model
 
 
@@ -484,11 +474,13 @@ def _make_array(
         parts = np.empty(
             (*chosen.shape, *(len(range(*s.indices(n))) for s, n in zip(inner, matrix))), dtype
         )
+        pieces = []
         for position in np.ndindex(*chosen.shape):
-            name = chosen[position]
             part = parts[position] if chosen.ndim else parts
             part = part.T if leaf.slot.transposed else part
-            _copy(checkpoint, name, stored_index, part)
+            pieces += _pieces(checkpoint.tensors[chosen[position]], stored_index, part)
+        for _ in _readers().map(lambda piece: _copy(checkpoint, *piece), pieces):
+            pass  # raises what a reader has raised
         return parts
 
     if sharding is None:
@@ -496,18 +488,35 @@ def _make_array(
     return jax.make_array_from_callback(shape, _fitting(sharding, shape), read)
 
 
-def _copy(checkpoint: Checkpoint, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
-    """A part of a tensor into `out`, in the file's orientation: some rows at a time.
+@functools.cache
+def _readers() -> concurrent.futures.ThreadPoolExecutor:
+    """Threads that copy parts of files; what they call lets go of Python's lock."""
+    return concurrent.futures.ThreadPoolExecutor(min(READERS, os.cpu_count() or 1))
 
-    Rows that stay in the processor's cache are turned several times faster than a whole matrix.
-    """
-    tensor = checkpoint.tensors[name]
+
+def _pieces(
+    tensor: Tensor, index: tuple[slice, ...], out: np.ndarray
+) -> Iterator[tuple[Tensor, tuple[slice, ...], np.ndarray]]:
+    """A part of a tensor and where it goes, in the file's orientation: some rows at a time."""
     start, stop, _ = index[0].indices(tensor.shape[0])
-    for first in range(start, stop, STRIP):
-        rows = (slice(first, min(first + STRIP, stop)), *index[1:])
+    for first in range(start, stop, PIECE):
+        rows = slice(first, min(first + PIECE, stop))
+        yield tensor, (rows, *index[1:]), out[first - start : rows.stop - start]
+
+
+def _copy(
+    checkpoint: Checkpoint, tensor: Tensor, index: tuple[slice, ...], out: np.ndarray
+) -> None:
+    """Rows of a tensor into `out`, few enough at a time that they stay in the processor's cache.
+
+    A whole matrix is turned several times more slowly.
+    """
+    for first in range(index[0].start, index[0].stop, STRIP):
+        rows = (slice(first, min(first + STRIP, index[0].stop)), *index[1:])
         data = _planes(tensor, rows) if tensor.tag == "I8" else tensor.view()[rows]
-        refuse_damage(checkpoint.config, name, data)
-        out[first - start : first - start + len(data)] = data
+        refuse_damage(checkpoint.config, tensor.stored_name, data)
+        at = first - index[0].start
+        out[at : at + len(data)] = data
 
 
 def _planes(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
