@@ -207,9 +207,11 @@ def test_a_device_must_hold_whole_blocks_of_quantised_weights():
 
 def test_a_mesh_is_refused_before_anything_is_compiled(compilations):
     model = random_model(tiny(), rules=DECODE, seed=1)
+    with jax.set_mesh(make_mesh(context=8)):
+        spread = random_model(tiny(), rules=DECODE, seed=1)
     before = compilations()
     with jax.set_mesh(make_mesh(tensor=4)), pytest.raises(ValueError, match="o_groups=2"):
         Engine(model)
-    with jax.set_mesh(make_mesh(context=8)), pytest.raises(ValueError, match="length=20"):
-        Scorer(model).logits(TOKENS[:, :20])
+    with pytest.raises(ValueError, match="length=20"):
+        Scorer(spread).logits(TOKENS[:, :20])
     assert compilations() == before

@@ -106,7 +106,7 @@ class Engine:
             _, params = nnx.split(model)
             require_placed(params, DECODE)
             self._batch_parts = num_batch_parts(DECODE)
-            self._place_keys = jax.jit(jax.random.wrap_key_data, out_shardings=self._by_row())
+            self._keys = jax.jit(jax.vmap(jax.random.key), out_shardings=self._by_row())
             self._init_cache = jax.jit(
                 functools.partial(model.init_cache, format=cache),
                 static_argnums=(0, 1),
@@ -269,14 +269,14 @@ class Engine:
         padding = rows - len(prompts)
         capacity = max(len(p) + r.max_new_tokens for p, r in zip(prompts, requests))
         requests = [*requests, *[Sampling(max_new_tokens=1)] * padding]
-        sampling, keys, limits, stops = request_rows(requests, stop_ids)
+        sampling, seeds, limits, stops = request_rows(requests, stop_ids)
         cache = self.init_cache(rows, capacity)
         cache, logits = self.prefill([*prompts, *[[0]] * padding], cache)
         done = np.arange(rows) >= len(prompts)
         place = functools.partial(jnp.asarray, device=self._by_row())
         steps = place(np.zeros(rows, np.int32))
         sampling, limits, stops, done = jax.tree.map(place, (sampling, limits, stops, done))
-        return Slots(cache, logits, self._place_keys(keys), steps, limits, stops, done, sampling)
+        return Slots(cache, logits, self._keys(seeds), steps, limits, stops, done, sampling)
 
     def _chunk_sizes(self, length: int) -> Iterator[int]:
         """Largest chunks first; what is left goes into the smallest that holds it."""

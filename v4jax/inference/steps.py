@@ -50,13 +50,13 @@ class Slots:
 def request_rows(
     requests: Sequence[Sampling], stop_ids: Sequence[int]
 ) -> tuple[SamplingRows, np.ndarray, np.ndarray, np.ndarray]:
-    """What slots hold of requests, as NumPy: sampling, key data [B, ...], limits [B], stop ids [B, S]."""
+    """What slots hold of requests, as NumPy: sampling, seeds [B], limits [B], stop ids [B, S]."""
     width = -(-max(len(stop_ids), 1) // STOP_SLOTS) * STOP_SLOTS
     stops = np.full((len(requests), width), NO_TOKEN, np.int32)
     stops[:, : len(stop_ids)] = list(stop_ids)
-    keys = np.stack([jax.random.key_data(jax.random.key(request.seed)) for request in requests])
+    seeds = np.array([request.seed for request in requests], np.uint32)
     limits = np.array([request.max_new_tokens for request in requests], np.int32)
-    return SamplingRows.of(requests), keys, limits, stops
+    return SamplingRows.of(requests), seeds, limits, stops
 
 
 def prefill_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:

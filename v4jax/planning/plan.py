@@ -180,11 +180,11 @@ def _decode(model, job, mesh):
     leaves, rows = _leaves(model, job, mesh), job.rules.spec("batch")
 
     requests = [Sampling()] * job.batch
-    sampling, key_data, limits, stops = request_rows(requests, [model.cfg.eos_id])
+    sampling, seeds, limits, stops = request_rows(requests, [model.cfg.eos_id])
 
     def make() -> Slots:
         cache, logits = _cache_and_logits(model, job)
-        keys = jax.random.wrap_key_data(key_data)
+        keys = jax.vmap(jax.random.key)(seeds)
         steps, done = jnp.zeros(job.batch, jnp.int32), jnp.zeros(job.batch, bool)
         return Slots(cache, logits, keys, steps, limits, stops, done, sampling)
 

@@ -70,11 +70,11 @@ class TokenStream:
             _require_ids(self.tokens[start : start + _BLOCK], vocab_size, start)
 
     def batch(self, step: int, batch_size: int) -> np.ndarray:
-        """[batch_size, seq_len + 2] windows of one step."""
-        return self.rows(step, batch_size, slice(None))
+        """[batch_size, seq_len + 2] int32 windows of one step."""
+        return self.rows(step, batch_size, slice(None)).astype(np.int32)
 
     def rows(self, step: int, batch_size: int, rows: slice) -> np.ndarray:
-        """Some rows of `batch`; no other rows are read."""
+        """Some rows of `batch`, in the dtype of the file; no other rows are read."""
         rng = np.random.default_rng((self.seed, step))
         width = self.seq_len + 2
         starts = rng.integers(0, len(self.tokens) - width + 1, batch_size)[rows]
