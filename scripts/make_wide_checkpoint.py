@@ -15,17 +15,12 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from v4jax.checkpoint import saving
 from v4jax.checkpoint.hf_config import to_hf
-from v4jax.checkpoint.loading import leaves
 from v4jax.config import LayerSpec, V4Config, flash
-from v4jax.nn.model import Transformer
-from v4jax.nn.quantization import to_released
 
 BIAS = 127  # of E8M0 exponents
 STRIP = 1 << 22  # random numbers made at a time
@@ -36,25 +31,6 @@ def wide(num_experts: int) -> V4Config:
     layers = tuple(LayerSpec(compress_ratio=r, hash_routed=r == 0) for r in (0, 4, 128))
     moe = dataclasses.replace(flash().moe, num_experts=num_experts)
     return dataclasses.replace(flash(), name="wide", layers=layers, mtp_layers=(), moe=moe)
-
-
-@dataclasses.dataclass(frozen=True)
-class Announced:
-    """Shape and dtype of an array that does not exist, as the writer asks for them."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    is_fully_addressable: bool = True
-
-
-def announced(config: V4Config) -> list[saving.NewTensor]:
-    """The released tensors of a model, without their data."""
-
-    def make():
-        return to_released(Transformer(config, scan_layers=False, rngs=nnx.Rngs(0)))
-
-    model = jax.tree.map(lambda a: Announced(a.shape, a.dtype), nnx.eval_shape(make))
-    return [tensor for leaf in leaves(model) for tensor in saving._tensors(leaf, None)]
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float, dtype) -> np.ndarray:
@@ -109,7 +85,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     tensors = [
         dataclasses.replace(tensor, read=lambda t=tensor: values(t, config, rng))
-        for tensor in announced(config)
+        for tensor in saving.announced(config)
     ]
     saving.write_safetensors(args.output / saving.SINGLE_NAME, tensors)
     text = json.dumps(to_hf(dataclasses.replace(config, name="wide")), indent=2)

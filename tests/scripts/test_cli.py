@@ -10,9 +10,9 @@ import pytest
 
 import v4jax
 from tests.conftest import NANO, ROOT, environment
+from v4jax.checkpoint.loading import folder_of
 from v4jax.cli import COMMANDS, LIBTPU_FLAGS, main
 from v4jax.cli.errors import one_message
-from v4jax.cli.options import checkpoint_folder
 from v4jax.planning.topologies import COMPILER_OPTIONS
 
 
@@ -128,9 +128,9 @@ def test_libtpu_gets_the_flags_that_plans_are_compiled_with(monkeypatch):
 
 def test_nano_is_a_name_unless_there_is_such_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert checkpoint_folder("nano") == NANO
+    assert folder_of("nano") == NANO
     (tmp_path / "nano").mkdir()
-    assert str(checkpoint_folder("nano")) == "nano"
+    assert str(folder_of("nano")) == "nano"
 
 
 def test_a_reader_that_has_gone_is_no_error():

@@ -1,41 +1,14 @@
 """The tensors of the released models, by name, format and shape, without allocating any."""
 
 import collections
-import dataclasses
 import re
 
-import jax
-import numpy as np
 import pytest
-from flax import nnx
 
 from tests.reference.checkpoints import released_table
 from tests.v4jax.test_config import FLASH, PRO
-from v4jax.checkpoint import saving
-from v4jax.checkpoint.loading import leaves
+from v4jax.checkpoint.saving import announced
 from v4jax.config import flash, pro
-from v4jax.nn.model import Transformer
-from v4jax.nn.quantization import to_released
-
-
-@dataclasses.dataclass(frozen=True)
-class Announced:
-    """Shape and dtype of an array that does not exist, as the writer asks for them."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    is_fully_addressable: bool = True
-
-
-def inventory(config, *, scan_layers: bool) -> list[saving.NewTensor]:
-    """What the writer would write of a model in the released formats; nothing is allocated."""
-
-    def make():
-        return to_released(Transformer(config, scan_layers=scan_layers, rngs=nnx.Rngs(0)))
-
-    model = jax.tree.map(lambda a: Announced(a.shape, a.dtype), nnx.eval_shape(make))
-    return [tensor for leaf in leaves(model) for tensor in saving._tensors(leaf, None)]
-
 
 FLASH_COUNTS = {"BF16": 433, "F32": 417, "F8_E4M3": 375, "F8_E8M0": 34_167, "I64": 3, "I8": 33_792}
 PRO_COUNTS = {"BF16": 619, "F32": 590, "F8_E4M3": 528, "F8_E8M0": 71_952, "I64": 3, "I8": 71_424}
@@ -53,7 +26,7 @@ PRO_COUNTS = {"BF16": 619, "F32": 590, "F8_E4M3": 528, "F8_E8M0": 71_952, "I64":
 def test_a_released_model_is_written_as_the_published_tensors(
     model, config, count, num_bytes, mtp_count, counts, scan_layers
 ):
-    tensors = inventory(model, scan_layers=scan_layers)
+    tensors = announced(model, scan_layers=scan_layers)
     assert len(tensors) == count
     assert sum(tensor.nbytes for tensor in tensors) == num_bytes
     assert collections.Counter(tensor.tag for tensor in tensors) == counts
@@ -63,7 +36,7 @@ def test_a_released_model_is_written_as_the_published_tensors(
 
 def test_layers_differ_by_exactly_the_published_names():
     names = collections.defaultdict(set)
-    for tensor in inventory(flash(), scan_layers=True):
+    for tensor in announced(flash(), scan_layers=True):
         if match := re.fullmatch(r"layers\.(\d+)\.(.*)", tensor.name):
             names[int(match[1])].add(match[2])
     compressor = {"ape", "wkv.weight", "wgate.weight", "norm.weight"}

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 
@@ -27,6 +28,7 @@ from pallas_kernels.formats.quantize import (
     pack_planes,
 )
 from sharding import PREFILL, TRAIN, fitting
+from v4jax import nano_path
 from v4jax.checkpoint import names
 from v4jax.checkpoint.errors import CheckpointError, read_json
 from v4jax.checkpoint.hf_config import from_hf
@@ -35,7 +37,6 @@ from v4jax.config import V4Config
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import Numerics, plain
 
-NANO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "nano")
 READERS = 8  # threads
 PIECE = 2048  # rows of a matrix that one of them copies
 STRIP = 64  # rows of a matrix that are turned together
@@ -276,9 +277,10 @@ def leaves(model: Transformer) -> Iterator[Leaf]:
 USES = {"serve": PREFILL, "train": TRAIN}
 
 
-def _folder(source: str | os.PathLike) -> str | os.PathLike:
-    """Of a checkpoint; the model in the package goes by its name."""
-    return NANO if source == "nano" and not os.path.exists("nano") else source
+def folder_of(source: str | os.PathLike) -> pathlib.Path:
+    """Of a checkpoint; "nano" is the model in the package, unless there is a folder of that name."""
+    path = pathlib.Path(source)
+    return nano_path() if os.fspath(source) == "nano" and not path.exists() else path
 
 
 def load(
@@ -323,7 +325,7 @@ def load(
                 progress=progress,
             )
     scan_layers = use == "train" if scan_layers is None else scan_layers
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(_folder(source))
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(folder_of(source))
     for note in checkpoint.notes:
         _logger.warning("%s: %s", checkpoint.path, note)
     config, stored = checkpoint.config, checkpoint.config.expert_format

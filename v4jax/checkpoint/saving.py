@@ -10,13 +10,16 @@ from collections.abc import Container, Iterator
 import jax
 import ml_dtypes
 import numpy as np
+from flax import nnx
 
 from pallas_kernels.formats.quantize import QuantizedArray, unpack_planes
 from v4jax.checkpoint import names
 from v4jax.checkpoint.hf_config import to_hf
 from v4jax.checkpoint.loading import INDEX_NAME, SINGLE_NAME, Checkpoint, Leaf, leaves
 from v4jax.checkpoint.safetensors import NewTensor, write_safetensors
+from v4jax.config import V4Config
 from v4jax.nn.model import Transformer
+from v4jax.nn.quantization import to_released
 
 SINGLE_FILE_LIMIT = 5_000_000_000
 _TAGS = {
@@ -75,6 +78,28 @@ def save(
     fmt = {"I8": "fp4", "F8_E4M3": "fp8"}.get(experts)
     config = json.dumps(to_hf(dataclasses.replace(model.cfg, expert_format=fmt)), indent=2)
     write_text(os.path.join(path, "config.json"), config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Announced:
+    """Shape and dtype of an array that does not exist, as the writer asks for them."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_fully_addressable: bool = True
+
+
+def announced(config: V4Config, *, scan_layers: bool = False) -> list[NewTensor]:
+    """What `save` would write of a model in the released formats; nothing is allocated.
+
+    The tensors have names, formats and shapes; `read` has no data to give.
+    """
+
+    def make() -> Transformer:
+        return to_released(Transformer(config, scan_layers=scan_layers, rngs=nnx.Rngs(0)))
+
+    model = jax.tree.map(lambda a: _Announced(a.shape, a.dtype), nnx.eval_shape(make))
+    return [tensor for leaf in leaves(model) for tensor in _tensors(leaf, None)]
 
 
 def _write_shards(

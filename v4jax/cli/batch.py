@@ -19,8 +19,12 @@ import jax
 from tqdm import tqdm
 
 from v4jax import Numerics, checkpoint
-from v4jax.cli.generate import add_sampling_arguments
-from v4jax.cli.options import add_checkpoint_option, command_parser
+from v4jax.cli.options import (
+    add_checkpoint_option,
+    add_numerics_options,
+    add_sampling_options,
+    command_parser,
+)
 from v4jax.cli.pod import (
     add_pod_arguments,
     from_first,
@@ -51,7 +55,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--mode", choices=list(MODES), default="non-think", help="of requests that name none"
     )
-    add_sampling_arguments(parser)
+    add_sampling_options(parser)
+    add_numerics_options(parser)
     hosts = add_pod_arguments(parser, auto=True)
     hosts.add_argument("--merge", action="store_true", help="only join what they have written")
     args = parse_pod_args(parser)

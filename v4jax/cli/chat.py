@@ -12,8 +12,14 @@ from collections.abc import Iterator
 
 from v4jax import Numerics
 from v4jax.cli.errors import one_message
-from v4jax.cli.generate import accept_any_text, add_sampling_arguments, sampling_of
-from v4jax.cli.options import add_checkpoint_option, add_mesh_option, command_parser
+from v4jax.cli.generate import accept_any_text, sampling_of
+from v4jax.cli.options import (
+    add_checkpoint_option,
+    add_mesh_option,
+    add_numerics_options,
+    add_sampling_options,
+    command_parser,
+)
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.engine import Engine
 from v4jax.text.format import MODES, THINK_END, EncodingError, resolve_mode
@@ -62,7 +68,8 @@ def main() -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_mesh_option(parser)
-    add_sampling_arguments(parser)
+    add_sampling_options(parser)
+    add_numerics_options(parser)
     args = parser.parse_args()
 
     tokenizer = Tokenizer(args.checkpoint)

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from v4jax import checkpoint
 from v4jax.checkpoint.hf_config import from_hf
+from v4jax.checkpoint.loading import folder_of
 from v4jax.checkpoint.saving import write_text
 from v4jax.cli.errors import one_message
-from v4jax.cli.options import DTYPES, checkpoint_folder, command_parser
+from v4jax.cli.options import DTYPES, command_parser
 from v4jax.cli.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
 from v4jax.config import VARIANTS, V4Config
 from v4jax.inference.batch.files import fingerprint
@@ -127,9 +128,7 @@ def parse_args() -> argparse.Namespace:
     parser = command_parser("finetune", __doc__)
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", choices=sorted(VARIANTS), help="train this variant from scratch")
-    start.add_argument(
-        "--checkpoint", type=checkpoint_folder, metavar="DIR", help="start from this folder"
-    )
+    start.add_argument("--checkpoint", type=folder_of, metavar="DIR", help="start from this folder")
     parser.add_argument("--tokens", type=pathlib.Path, required=True, help=".npy, integers [N]")
     parser.add_argument("--eval-tokens", type=pathlib.Path, help="held-out tokens, .npy")
     parser.add_argument(

@@ -29,12 +29,6 @@ from v4jax.text.prompt import with_bos
 from v4jax.text.tokenizer import Tokenizer
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options shared with v4jax.cli.chat and v4jax.cli.batch."""
-    add_sampling_options(parser)
-    add_numerics_options(parser)
-
-
 def sampling_of(args: argparse.Namespace, seed: int | None = None) -> Sampling:
     """What the options of `add_sampling_options` describe."""
     names = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
@@ -70,7 +64,8 @@ def main() -> None:
         "--mode", choices=["raw", *MODES], default="non-think", help="how much it thinks first"
     )
     add_mesh_option(parser)
-    add_sampling_arguments(parser)
+    add_sampling_options(parser)
+    add_numerics_options(parser)
     args = parser.parse_args()
 
     sampling = sampling_of(args)

@@ -1,9 +1,8 @@
 """What commands share: how their help looks, and options with one spelling, default and text."""
 
 import argparse
-import pathlib
 
-from v4jax import nano_path
+from v4jax.checkpoint.loading import folder_of
 from v4jax.cli.pod import parse_mesh
 from v4jax.nn.numerics import RECIPES
 
@@ -46,17 +45,11 @@ def add_checkpoint_option(parser: argparse.ArgumentParser, *, required: bool = T
     """--checkpoint."""
     parser.add_argument(
         "--checkpoint",
-        type=checkpoint_folder,
+        type=folder_of,
         metavar="DIR",
         required=required,
         help='folder with config.json, safetensors files and tokenizer.json; "nano": the bundled model',
     )
-
-
-def checkpoint_folder(text: str) -> pathlib.Path:
-    """A folder; "nano" is the bundled model, unless there is a folder of that name."""
-    path = pathlib.Path(text)
-    return nano_path() if text == "nano" and not path.exists() else path
 
 
 def add_numerics_options(

@@ -200,14 +200,13 @@ class Engine:
         prompts = self._ids(prompts)
         if not prompts:
             return
-        requests = self._requests(sampling, len(prompts))
+        requests, stops = self._requests(sampling, len(prompts)), self._stop_ids(stop_ids)
         rows = _bucket(BATCHES, -(-len(prompts) // self._batch_parts) * self._batch_parts)
         rows += -rows % self._batch_parts
         with self._on_mesh():
-            slots = self._fill(prompts, requests, self._stop_ids(stop_ids), rows)
+            slots = self._fill(prompts, requests, stops, rows)
             previous, slots = self._decode(self._leaves, slots)
         left = np.array([request.max_new_tokens for request in requests])
-        stops = np.array(self._stop_ids(stop_ids), np.int32)
         ended = np.zeros(len(prompts), bool)
         for remaining in range(int(left.max()) - 1, -1, -1):
             if remaining:  # the next step is under way before this one's tokens are read
