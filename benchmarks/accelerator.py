@@ -154,11 +154,11 @@ def _wide(rehearse: bool):
     from flax import nnx
 
     import v4jax
-    from v4jax.config import LayerSpec
+    from v4jax.config import csa_layer, hca_layer, window_layer
     from v4jax.nn.quantization import to_released
 
     cfg = v4jax.tiny() if rehearse else v4jax.flash()
-    layers = tuple(LayerSpec(compress_ratio=r) for r in (0, 4, 128))
+    layers = (window_layer(), csa_layer(cfg.indexer), hca_layer())
     moe = dataclasses.replace(cfg.moe, num_experts=8, experts_per_token=min(6, 8))
     cfg = dataclasses.replace(cfg, name="wide", layers=layers, mtp_layers=(), moe=moe)
 

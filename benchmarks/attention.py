@@ -20,7 +20,7 @@ from benchmarks.case import Case, Trips, main
 from pallas_kernels.attention import block_sizes, selected_attention, window_attention
 from pallas_kernels.attention.tpu_prefill import band_size
 from pallas_kernels.selection import ENTRIES_PER_WORD_ROW, Selection
-from v4jax.config import CSA_RATIO, HCA_RATIO, V4Config, flash, pro
+from v4jax.config import CSA, HCA, V4Config, flash, pro
 from v4jax.planning.topologies import topology_mesh
 
 
@@ -58,7 +58,7 @@ class Problem:
         )
         positions = self.start + jnp.arange(self.length, dtype=jnp.int32)[None]
         selection = None
-        if self.ratio == CSA_RATIO:
+        if self.ratio == CSA.ratio:
             seen = (positions + 1) // self.ratio
             selection = (self._bits if has_bits else self._indices)(keys[3], seen)
         return q, window, entries, selection, jnp.zeros(heads), positions
@@ -110,7 +110,7 @@ class Problem:
     @property
     def bytes(self) -> float:
         rows = 2 * self.length * self.cfg.num_heads + self.length + self.num_entries
-        mask = self.length * self.num_entries / 8 if self.ratio == CSA_RATIO else 0
+        mask = self.length * self.num_entries / 8 if self.ratio == CSA.ratio else 0
         return 2.0 * self.cfg.head_dim * rows + 4 * self.length * self.cfg.num_heads + mask
 
     def counts(self, blocks: block_sizes.Blocks) -> np.ndarray:
@@ -172,12 +172,12 @@ def cases() -> list[Case]:
     found = []
     for cfg, name in ((flash(), "Flash"), (pro(), "Pro")):
         for gradient in (False, True):
-            for kind, ratio in (("SWA", 0), ("HCA", HCA_RATIO), ("CSA", CSA_RATIO)):
+            for kind, ratio in (("SWA", 0), ("HCA", HCA.ratio), ("CSA", CSA.ratio)):
                 problem = Problem(cfg, ratio, 8192)
                 found.append(problem.case(f"{name} {kind} 8k", gradient=gradient))
-            problem = Problem(cfg, CSA_RATIO, 32768)
+            problem = Problem(cfg, CSA.ratio, 32768)
             found.append(problem.case(f"{name} CSA 32k", gradient=gradient))
-        late = Problem(cfg, CSA_RATIO, 2048, 131072)
+        late = Problem(cfg, CSA.ratio, 2048, 131072)
         found.append(late.case(f"{name} CSA 2k after 128k"))
     return found
 

@@ -73,8 +73,10 @@ print(
 )
 print("\nbytes:")
 print(describe(model))
-print("\nlayers (tokens per compressed entry):", [s.compress_ratio for s in model.cfg.layers])
-print("experts of layer 1:", model.stages[1].blocks[0].moe.w1[...].values.dtype, "packed FP4")
+print("\nlayers (tokens per compressed entry):", [s.ratio for s in model.cfg.layers])
+print(
+    "experts of layer 1:", model.stages[1].blocks[0].moe.w1.kernel[...].values.dtype, "packed FP4"
+)
 
 # %% [markdown]
 # ## The cache
@@ -90,7 +92,7 @@ for spec, layer in zip(model.cfg.layers, cache.layers):
         for name in ("window", "entries", "index_keys")
         if getattr(layer, name) is not None
     }
-    print(f"ratio {spec.compress_ratio:3d}:", shapes)
+    print(f"ratio {spec.ratio:3d}:", shapes)
 growth = (model.init_cache(1, 8192).nbytes - cache.nbytes) / 4096
 dense = len(model.cfg.layers) * 2 * model.cfg.num_heads * model.cfg.head_dim * 4
 print(f"{growth:.0f} bytes per token of context; keys and values of every head: {dense}")
@@ -129,7 +131,7 @@ def last_query(layer: int) -> list[tuple[int, int, float]]:
     latent, q, kv = attention.project(x, positions)
     entries = model.numerics.round_kv(attention.compressor(x), model.cfg.nope_head_dim)
     chosen = range(entries.shape[1])
-    if spec.is_csa:
+    if spec.indexer:
         keys = model.numerics.round_indexer(attention.indexer.compressor(x))
         queries, weights = attention.indexer.queries(x, latent, positions)
         selection = attention.indexer.select(queries, weights, keys, positions)
@@ -139,7 +141,7 @@ def last_query(layer: int) -> list[tuple[int, int, float]]:
     scores = np.asarray(q[0, -1]) @ rows.T / np.sqrt(model.cfg.head_dim)
     scores = np.concatenate([scores, np.asarray(attention.sink[...])[:, None]], axis=1)
     weights = np.asarray(jax.nn.softmax(scores, axis=-1))[:, :-1].mean(axis=0)
-    last, ratio = tokens.shape[1] - 1, spec.compress_ratio
+    last, ratio = tokens.shape[1] - 1, spec.ratio
     spans = [(last - window + 1 + i, 1) for i in range(window)] + [
         (ratio * i, ratio) for i in chosen
     ]

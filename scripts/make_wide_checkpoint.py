@@ -20,7 +20,7 @@ import numpy as np
 
 from v4jax.checkpoint import saving
 from v4jax.checkpoint.hf_config import to_hf
-from v4jax.config import LayerSpec, V4Config, flash
+from v4jax.config import V4Config, csa_layer, flash, hca_layer, window_layer
 
 BIAS = 127  # of E8M0 exponents
 STRIP = 1 << 22  # random numbers made at a time
@@ -28,7 +28,7 @@ STRIP = 1 << 22  # random numbers made at a time
 
 def wide(num_experts: int) -> V4Config:
     """Flash with one layer of each kind."""
-    layers = tuple(LayerSpec(compress_ratio=r, hash_routed=r == 0) for r in (0, 4, 128))
+    layers = (window_layer(hash_routed=True), csa_layer(), hca_layer())
     moe = dataclasses.replace(flash().moe, num_experts=num_experts)
     return dataclasses.replace(flash(), name="wide", layers=layers, mtp_layers=(), moe=moe)
 

@@ -8,15 +8,17 @@ from jax import P
 
 Axis = str | tuple[str, ...] | None
 
+# Logical axes along which the parts of a weight are only kept apart: they are joined when their layer's
+# turn comes. A weight is worked on in parts along any other axis.
+KEPT = ("embed", "expert_embed")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisRules:
     """Logical axis name -> mesh axis, or a tuple of them; `None` means replicated.
 
-    `embed`, and `expert_embed` of the matrices of experts, is where parameters are only kept: they are
-    gathered when their layer's turn comes. The other axes of parameters are worked on in parts. `dispatch` says how rows reach the experts of
-    other devices: "all_to_all" sends each row to its experts, "gather" shows all rows to all experts
-    (better for few rows).
+    `dispatch` says how rows reach the experts of other devices: "all_to_all" sends each row to its
+    experts, "gather" shows all rows to all experts (better for few rows).
     """
 
     batch: Axis = ("fsdp", "expert")  # sequences
@@ -70,6 +72,16 @@ PREFILL = AxisRules(embed=None, expert_embed=None, expert=("expert", "context"))
 # One token of each sequence at a time: a device holds whole caches of some sequences. Parameters and
 # caches lie as for PREFILL.
 DECODE = dataclasses.replace(PREFILL, seq=None, dispatch="gather")
+
+
+def kept_axis(axes: tuple[str | None, ...]) -> str | None:
+    """The logical axis of a weight along which its parts are only kept apart, if it has one."""
+    return next((name for name in KEPT if name in axes), None)
+
+
+def summed_axis(axes: tuple[str | None, ...]) -> str | None:
+    """The logical axis of a matrix's inputs if it is worked on in parts: products are summed over it."""
+    return None if axes[-2] in KEPT else axes[-2]
 
 
 def ambient(spec: P) -> P | None:

@@ -8,35 +8,91 @@ Values: DeepSeek-V4 report (arXiv 2606.19348) section 4.2.1 and the released `co
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
-CSA_RATIO = 4
-HCA_RATIO = 128
 EXPERT_FORMATS = ("fp4", "fp8", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerSpec:
-    """What distinguishes one decoder layer from another."""
+class CompressorSpec:
+    """How a layer turns tokens into compressed KV rows."""
 
-    compress_ratio: int  # 0: sliding window only, 4: CSA, 128: HCA
+    ratio: int  # tokens of a row
+    overlap: bool = False  # a row pools two windows of `ratio` tokens: its own and the one before
+
+    def __post_init__(self):
+        if self.ratio < 1:
+            raise ValueError(f"compressor ratio={self.ratio}: expected 1 or more tokens of a row.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexerSpec:
+    """Lightning indexer: which compressed rows a query attends to."""
+
+    num_heads: int = 64
+    head_dim: int = 128
+    topk: int = 512
+
+    def __post_init__(self):
+        for name in ("num_heads", "head_dim", "topk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"indexer.{name}={getattr(self, name)}: expected 1 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What distinguishes one decoder layer from another. The parts are free to combine.
+
+    Every layer attends to a sliding window. With a compressor it attends to compressed KV too: to all
+    rows, or to those that its indexer picks. `window_layer`, `csa_layer` and `hca_layer` are the three
+    kinds of the released models.
+    """
+
+    compressor: CompressorSpec | None = None
+    indexer: IndexerSpec | None = None
     hash_routed: bool = False  # experts chosen by token id instead of by score
 
     def __post_init__(self):
-        if self.compress_ratio not in (0, CSA_RATIO, HCA_RATIO):
+        if self.indexer is not None and self.compressor is None:
             raise ValueError(
-                f"compress_ratio={self.compress_ratio}: expected 0 (sliding window), "
-                f"{CSA_RATIO} (CSA) or {HCA_RATIO} (HCA)."
+                "indexer without compressor: expected a compressor, whose rows the indexer picks from."
             )
 
     @property
-    def is_csa(self) -> bool:
-        """Compressed sparse attention: overlapping windows of 4 tokens and a top-k indexer."""
-        return self.compress_ratio == CSA_RATIO
+    def ratio(self) -> int:
+        """Tokens of a compressed KV row; 0 without a compressor."""
+        return self.compressor.ratio if self.compressor else 0
 
     @property
-    def is_hca(self) -> bool:
-        """Heavily compressed attention: windows of 128 tokens, all of them attended."""
-        return self.compress_ratio == HCA_RATIO
+    def kind(self) -> str:
+        """For printing: "window", "CSA", "HCA", or what differs from these, as "HCA ratio 64"."""
+        if self.compressor is None:
+            return "window"
+        name, usual = ("CSA", CSA) if self.indexer else ("HCA", HCA)
+        if self.compressor == usual:
+            return name
+        overlap = " overlapping" if self.compressor.overlap else ""
+        return f"{name} ratio {self.ratio}{overlap}"
+
+
+CSA = CompressorSpec(ratio=4, overlap=True)
+HCA = CompressorSpec(ratio=128)
+
+
+def window_layer(*, hash_routed: bool = False) -> LayerSpec:
+    """Sliding-window attention alone."""
+    return LayerSpec(hash_routed=hash_routed)
+
+
+def csa_layer(indexer: IndexerSpec = IndexerSpec(), *, hash_routed: bool = False) -> LayerSpec:
+    """Compressed sparse attention: KV compressed 4x, of which the indexer picks the top k."""
+    return LayerSpec(compressor=CSA, indexer=indexer, hash_routed=hash_routed)
+
+
+def hca_layer(*, hash_routed: bool = False) -> LayerSpec:
+    """Heavily compressed attention: KV compressed 128x, all of it attended."""
+    return LayerSpec(compressor=HCA, hash_routed=hash_routed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,15 +105,6 @@ class RopeConfig:
     yarn_original_length: int = 65_536
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IndexerConfig:
-    """Lightning indexer of the CSA layers."""
-
-    num_heads: int = 64
-    head_dim: int = 128
-    topk: int = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +134,6 @@ class V4Config:
     window: int  # tokens seen by the sliding window, the current one included
     layers: tuple[LayerSpec, ...]
     mtp_layers: tuple[LayerSpec, ...] = ()
-    indexer: IndexerConfig = IndexerConfig()
     moe: MoEConfig
     rope: RopeConfig = RopeConfig()
     num_streams: int = 4  # residual streams of the hyper-connections (hc_mult)
@@ -110,11 +156,12 @@ class V4Config:
             "rope_head_dim",
             f"an even number in 2..head_dim ({self.head_dim})",
         )
-        require(
-            self.rope_head_dim <= self.indexer.head_dim,
-            "rope_head_dim",
-            f"at most the indexer's head width ({self.indexer.head_dim})",
-        )
+        for indexer in {spec.indexer for spec in self.layers if spec.indexer}:
+            require(
+                self.rope_head_dim <= indexer.head_dim,
+                "rope_head_dim",
+                f"at most the indexer's head width ({indexer.head_dim})",
+            )
         require(
             self.o_groups > 0 and self.num_heads % self.o_groups == 0,
             "o_groups",
@@ -123,7 +170,7 @@ class V4Config:
         require(self.window > 0, "window", "a positive number of tokens")
         require(self.expert_format in EXPERT_FORMATS, "expert_format", f"one of {EXPERT_FORMATS}")
         require(
-            all(spec.compress_ratio == 0 and not spec.hash_routed for spec in self.mtp_layers),
+            all(spec == window_layer() for spec in self.mtp_layers),
             "mtp_layers",
             "sliding-window layers routed by score",
         )
@@ -138,12 +185,33 @@ class V4Config:
         """Channels of a head that are not rotated (they come first)."""
         return self.head_dim - self.rope_head_dim
 
+    @property
+    def indexer(self) -> IndexerSpec | None:
+        """The indexer of the first layer that has one; None if no layer has."""
+        return next((spec.indexer for spec in self.layers if spec.indexer), None)
 
-def _interleaved(first: tuple[int, ...], num_layers: int) -> tuple[LayerSpec, ...]:
-    """`first`, then CSA and HCA in turn; the first three layers are hash-routed."""
-    rest = tuple(CSA_RATIO if i % 2 == 0 else HCA_RATIO for i in range(len(first), num_layers))
-    ratios = first + rest
-    return tuple(LayerSpec(compress_ratio=r, hash_routed=i < 3) for i, r in enumerate(ratios))
+    def map_layers(self, change: Callable[[LayerSpec], LayerSpec]) -> "V4Config":
+        """A config whose layers are `change(layer)`.
+
+        `cfg.map_layers(lambda layer: dataclasses.replace(layer, indexer=None))` attends to all rows.
+        """
+        return dataclasses.replace(self, layers=tuple(change(spec) for spec in self.layers))
+
+    def with_indexer(self, **changes: int) -> "V4Config":
+        """A config whose indexers are changed: `cfg.with_indexer(topk=256)`."""
+
+        def change(spec: LayerSpec) -> LayerSpec:
+            if spec.indexer is None:
+                return spec
+            return dataclasses.replace(spec, indexer=dataclasses.replace(spec.indexer, **changes))
+
+        return self.map_layers(change)
+
+
+def _layers(kinds: str, indexer: IndexerSpec, num_hash: int) -> tuple[LayerSpec, ...]:
+    """Layers by letter, W(indow), C(SA) or H(CA), of which the first `num_hash` are hash-routed."""
+    make = {"W": window_layer, "C": functools.partial(csa_layer, indexer), "H": hca_layer}
+    return tuple(make[kind](hash_routed=i < num_hash) for i, kind in enumerate(kinds))
 
 
 def flash() -> V4Config:
@@ -159,8 +227,8 @@ def flash() -> V4Config:
         o_groups=8,
         o_lora_rank=1024,
         window=128,
-        layers=_interleaved((0, 0), 43),
-        mtp_layers=(LayerSpec(compress_ratio=0),),
+        layers=_layers("WW" + 20 * "CH" + "C", IndexerSpec(), num_hash=3),
+        mtp_layers=(window_layer(),),
         moe=MoEConfig(num_experts=256, experts_per_token=6, expert_dim=2048, routed_scale=1.5),
     )
 
@@ -178,9 +246,8 @@ def pro() -> V4Config:
         o_groups=16,
         o_lora_rank=1024,
         window=128,
-        layers=_interleaved((HCA_RATIO, HCA_RATIO), 61),
-        mtp_layers=(LayerSpec(compress_ratio=0),),
-        indexer=IndexerConfig(topk=1024),
+        layers=_layers("HH" + 29 * "CH" + "C", IndexerSpec(topk=1024), num_hash=3),
+        mtp_layers=(window_layer(),),
         moe=MoEConfig(num_experts=384, experts_per_token=6, expert_dim=3072, routed_scale=2.5),
     )
 
@@ -197,7 +264,7 @@ def pro_base() -> V4Config:
 
 def tiny() -> V4Config:
     """Every kind of layer once, small enough to compile on a laptop in seconds."""
-    ratios = (0, CSA_RATIO, HCA_RATIO, CSA_RATIO, HCA_RATIO, CSA_RATIO)
+    indexer = IndexerSpec(num_heads=4, head_dim=32, topk=16)
     return V4Config(
         name="tiny",
         vocab_size=256,
@@ -209,9 +276,8 @@ def tiny() -> V4Config:
         o_groups=2,
         o_lora_rank=32,
         window=16,
-        layers=tuple(LayerSpec(compress_ratio=r, hash_routed=i < 2) for i, r in enumerate(ratios)),
-        mtp_layers=(LayerSpec(compress_ratio=0),),
-        indexer=IndexerConfig(num_heads=4, head_dim=32, topk=16),
+        layers=_layers("WCHCHC", indexer, num_hash=2),
+        mtp_layers=(window_layer(),),
         moe=MoEConfig(
             num_experts=8, experts_per_token=2, expert_dim=64, routed_scale=1.5, swiglu_limit=1.0
         ),
@@ -222,7 +288,7 @@ def tiny() -> V4Config:
 
 def nano() -> V4Config:
     """The model that ships with this repository (docs/nano.md)."""
-    ratios = (0, CSA_RATIO, HCA_RATIO, CSA_RATIO, HCA_RATIO)
+    indexer = IndexerSpec(num_heads=4, head_dim=64, topk=32)
     return V4Config(
         name="nano",
         vocab_size=1280,
@@ -234,9 +300,8 @@ def nano() -> V4Config:
         o_groups=2,
         o_lora_rank=64,
         window=64,
-        layers=tuple(LayerSpec(compress_ratio=r, hash_routed=i < 1) for i, r in enumerate(ratios)),
-        mtp_layers=(LayerSpec(compress_ratio=0),),
-        indexer=IndexerConfig(num_heads=4, head_dim=64, topk=32),
+        layers=_layers("WCHCH", indexer, num_hash=1),
+        mtp_layers=(window_layer(),),
         moe=MoEConfig(num_experts=8, experts_per_token=2, expert_dim=128, routed_scale=1.5),
         rope=RopeConfig(yarn_original_length=8192),
         max_length=131_072,

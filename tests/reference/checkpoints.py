@@ -122,7 +122,7 @@ def assert_same_tensors(actual: Tensors, expected: Tensors) -> None:
 
 # Parameter of a block -> tensor of the released layout.
 HYPER = ("fn", "base", "scale")
-COMPRESSOR = {"ape": "ape", "wkv": "wkv.weight", "wgate": "wgate.weight"}
+COMPRESSOR = {"ape": "ape", "wkv.kernel": "wkv.weight", "wgate.kernel": "wgate.weight"}
 COMPRESSOR |= {"norm.weight": "norm.weight"}
 BLOCK = {
     **{f"attn_hc.{part}": f"hc_attn_{part}" for part in HYPER},
@@ -135,19 +135,19 @@ BLOCK = {
     "attention.wq_b.kernel": "attn.wq_b.weight",
     "attention.wkv.kernel": "attn.wkv.weight",
     "attention.kv_norm.weight": "attn.kv_norm.weight",
-    "attention.wo_a": "attn.wo_a.weight",
+    "attention.wo_a.kernel": "attn.wo_a.weight",
     "attention.wo_b.kernel": "attn.wo_b.weight",
     **{f"attention.compressor.{k}": f"attn.compressor.{v}" for k, v in COMPRESSOR.items()},
     "attention.indexer.wq_b.kernel": "attn.indexer.wq_b.weight",
-    "attention.indexer.weights_proj": "attn.indexer.weights_proj.weight",
+    "attention.indexer.weights_proj.kernel": "attn.indexer.weights_proj.weight",
     **{
         f"attention.indexer.compressor.{k}": f"attn.indexer.compressor.{v}"
         for k, v in COMPRESSOR.items()
     },
-    "moe.router.kernel": "ffn.gate.weight",
+    "moe.router.gate.kernel": "ffn.gate.weight",
     "moe.router.bias": "ffn.gate.bias",
     "moe.router.table": "ffn.gate.tid2eid",
-    **{f"moe.{w}": f"ffn.experts.{{e}}.{w}.weight" for w in ("w1", "w2", "w3")},
+    **{f"moe.{w}.kernel": f"ffn.experts.{{e}}.{w}.weight" for w in ("w1", "w2", "w3")},
     **{f"moe.shared.{w}.kernel": f"ffn.shared_experts.{w}.weight" for w in ("w1", "w2", "w3")},
 }
 MTP = {
@@ -157,8 +157,8 @@ MTP = {
     **{f"hc_head.{part}": f"hc_head_{part}" for part in HYPER},
 }
 TOP = {
-    "embed": "embed.weight",
-    "head": "head.weight",
+    "embed.table": "embed.weight",
+    "head.table": "head.weight",
     "norm.weight": "norm.weight",
     **{f"hc_head.{part}": f"hc_head_{part}" for part in HYPER},
 }

@@ -35,7 +35,7 @@ def main() -> None:
     result = {}
     with jax.set_mesh(make_mesh(fsdp=2, expert=2)):
         model = checkpoint.load(CHECKPOINT, use="train")
-        weight = model.stages[0].blocks[0].moe.w1[...]
+        weight = model.stages[0].blocks[0].moe.w1.kernel[...]
         held = sum(shard.data.nbytes for shard in weight.addressable_shards)
         result["share held"] = held / weight.nbytes
         stream = TokenStream(np.random.default_rng(0).integers(2, 256, 5000), LENGTH)

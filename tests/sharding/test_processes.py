@@ -13,13 +13,13 @@ import pytest
 from tests.conftest import ROOT, environment
 from tests.models import random_model
 from v4jax import checkpoint, tiny
-from v4jax.config import LayerSpec
+from v4jax.config import csa_layer, hca_layer
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A checkpoint of a CSA and an HCA layer, one of them hash-routed."""
-    layers = (LayerSpec(compress_ratio=4, hash_routed=True), LayerSpec(compress_ratio=128))
+    layers = (csa_layer(tiny().indexer, hash_routed=True), hca_layer())
     cfg = dataclasses.replace(tiny(), layers=layers, mtp_layers=())
     path = tmp_path / "checkpoint"
     checkpoint.save(random_model(cfg), path)

@@ -8,17 +8,21 @@ import pytest
 from v4jax.checkpoint.hf_config import ConfigError, from_hf, to_hf
 from v4jax.config import (
     VARIANTS,
-    IndexerConfig,
+    CompressorSpec,
+    IndexerSpec,
     LayerSpec,
     MoEConfig,
     RopeConfig,
     V4Config,
+    csa_layer,
     flash,
     flash_base,
+    hca_layer,
     nano,
     pro,
     pro_base,
     tiny,
+    window_layer,
 )
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -177,7 +181,7 @@ def in_transformers_form(released: dict) -> dict:
 
 
 def ratios(layers: tuple[LayerSpec, ...]) -> list[int]:
-    return [spec.compress_ratio for spec in layers]
+    return [spec.ratio for spec in layers]
 
 
 # Variants -----------------------------------------------------------------------------------------
@@ -238,11 +242,11 @@ def test_layers_have_the_published_ratios_and_the_first_three_are_hash_routed(
     config, expected, num_csa, num_hca
 ):
     assert ratios(config.layers) == expected
-    assert sum(spec.is_csa for spec in config.layers) == num_csa
-    assert sum(spec.is_hca for spec in config.layers) == num_hca
+    assert sum(spec.kind == "CSA" for spec in config.layers) == num_csa
+    assert sum(spec.kind == "HCA" for spec in config.layers) == num_hca
     hashed = [i for i, spec in enumerate(config.layers) if spec.hash_routed]
     assert hashed == [0, 1, 2]
-    assert config.mtp_layers == (LayerSpec(compress_ratio=0, hash_routed=False),)
+    assert config.mtp_layers == (window_layer(),)
 
 
 @pytest.mark.parametrize(
@@ -269,10 +273,39 @@ def test_variants_are_found_under_their_own_names():
 # The dataclasses ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [-4, 1, 2, 8, 64, 127, 256])
-def test_a_layer_with_an_unknown_ratio_is_refused(ratio):
-    with pytest.raises(ValueError, match=rf"compress_ratio={ratio}: .*0 .*4 .*128"):
-        LayerSpec(compress_ratio=ratio)
+@pytest.mark.parametrize("ratio", [-4, 0])
+def test_a_ratio_of_no_tokens_is_refused(ratio):
+    with pytest.raises(ValueError, match=rf"compressor ratio={ratio}: .*1 or more"):
+        CompressorSpec(ratio=ratio)
+
+
+def test_an_indexer_needs_something_to_pick_from():
+    with pytest.raises(ValueError, match="indexer without compressor"):
+        LayerSpec(indexer=IndexerSpec())
+    with pytest.raises(ValueError, match=r"indexer\.topk=0"):
+        IndexerSpec(topk=0)
+
+
+def test_layers_are_told_apart_by_what_they_are_made_of():
+    layers = (
+        window_layer(),
+        csa_layer(),
+        hca_layer(),
+        LayerSpec(compressor=CompressorSpec(ratio=64)),
+        LayerSpec(compressor=CompressorSpec(ratio=8, overlap=True), indexer=IndexerSpec()),
+    )
+    kinds = ["window", "CSA", "HCA", "HCA ratio 64", "CSA ratio 8 overlapping"]
+    assert [spec.kind for spec in layers] == kinds
+    assert [spec.ratio for spec in layers] == [0, 4, 128, 64, 8]
+
+
+def test_variants_of_a_config():
+    cfg = tiny().with_indexer(topk=4)
+    assert cfg.indexer == dataclasses.replace(tiny().indexer, topk=4)
+    assert cfg.with_indexer(topk=16) == tiny()
+    dense = tiny().map_layers(lambda layer: dataclasses.replace(layer, indexer=None))
+    assert dense.indexer is None
+    assert ratios(dense.layers) == ratios(tiny().layers)
 
 
 @pytest.mark.parametrize("value", [flash(), tiny(), tiny().moe, tiny().rope, tiny().layers[0]])
@@ -296,10 +329,10 @@ def test_configs_are_equal_by_value_and_hashable(make):
         {"layers": flash().layers[:-1]},
         {"moe": dataclasses.replace(flash().moe, routed_scale=2.5)},
         {"rope": RopeConfig(yarn_factor=8.0)},
-        {"indexer": IndexerConfig(topk=256)},
+        {"layers": flash().with_indexer(topk=256).layers},
         {"hc_eps": 1e-5},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=["layers", "moe", "rope", "indexer", "hc_eps"],
 )
 def test_configs_that_differ_in_one_value_are_unequal(change):
     assert dataclasses.replace(flash(), **change) != flash()
@@ -312,13 +345,16 @@ def test_configs_that_differ_in_one_value_are_unequal(change):
         ({"rope_head_dim": 31}, "rope_head_dim=31"),
         ({"rope_head_dim": 0}, "rope_head_dim=0"),
         ({"rope_head_dim": 98}, "rope_head_dim=98"),
-        ({"indexer": IndexerConfig(head_dim=16)}, "rope_head_dim=32: .*16"),
+        (
+            {"layers": (csa_layer(IndexerSpec(head_dim=16)),)},
+            "rope_head_dim=32: .*16",
+        ),
         ({"o_groups": 3}, r"o_groups=3: .*num_heads \(4\)"),
         ({"o_groups": 0}, "o_groups=0"),
         ({"window": 0}, "window=0"),
         ({"expert_format": "int4"}, "expert_format='int4': .*fp4.*fp8"),
-        ({"mtp_layers": (LayerSpec(compress_ratio=4),)}, "mtp_layers"),
-        ({"mtp_layers": (LayerSpec(compress_ratio=0, hash_routed=True),)}, "mtp_layers"),
+        ({"mtp_layers": (csa_layer(),)}, "mtp_layers"),
+        ({"mtp_layers": (window_layer(hash_routed=True),)}, "mtp_layers"),
         (
             {"moe": dataclasses.replace(tiny().moe, experts_per_token=9)},
             r"moe\.experts_per_token=9: .*\(8\)",
@@ -399,15 +435,14 @@ def test_reads_the_golden_config_of_transformers():
         o_lora_rank=32,
         window=16,
         layers=(
-            LayerSpec(compress_ratio=0, hash_routed=True),
-            LayerSpec(compress_ratio=0, hash_routed=True),
-            LayerSpec(compress_ratio=4),
-            LayerSpec(compress_ratio=128),
-            LayerSpec(compress_ratio=4),
-            LayerSpec(compress_ratio=128),
+            window_layer(hash_routed=True),
+            window_layer(hash_routed=True),
+            csa_layer(IndexerSpec(num_heads=16, head_dim=32, topk=16)),
+            hca_layer(),
+            csa_layer(IndexerSpec(num_heads=16, head_dim=32, topk=16)),
+            hca_layer(),
         ),
-        mtp_layers=(LayerSpec(compress_ratio=0),),
-        indexer=IndexerConfig(num_heads=16, head_dim=32, topk=16),
+        mtp_layers=(window_layer(),),
         moe=MoEConfig(
             num_experts=8, experts_per_token=2, expert_dim=64, routed_scale=1.5, swiglu_limit=0.7
         ),
@@ -429,15 +464,14 @@ def test_reads_the_golden_config_of_the_official_code():
         o_lora_rank=64,
         window=16,
         layers=(
-            LayerSpec(compress_ratio=0, hash_routed=True),
-            LayerSpec(compress_ratio=0, hash_routed=True),
-            LayerSpec(compress_ratio=4),
-            LayerSpec(compress_ratio=128),
-            LayerSpec(compress_ratio=4),
-            LayerSpec(compress_ratio=128),
+            window_layer(hash_routed=True),
+            window_layer(hash_routed=True),
+            csa_layer(IndexerSpec(num_heads=16, head_dim=64, topk=16)),
+            hca_layer(),
+            csa_layer(IndexerSpec(num_heads=16, head_dim=64, topk=16)),
+            hca_layer(),
         ),
-        mtp_layers=(LayerSpec(compress_ratio=0),),
-        indexer=IndexerConfig(num_heads=16, head_dim=64, topk=16),
+        mtp_layers=(window_layer(),),
         moe=MoEConfig(
             num_experts=8, experts_per_token=2, expert_dim=128, routed_scale=1.5, swiglu_limit=1.0
         ),
@@ -531,10 +565,6 @@ def test_a_key_missing_in_rope_scaling_is_named(key):
         ("mlp_bias", True),
         ("attention_dropout", 0.1),
         ("hidden_act", "gelu"),
-        (
-            "compress_rates",
-            {"compressed_sparse_attention": 8, "heavily_compressed_attention": 128},
-        ),
         ("partial_rotary_factor", 0.5),
     ],
 )
@@ -581,9 +611,9 @@ def test_scaling_of_the_main_rope_is_refused():
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"compress_ratios": [*FLASH_RATIOS[:-1], 2]}, "compress_ratio=2"),
-        ({"compress_ratios": FLASH_RATIOS[:-1]}, "42 entries.*num_hidden_layers=43"),
-        ({"compress_ratios": []}, "0 entries"),
+        ({"compress_ratios": [*FLASH_RATIOS[:-1], 2]}, "compress_ratios has 2: .*0 .*4 .*128"),
+        ({"compress_ratios": FLASH_RATIOS[:-1]}, "42 layers.*num_hidden_layers=43"),
+        ({"compress_ratios": []}, "0 layers"),
         ({"expert_dtype": "int4"}, "expert_format='int4'"),
         ({"num_experts_per_tok": 257}, "experts_per_token=257"),
         ({"o_groups": 7}, "o_groups=7"),
@@ -598,7 +628,7 @@ def test_an_inconsistent_released_config_is_refused(change, named):
     "change, named",
     [
         ({"layer_types": ["full_attention"] * 43}, "full_attention"),
-        ({"layer_types": ["sliding_attention"] * 42}, "42 entries"),
+        ({"layer_types": ["sliding_attention"] * 42}, "42 layers"),
         ({"mlp_layer_types": ["hash_moe"] * 3 + ["moe"] * 39}, "mlp_layer_types"),
         ({"mlp_layer_types": ["dense"] * 3 + ["moe"] * 40}, "mlp_layer_types"),
         ({"num_hash_layers": 2}, "num_hash_layers=2"),
@@ -657,7 +687,50 @@ def test_a_float_model_is_written_without_quantisation():
     assert not {"expert_dtype", "quantization_config"} & written.keys()
 
 
-def test_writing_refuses_hash_layers_that_do_not_come_first():
-    layers = (LayerSpec(compress_ratio=0), LayerSpec(compress_ratio=4, hash_routed=True))
-    with pytest.raises(ConfigError, match="hash-routed"):
-        to_hf(dataclasses.replace(tiny(), layers=layers))
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (window_layer(), hca_layer(hash_routed=True)),  # not hash-routed first
+        (LayerSpec(compressor=CompressorSpec(ratio=64)), csa_layer()),
+        (LayerSpec(compressor=CompressorSpec(ratio=8, overlap=True), indexer=IndexerSpec()),),
+        (csa_layer(IndexerSpec(topk=8)), csa_layer(IndexerSpec(topk=16))),
+    ],
+)
+def test_layers_that_no_release_has_are_written_in_keys_of_our_own(layers):
+    cfg = dataclasses.replace(tiny(), name="custom", layers=layers)
+    written = json.loads(json.dumps(to_hf(cfg)))
+    assert "v4jax_layers" in written and "compress_ratios" not in written
+    assert from_hf(written) == cfg
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"compressor": {"ratio": "8"}}, r"v4jax_layers\[1\]\.compressor\.ratio='8'"),
+        ({"compressor": {"rate": 8}}, r"v4jax_layers\[1\].*expected compressor \(ratio, overlap\)"),
+        ({"compressor": None, "indexer": {"topk": 4}}, "indexer without compressor"),
+        ("HCA", r"v4jax_layers\[1\]='HCA'"),
+        (None, r"v4jax_layers\[1\]=None"),
+    ],
+)
+def test_a_wrong_layer_of_our_own_is_named(change, named):
+    layers = (window_layer(), LayerSpec(compressor=CompressorSpec(ratio=64)))
+    written = to_hf(dataclasses.replace(tiny(), layers=layers))
+    layer = written["v4jax_layers"][1]
+    written["v4jax_layers"][1] = layer | change if isinstance(change, dict) else change
+    with pytest.raises(ConfigError, match=named):
+        from_hf(written)
+    with pytest.raises(ConfigError, match=r"has 2 layers: .*num_hidden_layers=3"):
+        from_hf(written | {"num_hidden_layers": 3})
+
+
+def test_ratios_of_transformers_configs_are_read():
+    raw = in_transformers_form(FLASH)
+    raw["compress_rates"] = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 64}
+    assert ratios(from_hf(raw).layers)[:4] == [0, 0, 8, 64]
+    raw["compress_rates"]["other"] = 2
+    with pytest.raises(ConfigError, match=r"compress_rates has .*other"):
+        from_hf(raw)
+    raw["compress_rates"] = {"compressed_sparse_attention": 0}
+    with pytest.raises(ConfigError, match="compress_rates=0"):
+        from_hf(raw)

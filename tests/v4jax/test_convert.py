@@ -241,7 +241,7 @@ def test_expanding_under_a_mesh_gives_the_same_arrays_spread_over_it():
     with jax.set_mesh(make_mesh(fsdp=2, expert=2, tensor=2)):
         model = load(OFFICIAL, expert_format="fp8", use="train")
     assert_same_parameters(parameters(model), expected)
-    w1 = model.stages[1].blocks[0].moe.w1.get_value()
+    w1 = model.stages[1].blocks[0].moe.w1.kernel.get_value()
     assert w1.values.sharding.spec == jax.P(None, "expert", WIDTH, "tensor")
     assert w1.scale.sharding.spec == jax.P(None, "expert", WIDTH, None)  # 1 block of outputs
 

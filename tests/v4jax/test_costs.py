@@ -26,7 +26,7 @@ def test_the_report_s_shares_of_v32_at_a_million_tokens(cfg, flops, cache):
 
 def test_cache_bytes_per_token_of_the_released_layout():
     assert costs.kv_row_bytes(flash()) == 584
-    assert costs.index_key_bytes(flash()) == 68
+    assert costs.index_key_bytes(flash().indexer) == 68
     assert costs.cache_bytes_per_token(flash()) == 3514.25
     assert costs.cache_bytes_per_token(pro()) == 5031.4375
 
@@ -123,7 +123,7 @@ def test_products_are_those_the_compiler_counts(ratio):
     So one expert, which one tile of rows goes through; and sizes beside which what the formulas
     leave out (norms, softmax, the masked part of attention) is small.
     """
-    spec = next(s for s in tiny().layers if s.compress_ratio == ratio)
+    spec = next(s for s in tiny().layers if s.ratio == ratio)
     moe = dataclasses.replace(tiny().moe, num_experts=1, experts_per_token=1, expert_dim=1024)
     sizes = dict(embed_dim=1024, q_lora_rank=512, o_lora_rank=512, num_heads=2, head_dim=128)
     cfg = dataclasses.replace(tiny(), layers=(spec,), mtp_layers=(), moe=moe, **sizes)

@@ -77,5 +77,5 @@ def test_experts_need_a_format_to_be_frozen_in():
     with pytest.raises(ValueError, match=r"expert_format=None of tiny: freezing needs experts"):
         freeze_experts(floats)
     shapes = nnx.eval_shape(lambda: freeze_experts(Transformer(tiny(), rngs=nnx.Rngs(0))))
-    weights = shapes.stages[0].blocks[0].moe.w1.get_value()
+    weights = shapes.stages[0].blocks[0].moe.w1.kernel.get_value()
     assert isinstance(weights, QuantizedArray)

@@ -204,7 +204,7 @@ def test_experts_in_fp8_load_whatever_the_config_says(tmp_path, scale_dtype, exp
     model = load(write_folder(tmp_path / "base", tensors, config))
     assert_same_parameters(parameters(model), expected_parameters(tensors))
     assert model.cfg.expert_format == "fp8"
-    w2 = model.stages[1].blocks[0].moe.w2.get_value()
+    w2 = model.stages[1].blocks[0].moe.w2.kernel.get_value()
     assert w2.block == (128, 128)
     official = Official(OFFICIAL)
     original = [official.weight(f"layers.2.ffn.experts.{e}.w2").T for e in range(2)]

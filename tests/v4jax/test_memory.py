@@ -130,7 +130,7 @@ def test_a_model_made_released_under_a_mesh_is_the_same_and_stays_spread():
     for path, parts in parameters(model).items():
         for a, b in zip(parts, expected[path], strict=True):
             assert a.tobytes() == b.tobytes(), path
-    w1 = model.stages[3].blocks[0].moe.w1.get_value()
+    w1 = model.stages[3].blocks[0].moe.w1.kernel.get_value()
     assert w1.values.sharding.spec == jax.P("expert", WIDTH, "tensor")
     assert w1.scale.sharding.spec == jax.P("expert", WIDTH, "tensor")
 

@@ -15,7 +15,7 @@ from flax import nnx
 from tests.models import extend, random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, flash, plain, pro, released, tiny
-from v4jax.config import LayerSpec
+from v4jax.config import csa_layer, hca_layer, window_layer
 from v4jax.nn.cache import CacheFullError
 from v4jax.nn.model import plan_stages
 from v4jax.planning.describe import abstract_model, bytes_by_part, count_parameters
@@ -107,7 +107,8 @@ def test_distant_tokens_are_seen_through_entries(model, tokens, whole):
 
 def test_scanned_layers_equal_unrolled_ones(tokens):
     """tiny with its CSA and HCA layers not hash-routed, so that they repeat."""
-    layers = tuple(LayerSpec(compress_ratio=r, hash_routed=r == 0) for r in (0, 4, 128, 4, 128))
+    pair = (csa_layer(tiny().indexer), hca_layer())
+    layers = (window_layer(hash_routed=True), *pair, *pair)
     cfg = dataclasses.replace(tiny(), layers=layers)
     scanned = random_model(cfg)
     assert [stage.repeats for stage in scanned.stages] == [1, 2]
@@ -169,7 +170,7 @@ def test_entries_past_the_capacity_are_dropped_under_jit(model, tokens):
 def test_stage_plans_of_the_released_models():
     def summary(cfg):
         return [
-            (plan.repeats, [(s.compress_ratio, s.hash_routed) for s in plan.pattern])
+            (plan.repeats, [(s.ratio, s.hash_routed) for s in plan.pattern])
             for plan in plan_stages(cfg.layers)
         ]
 
@@ -203,8 +204,8 @@ def test_bytes_in_memory_equal_those_of_the_released_files(cfg, released):
 
 
 def test_only_numerics_that_transform_keys_need_a_power_of_two():
-    indexer = dataclasses.replace(tiny().indexer, head_dim=48)
-    cfg = dataclasses.replace(tiny(), layers=tiny().layers[1:2], mtp_layers=(), indexer=indexer)
+    cfg = dataclasses.replace(tiny(), layers=tiny().layers[1:2], mtp_layers=())
+    cfg = cfg.with_indexer(head_dim=48)
 
     def logits(numerics):
         return Transformer(cfg, numerics, rngs=nnx.Rngs(0))(jnp.zeros((1, 140), jnp.int32))

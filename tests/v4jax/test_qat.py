@@ -69,7 +69,7 @@ def test_what_is_saved_computes_the_logits_of_the_training(trained, tokens, tmp_
     checkpoint.save(to_released(trainer.model(state)), tmp_path / "model")
     loaded = checkpoint.load(tmp_path / "model", released("float32"), scan_layers=True)
 
-    assert isinstance(loaded.stages[0].blocks[0].moe.w1[...], QuantizedArray)
+    assert isinstance(loaded.stages[0].blocks[0].moe.w1.kernel[...], QuantizedArray)
     np.testing.assert_array_equal(Scorer(loaded).logits(tokens), expected)
     plainly = Scorer(trainer.model(state)).logits(tokens)  # the masters: another function
     assert np.abs(plainly - expected).max() > 1e-2

@@ -67,10 +67,10 @@ def test_weights_loaded_under_a_mesh_are_the_same_and_spread_over_it(scan_layers
         shard = array.addressable_shards[0].data.shape
         return axes[len(layer_axis) :], shard[len(layer_axis) :]
 
-    w1 = block.moe.w1.get_value()
+    w1 = block.moe.w1.kernel.get_value()
     assert placed(w1.values) == (("expert", EXPERT_WIDTH, "tensor"), (4, 64, 64))
     assert placed(w1.scale) == (("expert", EXPERT_WIDTH, "tensor"), (4, 4, 64))
-    w2 = block.moe.w2.get_value()
+    w2 = block.moe.w2.kernel.get_value()
     assert placed(w2.values) == (("expert", "tensor", EXPERT_WIDTH), (4, 32, 128))
     # Block scales: 2 blocks of inputs or outputs are not split in four, 3 blocks and 1 not in two.
     wq_a, wq_b = (getattr(block.attention, name).kernel.get_value() for name in ("wq_a", "wq_b"))
@@ -80,7 +80,7 @@ def test_weights_loaded_under_a_mesh_are_the_same_and_spread_over_it(scan_layers
     wo_b = block.attention.wo_b.kernel.get_value()
     assert placed(wo_b.values) == (("tensor", WIDTH), (64, 64))
     assert placed(wo_b.scale) == ((None, None), (1, 2))
-    assert model.embed.get_value().addressable_shards[0].data.shape == (128, 64)
+    assert model.embed.table.get_value().addressable_shards[0].data.shape == (128, 64)
 
 
 def test_a_model_spread_over_a_mesh_is_written_byte_for_byte(tmp_path):
@@ -240,7 +240,7 @@ def test_a_float_model_has_the_values_of_the_file(float_model):
 
 
 def test_bfloat16_holds_quantised_weights_exactly(official_model):
-    one = official_model.stages[2].blocks[0].moe.w1.get_value()
+    one = official_model.stages[2].blocks[0].moe.w1.kernel.get_value()
     exact = np.asarray(one.dequantize(), np.float64)
     assert np.array_equal(np.asarray(one.dequantize(jnp.bfloat16), np.float64), exact)
 

@@ -11,10 +11,11 @@ from pallas_kernels.selection import Selection
 from sharding import AxisRules
 from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close
-from v4jax import Transformer, tiny
-from v4jax.config import LayerSpec
+from v4jax import Transformer, plain, tiny
+from v4jax.config import window_layer
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.indexer import indexer_loss
+from v4jax.nn.layers import ModelContext
 from v4jax.nn.moe import Router
 from v4jax.train.data import TokenStream
 from v4jax.train.losses import LossWeights, shifted, training_loss
@@ -155,14 +156,14 @@ def test_teacher_has_the_denominator_of_the_whole_softmax(what):
 
 
 def test_balance_loss_of_an_even_router_is_one(tokens):
-    spec = LayerSpec(compress_ratio=0)
-    router = Router(tiny(), spec, AxisRules(), rngs=nnx.Rngs(0))
+    context = ModelContext(tiny(), plain(), AxisRules(), nnx.Rngs(0))
+    router = Router(context, window_layer())
     x = jax.random.normal(jax.random.key(0), (2, 64, tiny().embed_dim))
-    router.kernel.set_value(jnp.zeros_like(router.kernel[...]))  # all scores equal
+    router.gate.kernel.set_value(jnp.zeros_like(router.gate.kernel[...]))  # all scores equal
     _, _, stats = router(x, tokens[:, :64])
     assert_close(stats.balance_loss, 1.0, FLOAT32)
 
-    router.kernel.set_value(jnp.zeros_like(router.kernel[...]).at[0, 0].set(9.0))
+    router.gate.kernel.set_value(jnp.zeros_like(router.gate.kernel[...]).at[0, 0].set(9.0))
     _, _, stats = router(jnp.abs(x), tokens[:, :64])  # everybody prefers expert 0
     assert stats.balance_loss > 1.2
 

@@ -11,14 +11,18 @@ from typing import Any
 
 from v4jax.checkpoint.errors import ConfigError, read_json
 from v4jax.config import (
-    CSA_RATIO,
-    HCA_RATIO,
+    CSA,
+    HCA,
     VARIANTS,
-    IndexerConfig,
+    CompressorSpec,
+    IndexerSpec,
     LayerSpec,
     MoEConfig,
     RopeConfig,
     V4Config,
+    csa_layer,
+    hca_layer,
+    window_layer,
 )
 
 # Keys whose value this implementation fixes: anything else is another architecture.
@@ -34,9 +38,6 @@ _FIXED = {
     "mlp_bias": (False,),
     "tie_word_embeddings": (False,),
     "attention_dropout": (0, 0.0),
-    "compress_rates": (
-        {"compressed_sparse_attention": CSA_RATIO, "heavily_compressed_attention": HCA_RATIO},
-    ),
 }
 # Keys that say nothing about the function computed here.
 _IGNORED = frozenset(
@@ -59,11 +60,15 @@ _IGNORED = frozenset(
 )
 # Keys of the draft model of the 0731 / 0813 releases (not part of the decoder).
 _DRAFTER_PREFIX = "dspark_"
-_LAYER_TYPES = {
-    "sliding_attention": 0,
-    "compressed_sparse_attention": CSA_RATIO,
-    "heavily_compressed_attention": HCA_RATIO,
-}
+_WINDOW, _CSA, _HCA = _LAYER_TYPES = (
+    "sliding_attention",
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+)
+_RATES = {_CSA: CSA.ratio, _HCA: HCA.ratio}
+_OWN_LAYERS = (
+    "v4jax_layers"  # layers that the released form cannot say; other code does not know it
+)
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 _QUANTIZATION = {
     "quant_method": "fp8",
@@ -180,12 +185,7 @@ class _Reader:
             o_lora_rank=self.integer("o_lora_rank"),
             window=self.integer("sliding_window"),
             layers=self.layers(num_layers),
-            mtp_layers=(LayerSpec(compress_ratio=0),) * num_mtp,
-            indexer=IndexerConfig(
-                num_heads=self.integer("index_n_heads"),
-                head_dim=self.integer("index_head_dim"),
-                topk=self.integer("index_topk"),
-            ),
+            mtp_layers=(window_layer(),) * num_mtp,
             moe=MoEConfig(
                 num_experts=self.integer("n_routed_experts", most=1 << 16),
                 experts_per_token=self.integer("num_experts_per_tok"),
@@ -222,32 +222,77 @@ class _Reader:
         return config
 
     def layers(self, num_layers: int) -> tuple[LayerSpec, ...]:
+        own = self.items(_OWN_LAYERS)
+        if own is not None:
+            if len(own) != num_layers:
+                raise ConfigError(
+                    f"{_OWN_LAYERS} has {len(own)} layers: expected num_hidden_layers={num_layers}."
+                )
+            return tuple(_own_layer(i, layer) for i, layer in enumerate(own))
+        indexer = IndexerSpec(
+            num_heads=self.integer("index_n_heads"),
+            head_dim=self.integer("index_head_dim"),
+            topk=self.integer("index_topk"),
+        )
+        types, rates = self.layer_types(num_layers)
+        parts = {
+            _WINDOW: LayerSpec(),
+            _CSA: LayerSpec(
+                compressor=CompressorSpec(ratio=rates[_CSA], overlap=True), indexer=indexer
+            ),
+            _HCA: LayerSpec(compressor=CompressorSpec(ratio=rates[_HCA])),
+        }
+        return tuple(
+            dataclasses.replace(parts[kind], hash_routed=hashed)
+            for kind, hashed in zip(types, self.hash_routed(num_layers), strict=True)
+        )
+
+    def layer_types(self, num_layers: int) -> tuple[list[str], dict[str, int]]:
+        """The kind of each layer in the words of transformers, and the ratios of the kinds."""
+        rates = {**_RATES, **(self.mapping("compress_rates") or {})}
+        if set(rates) != set(_RATES):
+            raise ConfigError(
+                f"compress_rates has {_shown(sorted(map(str, rates)))}: expected {sorted(_RATES)}."
+            )
+        rates = {kind: _integer("compress_rates", rate, 1, 1 << 24) for kind, rate in rates.items()}
+        by_ratio = {0: _WINDOW, rates[_CSA]: _CSA, rates[_HCA]: _HCA}
         ratios, types = self.items("compress_ratios"), self.items("layer_types")
         if ratios is None and types is None:
             raise ConfigError(
                 "compress_ratios is missing: expected it (released form) or layer_types "
                 "(transformers form); there is no safe default."
             )
-        if types is not None:
-            for layer_type in types:
-                if not isinstance(layer_type, str) or layer_type not in _LAYER_TYPES:
-                    raise ConfigError(
-                        f"layer_types has {_shown(layer_type)}: expected one of {sorted(_LAYER_TYPES)}."
-                    )
-            of_types = [_LAYER_TYPES[t] for t in types]
-            if ratios is not None and list(ratios[: len(of_types)]) != of_types:
+        for layer_type in types or ():
+            if not isinstance(layer_type, str) or layer_type not in _LAYER_TYPES:
+                raise ConfigError(
+                    f"layer_types has {_shown(layer_type)}: expected one of {sorted(_LAYER_TYPES)}."
+                )
+        if ratios is not None:
+            ratios = [_integer("compress_ratios", ratio, 0, 1 << 24) for ratio in ratios]
+            of_types = [{_WINDOW: 0, **rates}[t] for t in types or ()]
+            if ratios[: len(of_types)] != of_types:
                 raise ConfigError("compress_ratios and layer_types contradict each other.")
-            ratios = of_types if ratios is None else ratios
-        ratios = [_integer("compress_ratios", ratio, 0, 1 << 24) for ratio in ratios]
-        if len(ratios) < num_layers:
+            if any(ratios[num_layers:]):
+                raise ConfigError(
+                    f"compress_ratios[{num_layers}:]={ratios[num_layers:]}: expected 0 for MTP blocks."
+                )
+            unknown = next((ratio for ratio in ratios if ratio not in by_ratio), None)
+            if unknown is not None or (types is None and len(by_ratio) < 3):
+                raise ConfigError(
+                    f"compress_ratios has {unknown}: expected 0 (sliding window), {rates[_CSA]} (CSA) "
+                    f"or {rates[_HCA]} (HCA). With layer_types, compress_rates may name other ratios."
+                )
+        if types is None:
+            types = [by_ratio[ratio] for ratio in ratios]
+        if len(types) < num_layers:
             raise ConfigError(
-                f"compress_ratios/layer_types has {len(ratios)} entries: expected at least "
+                f"compress_ratios/layer_types has {len(types)} layers: expected at least "
                 f"num_hidden_layers={num_layers}."
             )
-        if any(ratios[num_layers:]):
-            raise ConfigError(
-                f"compress_ratios[{num_layers}:]={ratios[num_layers:]}: expected 0 for MTP blocks."
-            )
+        return types[:num_layers], rates
+
+    def hash_routed(self, num_layers: int) -> list[bool]:
+        """Which layers choose experts by token id."""
         num_hash = self.take("num_hash_layers", None)
         if num_hash is not None:
             num_hash = _integer("num_hash_layers", num_hash, 0, num_layers)
@@ -268,13 +313,7 @@ class _Reader:
             hashed = [i < num_hash for i in range(num_layers)]
         else:
             raise ConfigError("num_hash_layers is missing from the config.")
-        try:
-            return tuple(
-                LayerSpec(compress_ratio=r, hash_routed=h)
-                for r, h in zip(ratios[:num_layers], hashed, strict=True)
-            )
-        except ValueError as error:
-            raise ConfigError(f"compress_ratios: {error}") from error
+        return hashed
 
     def rope(self) -> RopeConfig:
         nested, yarn = self.mapping("rope_parameters"), self.mapping("rope_scaling")
@@ -349,11 +388,49 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
+def _own_layer(index: int, layer: Any) -> LayerSpec:
+    """A layer of `v4jax_layers`."""
+    name = f"{_OWN_LAYERS}[{index}]"
+    try:
+        parts = dict(layer)
+        for key, part in (("compressor", CompressorSpec), ("indexer", IndexerSpec)):
+            values = dict(parts.get(key) or {})
+            for field in values.keys() - {"overlap"}:
+                _integer(f"{name}.{key}.{field}", values[field], 1, 1 << 24)
+            parts[key] = part(**values) if values else None
+        return LayerSpec(**parts)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{name}={_shown(layer)}: expected compressor (ratio, overlap), indexer (num_heads, "
+            f"head_dim, topk) and hash_routed. {error}"
+        ) from error
+
+
+def _released_layers(config: V4Config) -> dict[str, Any]:
+    """The layers in the keys of the released form, or in our own where that cannot say them."""
+    layers, indexer = config.layers, config.indexer or IndexerSpec()
+    num_hash = sum(spec.hash_routed for spec in layers)
+    usual = {csa_layer(indexer), hca_layer(), window_layer()}
+    if all(dataclasses.replace(spec, hash_routed=False) in usual for spec in layers) and all(
+        spec.hash_routed for spec in layers[:num_hash]
+    ):
+        return {
+            "num_hash_layers": num_hash,
+            "compress_ratios": [spec.ratio for spec in layers + config.mtp_layers],
+            "index_n_heads": indexer.num_heads,
+            "index_head_dim": indexer.head_dim,
+            "index_topk": indexer.topk,
+        }
+    return {_OWN_LAYERS: [dataclasses.asdict(spec) for spec in layers]}
+
+
 def to_hf(config: V4Config) -> dict[str, Any]:
-    """The released `config.json` of a config; `from_hf` reads it back to an equal one."""
-    num_hash = sum(spec.hash_routed for spec in config.layers)
-    if not all(spec.hash_routed for spec in config.layers[:num_hash]):
-        raise ConfigError("layers: the released form needs all hash-routed layers to come first.")
+    """The released `config.json` of a config; `from_hf` reads it back to an equal one.
+
+    Layers that no release has, say with another ratio, are written under `v4jax_layers`.
+    """
     raw = {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
@@ -361,7 +438,6 @@ def to_hf(config: V4Config) -> dict[str, Any]:
         "hidden_size": config.embed_dim,
         "moe_intermediate_size": config.moe.expert_dim,
         "num_hidden_layers": len(config.layers),
-        "num_hash_layers": num_hash,
         "num_nextn_predict_layers": len(config.mtp_layers),
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": 1,
@@ -371,7 +447,7 @@ def to_hf(config: V4Config) -> dict[str, Any]:
         "o_groups": config.o_groups,
         "o_lora_rank": config.o_lora_rank,
         "sliding_window": config.window,
-        "compress_ratios": [s.compress_ratio for s in config.layers + config.mtp_layers],
+        **_released_layers(config),
         "compress_rope_theta": config.rope.compress_theta,
         "rope_theta": config.rope.theta,
         "rope_scaling": {
@@ -381,9 +457,6 @@ def to_hf(config: V4Config) -> dict[str, Any]:
             "beta_slow": config.rope.yarn_beta_slow,
             "original_max_position_embeddings": config.rope.yarn_original_length,
         },
-        "index_n_heads": config.indexer.num_heads,
-        "index_head_dim": config.indexer.head_dim,
-        "index_topk": config.indexer.topk,
         "n_routed_experts": config.moe.num_experts,
         "n_shared_experts": 1,
         "num_experts_per_tok": config.moe.experts_per_token,

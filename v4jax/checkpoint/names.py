@@ -44,8 +44,8 @@ def _norm(path: str, name: str) -> Slot:
 def _compressor(path: str, name: str) -> tuple[Slot, ...]:
     return (
         Slot(f"{path}.ape", f"{name}.ape"),
-        Slot(f"{path}.wkv", f"{name}.wkv.weight", transposed=True),
-        Slot(f"{path}.wgate", f"{name}.wgate.weight", transposed=True),
+        _linear(f"{path}.wkv", f"{name}.wkv"),
+        _linear(f"{path}.wgate", f"{name}.wgate"),
         _norm(f"{path}.norm", f"{name}.norm"),
     )
 
@@ -61,18 +61,18 @@ BLOCK = (
     _linear("attention.wq_b", "attn.wq_b"),
     _linear("attention.wkv", "attn.wkv"),
     _norm("attention.kv_norm", "attn.kv_norm"),
-    Slot("attention.wo_a", "attn.wo_a.weight", transposed=True),
+    _linear("attention.wo_a", "attn.wo_a"),
     _linear("attention.wo_b", "attn.wo_b"),
     *_compressor("attention.compressor", "attn.compressor"),
     _linear("attention.indexer.wq_b", "attn.indexer.wq_b"),
-    Slot("attention.indexer.weights_proj", "attn.indexer.weights_proj.weight", transposed=True),
+    _linear("attention.indexer.weights_proj", "attn.indexer.weights_proj"),
     *_compressor("attention.indexer.compressor", "attn.indexer.compressor"),
-    Slot("moe.router.kernel", "ffn.gate.weight", transposed=True),
+    _linear("moe.router.gate", "ffn.gate"),
     Slot("moe.router.bias", "ffn.gate.bias"),
     Slot("moe.router.table", "ffn.gate.tid2eid"),
-    Slot("moe.w1", "ffn.experts.{e}.w1.weight", transposed=True),
-    Slot("moe.w2", "ffn.experts.{e}.w2.weight", transposed=True),
-    Slot("moe.w3", "ffn.experts.{e}.w3.weight", transposed=True),
+    _linear("moe.w1", "ffn.experts.{e}.w1"),
+    _linear("moe.w2", "ffn.experts.{e}.w2"),
+    _linear("moe.w3", "ffn.experts.{e}.w3"),
     _linear("moe.shared.w1", "ffn.shared_experts.w1"),
     _linear("moe.shared.w2", "ffn.shared_experts.w2"),
     _linear("moe.shared.w3", "ffn.shared_experts.w3"),
@@ -87,8 +87,8 @@ MTP = (
     *(dataclasses.replace(slot, path=f"block.{slot.path}") for slot in BLOCK),
 )
 TOP = (
-    Slot("embed", "embed.weight"),
-    Slot("head", "head.weight"),
+    Slot("embed.table", "embed.weight"),
+    Slot("head.table", "head.weight"),
     _norm("norm", "norm"),
     *_hyper("hc_head", "hc_head"),
 )

@@ -22,9 +22,8 @@ from pallas_kernels.attention import (
     selected_mass,
     window_attention,
 )
-from pallas_kernels.formats.quantize import cast
-from sharding import AxisRules, collectives
-from v4jax.config import LayerSpec, V4Config
+from sharding import collectives
+from v4jax.config import LayerSpec
 from v4jax.nn.cache import (
     Chunk,
     LayerCache,
@@ -35,46 +34,38 @@ from v4jax.nn.cache import (
 )
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.indexer import Indexer, indexer_loss
-from v4jax.nn.layers import KeyStream, Linear, RMSNorm, param, rope_frequencies, rotate
-from v4jax.nn.numerics import Numerics
+from v4jax.nn.layers import (
+    GroupedLinear,
+    Linear,
+    ModelContext,
+    RMSNorm,
+    rope_frequencies,
+    rotate,
+)
 
 
 class Attention(nnx.Module):
     """[B, T, D] -> [B, T, D]"""
 
-    def __init__(
-        self,
-        cfg: V4Config,
-        spec: LayerSpec,
-        numerics: Numerics,
-        rules: AxisRules,
-        *,
-        rngs: KeyStream,
-    ):
-        def linear(in_dim: int, out_dim: int, *axes: str | None) -> Linear:
-            return Linear(in_dim, out_dim, numerics, rules, axes=axes, rngs=rngs)
-
+    def __init__(self, context: ModelContext, spec: LayerSpec):
+        cfg = context.cfg
         heads_dim, latent_dim = cfg.num_heads * cfg.head_dim, cfg.o_groups * cfg.o_lora_rank
-        self.wq_a = linear(cfg.embed_dim, cfg.q_lora_rank, "embed", None)
-        self.q_norm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps, rules, rngs=rngs)
-        self.wq_b = linear(cfg.q_lora_rank, heads_dim, "embed", "heads")
-        self.wkv = linear(cfg.embed_dim, cfg.head_dim, "embed", None)
-        self.kv_norm = RMSNorm(cfg.head_dim, cfg.norm_eps, rules, rngs=rngs)
-        # G matrices [heads_dim / G, o_lora_rank] side by side: group g owns columns g * rank ...
-        self.wo_a = param(
-            rngs, (heads_dim // cfg.o_groups, latent_dim), ("embed", "heads"), rules, stored="fp8"
+        self.wq_a = Linear(context, cfg.embed_dim, cfg.q_lora_rank, ("embed", None))
+        self.q_norm = RMSNorm(context, cfg.q_lora_rank)
+        self.wq_b = Linear(context, cfg.q_lora_rank, heads_dim, ("embed", "heads"))
+        self.wkv = Linear(context, cfg.embed_dim, cfg.head_dim, ("embed", None))
+        self.kv_norm = RMSNorm(context, cfg.head_dim)
+        self.wo_a = GroupedLinear(
+            context, heads_dim // cfg.o_groups, cfg.o_lora_rank, groups=cfg.o_groups
         )
-        self.wo_b = linear(latent_dim, cfg.embed_dim, "heads", "embed")
-        self.sink = param(
-            rngs, (cfg.num_heads,), ("heads",), rules, stored="f32", init=nnx.initializers.zeros
+        self.wo_b = Linear(context, latent_dim, cfg.embed_dim, ("heads", "embed"))
+        self.sink = context.param(
+            (cfg.num_heads,), ("heads",), stored="f32", init=nnx.initializers.zeros
         )
-        self.compressor = (
-            Compressor(cfg, spec, cfg.head_dim, numerics, rules, rngs=rngs)
-            if spec.compress_ratio
-            else None
-        )
-        self.indexer = Indexer(cfg, spec, numerics, rules, rngs=rngs) if spec.is_csa else None
-        self.cfg, self.spec, self.numerics = cfg, spec, numerics
+        width = cfg.head_dim
+        self.compressor = spec.compressor and Compressor(context, spec.compressor, width)
+        self.indexer = spec.indexer and Indexer(context, spec)
+        self.cfg, self.spec, self.numerics = cfg, spec, context.numerics
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Whole sequences x [B, T, D] from position 0, or this device's part of them.
@@ -110,7 +101,7 @@ class Attention(nnx.Module):
         latent, q, kv = self.project(x, chunk.positions)
         new = dataclasses.replace(cache, window=write_window(cache.window, kv, chunk))
         if self.compressor:
-            first = chunk.start // self.spec.compress_ratio
+            first = chunk.start // self.spec.ratio
             entries, counts, pool = self.compressor.extend(x, chunk, cache.pool)
             entries = append_entries(cache.entries, self._entries(entries), first, counts)
             new = dataclasses.replace(new, entries=entries, pool=pool)
@@ -141,7 +132,7 @@ class Attention(nnx.Module):
 
     @property
     def _frequencies(self):
-        return rope_frequencies(self.cfg, compressed=self.spec.compress_ratio > 0)
+        return rope_frequencies(self.cfg, compressed=self.spec.compressor is not None)
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """latent [B, T, q_lora_rank], q [B, T, N, H] and kv [B, T, H]."""
@@ -166,7 +157,7 @@ class Attention(nnx.Module):
                 *collectives.copy_to((window, entries), "heads"),
                 self.sink[...],
                 positions,
-                ratio=max(self.spec.compress_ratio, 1),
+                ratio=max(self.spec.ratio, 1),
                 scale=self._scale,
                 implementation=self.numerics.implementation,
             )
@@ -196,7 +187,7 @@ class Attention(nnx.Module):
                 None if selection is None else selection.to_indices()[:, 0],
                 self.sink[...],
                 positions[:, 0],
-                ratio=max(self.spec.compress_ratio, 1),
+                ratio=max(self.spec.ratio, 1),
                 scale=self._scale,
                 implementation=self.numerics.implementation,
             )
@@ -205,8 +196,6 @@ class Attention(nnx.Module):
     def _output(self, out: jax.Array, positions: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B, T, D]"""
         with jax.named_scope("attention/output"):
-            groups = self.cfg.o_groups // collectives.axis_size("heads")
             out = rotate(out, positions, self._frequencies, inverse=True)
             out = out.reshape(*out.shape[:2], -1)  # the heads of a group side by side
-            latent = self.numerics.product(out, self.wo_a[...], groups)
-            return self.wo_b(cast(latent, self.numerics.dtype))
+            return self.wo_b(self.wo_a(out))

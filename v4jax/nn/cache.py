@@ -6,9 +6,9 @@ different lengths. For a capacity of S tokens and a layer of ratio r:
 | field       | shape          | holds                                                             |
 |-------------|----------------|-------------------------------------------------------------------|
 | window      | [B, C, H]      | last C key-value rows, token t in row t mod C                     |
-| entries     | [B, S / r, H]  | one compressed row per r tokens (r = 4 or 128)                    |
+| entries     | [B, S / r, H]  | one compressed row per r tokens (r = 4 in CSA, 128 in HCA)        |
 | pool        | see `OpenPool` | partial sums of the window that is not full yet, float32          |
-| index_keys  | [B, S / 4, I]  | the indexer's compressed keys (CSA only)                          |
+| index_keys  | [B, S / r, I]  | the indexer's compressed keys (CSA only)                          |
 | index_pool  | see `OpenPool` | as `pool`, of the indexer's compressor (CSA only)                 |
 
 Rows and keys are float arrays, or packed in the formats that `released` numerics rounds them to
@@ -159,21 +159,22 @@ def init_cache(
             return packing.zeros(shape, cfg.rope_head_dim)
         return jnp.zeros(shape, numerics.dtype)
 
-    def keys(length: int) -> jax.Array | PackedKeys:
-        shape = (batch, length, cfg.indexer.head_dim)
+    def keys(length: int, width: int) -> jax.Array | PackedKeys:
+        shape = (batch, length, width)
         return PackedKeys.zeros(shape) if is_packed else jnp.zeros(shape, numerics.dtype)
 
     def layer(spec: LayerSpec) -> LayerCache:
         window = rows(cfg.window)
-        if not spec.compress_ratio:
+        if spec.compressor is None:
             return LayerCache(window)
-        num_entries = -(-capacity // spec.compress_ratio)
-        entries = rows(num_entries, PackedRows if spec.is_csa else PackedColumns)  # picked, or all
-        pool = init_pool(batch, cfg.head_dim, overlap=spec.is_csa)
-        if not spec.is_csa:
+        count, overlap = -(-capacity // spec.ratio), spec.compressor.overlap
+        entries = rows(count, PackedRows if spec.indexer else PackedColumns)  # picked, or all
+        pool = init_pool(batch, cfg.head_dim, overlap=overlap)
+        if spec.indexer is None:
             return LayerCache(window, entries, pool)
-        index_pool = init_pool(batch, cfg.indexer.head_dim, overlap=True)
-        return LayerCache(window, entries, pool, keys(num_entries), index_pool)
+        width = spec.indexer.head_dim
+        index_pool = init_pool(batch, width, overlap=overlap)
+        return LayerCache(window, entries, pool, keys(count, width), index_pool)
 
     return Cache(tuple(map(layer, cfg.layers)), jnp.zeros(batch, jnp.int32), capacity)
 

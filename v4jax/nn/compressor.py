@@ -3,9 +3,9 @@
     value, gate = x @ wkv, x @ wgate            float32
     entry w     = rope(norm(sum_p softmax_p(gate[p] + ape[p]) * value[p]), position ratio * w)
 
-HCA (ratio 128) pools the tokens of window w. CSA (ratio 4) projects to twice the width and pools
-eight rows: the first half of the channels of window w - 1 and the second half of those of window w.
-A window that is not complete has no entry.
+HCA (ratio 128) pools the tokens of window w. CSA (ratio 4) overlaps: it projects to twice the width
+and pools eight rows, the first half of the channels of window w - 1 and the second half of those of
+window w. A window that is not complete has no entry.
 
 Source: report section 2.3, eqs. 9-14; released `inference/model.py` (Compressor).
 """
@@ -17,39 +17,29 @@ from flax import nnx
 
 from pallas_kernels.formats.quantize import cast
 from pallas_kernels.gated_pool import Pool, pool_windows
-from pallas_kernels.linear import linear
-from sharding import AxisRules, collectives
-from v4jax.config import LayerSpec, V4Config
+from sharding import collectives
+from v4jax.config import CompressorSpec
 from v4jax.nn.cache import Chunk, OpenPool, init_pool
-from v4jax.nn.layers import KeyStream, RMSNorm, param, rope_frequencies, rotate
-from v4jax.nn.numerics import Numerics
+from v4jax.nn.layers import ModelContext, RMSNorm, WideLinear, rope_frequencies, rotate
 
 
 class Compressor(nnx.Module):
     """[B, T, D] -> [B, T / ratio, width]"""
 
-    def __init__(
-        self,
-        cfg: V4Config,
-        spec: LayerSpec,
-        width: int,
-        numerics: Numerics,
-        rules: AxisRules,
-        *,
-        rngs: KeyStream,
-    ):
-        self.ratio, self.overlap, self.width = spec.compress_ratio, spec.is_csa, width
+    def __init__(self, context: ModelContext, spec: CompressorSpec, width: int):
+        self.ratio, self.overlap, self.width = spec.ratio, spec.overlap, width
         channels = width * (2 if self.overlap else 1)
-        shape, axes = (cfg.embed_dim, channels), ("embed", None)
-        self.wkv = param(rngs, shape, axes, rules, stored="bf16")
-        self.wgate = param(rngs, shape, axes, rules, stored="bf16")
-        zeros = nnx.initializers.zeros
-        ape_shape = (self.ratio, channels)
-        self.ape = param(
-            rngs, ape_shape, (None, None), rules, stored="f32", init=zeros, matrix=False
+        self.wkv = WideLinear(context, context.cfg.embed_dim, channels)
+        self.wgate = WideLinear(context, context.cfg.embed_dim, channels)
+        self.ape = context.param(
+            (self.ratio, channels),
+            (None, None),
+            stored="f32",
+            init=nnx.initializers.zeros,
+            matrix=False,
         )
-        self.norm = RMSNorm(width, cfg.norm_eps, rules, rngs=rngs)
-        self.cfg, self.numerics = cfg, numerics
+        self.norm = RMSNorm(context, width)
+        self.cfg, self.numerics = context.cfg, context.numerics
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Entries of whole sequences x [B, T, D] that start at position 0.
@@ -166,7 +156,7 @@ class Compressor(nnx.Module):
         return jax.tree.map(lambda s: s[collectives.axis_index("seq")], before), end
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return linear(x, self.wkv[...]), linear(x, self.wgate[...])
+        return self.wkv(x), self.wgate(x)
 
     def _pool_chunk(self, value: jax.Array, gate: jax.Array, chunk: Chunk) -> Pool:
         """Partial sums of the chunk's tokens by window: [B, n, F], window 0 being the open one."""

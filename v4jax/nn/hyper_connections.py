@@ -5,10 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import hyper_connections as ops
-from sharding import AxisRules
-from v4jax.config import V4Config
-from v4jax.nn.layers import KeyStream, param
-from v4jax.nn.numerics import Numerics
+from v4jax.nn.layers import ModelContext
 
 # Initial values for training from scratch; the released ones are unpublished. `scale` as in the
 # mHC paper (arXiv 2512.24880, table 5); `base` so that a site starts close to a plain residual:
@@ -20,7 +17,8 @@ _INIT_OFF_DIAGONAL = -4.0
 class HyperConnection(nnx.Module):
     """One site: collapses the streams to a sub-layer's input and mixes its output back."""
 
-    def __init__(self, cfg: V4Config, numerics: Numerics, rules: AxisRules, *, rngs: KeyStream):
+    def __init__(self, context: ModelContext):
+        cfg = context.cfg
         m = cfg.num_streams
         width = (2 + m) * m
 
@@ -30,10 +28,10 @@ class HyperConnection(nnx.Module):
             return jnp.concatenate([pre, jnp.zeros(m), comb]).astype(dtype)
 
         init_scale = nnx.initializers.constant(_INIT_SCALE)
-        self.fn = param(rngs, (m * cfg.embed_dim, width), (None, None), rules, stored="f32")
-        self.base = param(rngs, (width,), (None,), rules, stored="f32", init=init_base)
-        self.scale = param(rngs, (3,), (None,), rules, stored="f32", init=init_scale)
-        self.cfg, self.numerics = cfg, numerics
+        self.fn = context.param((m * cfg.embed_dim, width), (None, None), stored="f32")
+        self.base = context.param((width,), (None,), stored="f32", init=init_base)
+        self.scale = context.param((3,), (None,), stored="f32", init=init_scale)
+        self.cfg, self.numerics = cfg, context.numerics
 
     def pre(self, streams: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, T, M * D] -> the sub-layer's input [B, T, D], and post and comb for `post`."""
@@ -74,14 +72,15 @@ class HyperConnection(nnx.Module):
 class HyperHead(nnx.Module):
     """The collapse before the final norm."""
 
-    def __init__(self, cfg: V4Config, numerics: Numerics, rules: AxisRules, *, rngs: KeyStream):
+    def __init__(self, context: ModelContext):
+        cfg = context.cfg
         m = cfg.num_streams
         init_scale = nnx.initializers.constant(_INIT_SCALE)
         init_base = nnx.initializers.constant(-jnp.log(m - 1.0))
-        self.fn = param(rngs, (m * cfg.embed_dim, m), (None, None), rules, stored="f32")
-        self.base = param(rngs, (m,), (None,), rules, stored="f32", init=init_base)
-        self.scale = param(rngs, (1,), (None,), rules, stored="f32", init=init_scale)
-        self.cfg, self.numerics = cfg, numerics
+        self.fn = context.param((m * cfg.embed_dim, m), (None, None), stored="f32")
+        self.base = context.param((m,), (None,), stored="f32", init=init_base)
+        self.scale = context.param((1,), (None,), stored="f32", init=init_scale)
+        self.cfg, self.numerics = cfg, context.numerics
 
     def __call__(self, streams: jax.Array) -> jax.Array:
         """[B, T, M * D] -> [B, T, D]"""

@@ -17,40 +17,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.indexer import index_topk, selected_scores
-from pallas_kernels.linear import linear
 from pallas_kernels.selection import Selection
-from sharding import AxisRules, collectives
-from v4jax.config import LayerSpec, V4Config
+from sharding import collectives
+from v4jax.config import LayerSpec
 from v4jax.nn.compressor import Compressor
-from v4jax.nn.layers import KeyStream, Linear, param, rope_frequencies, rotate
-from v4jax.nn.numerics import Numerics
+from v4jax.nn.layers import Linear, ModelContext, WideLinear, rope_frequencies, rotate
 
 
 class Indexer(nnx.Module):
     """Which compressed entries each query attends to."""
 
-    def __init__(
-        self,
-        cfg: V4Config,
-        spec: LayerSpec,
-        numerics: Numerics,
-        rules: AxisRules,
-        *,
-        rngs: KeyStream,
-    ):
-        heads, width = cfg.indexer.num_heads, cfg.indexer.head_dim
+    def __init__(self, context: ModelContext, spec: LayerSpec):
+        cfg, numerics = context.cfg, context.numerics
+        heads, width = spec.indexer.num_heads, spec.indexer.head_dim
         if numerics.is_released and width & (width - 1):
             raise ValueError(
                 f"indexer.head_dim={width} with released numerics: expected a power of two, which "
                 "the Hadamard transform of queries and keys needs. v4jax.plain() takes any."
             )
-        self.wq_b = Linear(
-            cfg.q_lora_rank, heads * width, numerics, rules, axes=("embed", None), rngs=rngs
-        )
-        shape = (cfg.embed_dim, heads)
-        self.weights_proj = param(rngs, shape, ("embed", None), rules, stored="bf16")
-        self.compressor = Compressor(cfg, spec, width, numerics, rules, rngs=rngs)
-        self.cfg, self.numerics = cfg, numerics
+        self.wq_b = Linear(context, cfg.q_lora_rank, heads * width, ("embed", None))
+        self.weights_proj = WideLinear(context, cfg.embed_dim, heads)
+        self.compressor = Compressor(context, spec.compressor, width)
+        self.cfg, self.spec, self.numerics = cfg, spec.indexer, numerics
 
     def queries(
         self,
@@ -59,10 +47,10 @@ class Indexer(nnx.Module):
         positions: jax.Array,  # [B, T]
     ) -> tuple[jax.Array, jax.Array]:
         """Queries [B, T, A, I] and the weights of their heads [B, T, A] in float32."""
-        heads, width = self.cfg.indexer.num_heads, self.cfg.indexer.head_dim
+        heads, width = self.spec.num_heads, self.spec.head_dim
         q = self.wq_b(latent).reshape(*latent.shape[:2], heads, width)
         q = rotate(q, positions, rope_frequencies(self.cfg, compressed=True))
-        weights = linear(x, self.weights_proj[...].astype(x.dtype)) / math.sqrt(width * heads)
+        weights = self.weights_proj(x) / math.sqrt(width * heads)
         return self.numerics.round_indexer(q), weights
 
     def select(
@@ -74,7 +62,7 @@ class Indexer(nnx.Module):
             weights,
             keys,
             positions,
-            topk=min(self.cfg.indexer.topk, keys.shape[1]),
+            topk=min(self.spec.topk, keys.shape[1]),
             ratio=self.compressor.ratio,
             implementation=self.numerics.implementation,
         )

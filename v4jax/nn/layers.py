@@ -1,5 +1,6 @@
-"""Plain building blocks: parameters, norm, linear, rotary embedding."""
+"""Plain building blocks: parameters, norm, matrices, rotary embedding."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.formats.quantize import cast
-from sharding import AxisRules, ambient
+from pallas_kernels.linear import linear
+from sharding import AxisRules, ambient, collectives, summed_axis
 from v4jax.config import RopeConfig, V4Config
 from v4jax.nn.numerics import Numerics, rms_normalize
 
@@ -40,66 +42,121 @@ class HashTable(nnx.Variable):
     """Experts of each token id in a hash-routed layer. Integers, fixed."""
 
 
-def param(
-    rngs: KeyStream,
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    rules: AxisRules,
-    *,
-    stored: str,
-    init: jax.nn.initializers.Initializer | None = None,
-    kind: type[nnx.Variable] = nnx.Param,
-    matrix: bool | None = None,
-) -> nnx.Variable:
-    """A float32 parameter, placed by `rules` when there is an ambient mesh.
+@dataclasses.dataclass(frozen=True)
+class ModelContext:
+    """What every module of a model is built from."""
 
-    Args:
-      axes: logical axis names, one per axis of `shape`.
-      stored: how the released checkpoints store it; one of `STORED`. Kept as metadata.
-      init: initializer; default normal with variance 1 / fan-in (second-last axis).
-      matrix: whether it multiplies activations, which optimizers and adapters ask for; default: it
-        has two axes or more. Kept as metadata, since layers that are stacked have one axis more.
-    """
-    if init is None:
-        init = nnx.initializers.normal(1 / math.sqrt(shape[-2]))
-    value = init(rngs(), shape, jnp.float32, out_sharding=ambient(rules.spec(*axes)))
-    matrix = len(shape) > 1 if matrix is None else matrix
-    return kind(value, stored=stored, axes=axes, matrix=matrix)
+    cfg: V4Config
+    numerics: Numerics
+    rules: AxisRules
+    rngs: KeyStream  # of initial values
+
+    def param(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        stored: str,
+        init: jax.nn.initializers.Initializer | None = None,
+        kind: type[nnx.Variable] = nnx.Param,
+        matrix: bool | None = None,
+    ) -> nnx.Variable:
+        """A float32 parameter, placed by the rules when there is an ambient mesh.
+
+        Args:
+          axes: logical axis names, one per axis of `shape`.
+          stored: how the released checkpoints store it; one of `STORED`. Kept as metadata.
+          init: initializer; default normal with variance 1 / fan-in (second-last axis).
+          matrix: whether it multiplies activations, which optimizers ask for; default: it has two
+            axes or more. Kept as metadata, since layers that are stacked have one axis more.
+        """
+        if init is None:
+            init = nnx.initializers.normal(1 / math.sqrt(shape[-2]))
+        place = ambient(self.rules.spec(*axes))
+        value = init(self.rngs(), shape, jnp.float32, out_sharding=place)
+        matrix = len(shape) > 1 if matrix is None else matrix
+        return kind(value, stored=stored, axes=axes, matrix=matrix)
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight over the last axis; float32 inside, one rounding at the end."""
 
-    def __init__(self, dim: int, eps: float, rules: AxisRules, *, rngs: KeyStream):
-        ones = nnx.initializers.ones
-        self.weight = param(rngs, (dim,), (None,), rules, stored="bf16", init=ones)
-        self.eps = eps
+    def __init__(self, context: ModelContext, dim: int):
+        self.weight = context.param((dim,), (None,), stored="bf16", init=nnx.initializers.ones)
+        self.eps = context.cfg.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] in the dtype of x."""
         return cast(self.weight[...].astype(jnp.float32) * rms_normalize(x, self.eps), x.dtype)
 
 
-class Linear(nnx.Module):
-    """A linear without bias that the released checkpoints store in FP8."""
+class Matrix(nnx.Module):
+    """A weight that multiplies activations. Every such weight of a model is one, found by its path.
+
+    `kernel` is [in, out], with leading axes for stacked layers and for experts. `adapter` is None, or
+    a module that changes the product: `adapter(x, out)` is what the matrix then gives for inputs x
+    and product out (experts: `adapter(x, out, group_sizes)`). See docs/extending.md.
+    """
+
+    kernel: nnx.Variable
+    groups: int = 1  # parts of inputs, each multiplied with its own columns
 
     def __init__(
         self,
-        in_dim: int,
-        out_dim: int,
-        numerics: Numerics,
-        rules: AxisRules,
+        context: ModelContext,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
         *,
-        axes: tuple[str | None, str | None],
-        rngs: KeyStream,
+        stored: str,
     ):
-        self.kernel = param(rngs, (in_dim, out_dim), axes, rules, stored="fp8")
-        self.summed = axes[0] if axes[0] in ("heads", "expert_dim") else None
-        self.numerics = numerics
+        self.kernel = context.param(shape, axes, stored=stored)
+        self.adapter = nnx.data(None)
+        self.numerics = context.numerics
+
+    def _adapted(self, x: jax.Array, out: jax.Array, *sizes: jax.Array) -> jax.Array:
+        return out if self.adapter is None else self.adapter(x, out, *sizes)
+
+
+class Linear(Matrix):
+    """A linear without bias that the released checkpoints store in FP8, in the activations' dtype."""
+
+    def __init__(
+        self, context: ModelContext, in_dim: int, out_dim: int, axes: tuple[str | None, str | None]
+    ):
+        super().__init__(context, (in_dim, out_dim), axes, stored="fp8")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]"""
-        return self.numerics.linear(x, self.kernel[...], summed=self.summed)
+        summed = summed_axis(self.kernel.axes)
+        return self._adapted(x, self.numerics.linear(x, self.kernel[...], summed=summed))
+
+
+class WideLinear(Matrix):
+    """A linear without bias that the released checkpoints store in bfloat16; its result is float32."""
+
+    def __init__(self, context: ModelContext, in_dim: int, out_dim: int):
+        super().__init__(context, (in_dim, out_dim), ("embed", None), stored="bf16")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out] float32"""
+        return self._adapted(x, linear(x, self.kernel[...]))
+
+
+class GroupedLinear(Matrix):
+    """Groups of inputs, each times its own matrix: `groups` matrices [in, out] side by side, in FP8.
+
+    Inputs are not rounded, as in the released code.
+    """
+
+    def __init__(self, context: ModelContext, in_dim: int, out_dim: int, groups: int):
+        super().__init__(context, (in_dim, groups * out_dim), ("embed", "heads"), stored="fp8")
+        self.groups = groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., groups * in] -> [..., groups * out], of this device's groups."""
+        groups = self.groups // collectives.axis_size("heads")
+        out = self.numerics.product(x, self.kernel[...], groups)
+        return self._adapted(x, cast(out, self.numerics.dtype))
 
 
 def rope_frequencies(cfg: V4Config, compressed: bool) -> np.ndarray:

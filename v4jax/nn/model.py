@@ -27,7 +27,7 @@ from v4jax.config import LayerSpec, V4Config
 from v4jax.nn.attention import Attention
 from v4jax.nn.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
 from v4jax.nn.hyper_connections import HyperConnection, HyperHead
-from v4jax.nn.layers import KeyStream, Linear, RMSNorm, param
+from v4jax.nn.layers import KeyStream, Linear, ModelContext, RMSNorm
 from v4jax.nn.moe import MoE, RouterStats
 from v4jax.nn.numerics import Numerics, plain
 from v4jax.nn.placement import check_mesh, gathered, mesh_of, on_mesh, specs
@@ -47,21 +47,14 @@ class BlockStats:
 class Block(nnx.Module):
     """One decoder layer on the residual streams [B, T, M * D]."""
 
-    def __init__(
-        self,
-        cfg: V4Config,
-        spec: LayerSpec,
-        numerics: Numerics,
-        rules: AxisRules,
-        *,
-        rngs: KeyStream,
-    ):
-        self.attn_hc = HyperConnection(cfg, numerics, rules, rngs=rngs)
-        self.attn_norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
-        self.attention = Attention(cfg, spec, numerics, rules, rngs=rngs)
-        self.ffn_hc = HyperConnection(cfg, numerics, rules, rngs=rngs)
-        self.ffn_norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
-        self.moe = MoE(cfg, spec, numerics, rules, rngs=rngs)
+    def __init__(self, context: ModelContext, spec: LayerSpec):
+        dim = context.cfg.embed_dim
+        self.attn_hc = HyperConnection(context)
+        self.attn_norm = RMSNorm(context, dim)
+        self.attention = Attention(context, spec)
+        self.ffn_hc = HyperConnection(context)
+        self.ffn_norm = RMSNorm(context, dim)
+        self.moe = MoE(context, spec)
 
     def __call__(self, streams: jax.Array, tokens: jax.Array) -> tuple[jax.Array, BlockStats]:
         """Whole sequences from position 0; tokens [B, T]."""
@@ -83,6 +76,30 @@ class Block(nnx.Module):
         streams, x, *mix = self.ffn_hc.post_pre(out, streams, *mix)
         out, stats = self.moe(self.ffn_norm(x), tokens)
         return self.ffn_hc.post(out, streams, *mix), stats
+
+
+class Vocabulary(nnx.Module):
+    """A row of D channels for each token id: the embedding, or the output head."""
+
+    def __init__(self, context: ModelContext):
+        shape = (context.cfg.vocab_size, context.cfg.embed_dim)
+        init = nnx.initializers.normal(context.cfg.embed_dim**-0.5)
+        self.table = context.param(shape, ("vocab", "embed"), stored="bf16", init=init)
+
+    def rows(self, tokens: jax.Array) -> jax.Array:
+        """Rows of ids [B, T]: [B, T, D]."""
+        table = self.table[...]
+        index = (
+            tokens - collectives.axis_index("vocab") * table.shape[0]
+        )  # this device's part of the table
+        rows = collectives.take_rows(table, jnp.clip(index, 0, table.shape[0] - 1), "embed")
+        mine = (index >= 0) & (index < table.shape[0])
+        return collectives.reduce_from(jnp.where(mine[..., None], rows, 0), "vocab")
+
+    def products(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] with every row of this device's part: [B, T, V] float32."""
+        table = collectives.all_gather(self.table[...], "embed", axis=1)
+        return linear(collectives.copy_to(x, "vocab"), table.T)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -134,20 +151,15 @@ def plan_stages(layers: Sequence[LayerSpec], max_period: int = 2) -> tuple[Stage
 class Stage(nnx.Module):
     """Blocks of one repeating pattern. With repeats > 1 their arrays have a leading layer axis."""
 
-    def __init__(
-        self,
-        cfg: V4Config,
-        plan: StagePlan,
-        numerics: Numerics,
-        rules: AxisRules,
-        *,
-        rngs: KeyStream,
-    ):
+    def __init__(self, context: ModelContext, plan: StagePlan):
         def make(spec: LayerSpec) -> Block:
             if plan.repeats == 1:
-                return Block(cfg, spec, numerics, rules, rngs=rngs)
-            keys = jax.random.split(rngs(), plan.repeats)
-            return jax.vmap(lambda k: Block(cfg, spec, numerics, rules, rngs=KeyStream(k)))(keys)
+                return Block(context, spec)
+
+            def one(key: jax.Array) -> Block:
+                return Block(dataclasses.replace(context, rngs=KeyStream(key)), spec)
+
+            return jax.vmap(one)(jax.random.split(context.rngs(), plan.repeats))
 
         self.blocks = nnx.List([make(spec) for spec in plan.pattern])
         self.repeats = plan.repeats
@@ -189,27 +201,14 @@ class MTP(nnx.Module):
     the next token. Embedding and head are those of the model.
     """
 
-    def __init__(
-        self,
-        cfg: V4Config,
-        spec: LayerSpec,
-        numerics: Numerics,
-        rules: AxisRules,
-        *,
-        rngs: KeyStream,
-    ):
-        def linear() -> Linear:
-            dim = cfg.embed_dim
-            return Linear(dim, dim, numerics, rules, axes=("embed", None), rngs=rngs)
-
-        def norm() -> RMSNorm:
-            return RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
-
-        self.e_proj, self.h_proj = linear(), linear()
-        self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
-        self.block = Block(cfg, spec, numerics, rules, rngs=rngs)
-        self.hc_head = HyperHead(cfg, numerics, rules, rngs=rngs)
-        self.num_streams = cfg.num_streams
+    def __init__(self, context: ModelContext, spec: LayerSpec):
+        dim = context.cfg.embed_dim
+        self.e_proj = Linear(context, dim, dim, ("embed", None))
+        self.h_proj = Linear(context, dim, dim, ("embed", None))
+        self.enorm, self.hnorm, self.norm = (RMSNorm(context, dim) for _ in range(3))
+        self.block = Block(context, spec)
+        self.hc_head = HyperHead(context)
+        self.num_streams = context.cfg.num_streams
 
     def __call__(
         self, streams: jax.Array, embedded: jax.Array, tokens: jax.Array
@@ -246,20 +245,18 @@ class Transformer(nnx.Module):
         scan_layers: bool = True,
         rngs: nnx.Rngs,
     ):
-        rngs = KeyStream(rngs())
-        shape, axes = (cfg.vocab_size, cfg.embed_dim), ("vocab", "embed")
-        init = nnx.initializers.normal(cfg.embed_dim**-0.5)
-        self.embed = param(rngs, shape, axes, rules, stored="bf16", init=init)
+        context = ModelContext(cfg, numerics, rules, KeyStream(rngs()))
+        self.embed = Vocabulary(context)
         plans = (
             plan_stages(cfg.layers)
             if scan_layers
             else tuple(StagePlan((spec,), 1) for spec in cfg.layers)
         )
-        self.stages = nnx.List([Stage(cfg, plan, numerics, rules, rngs=rngs) for plan in plans])
-        self.hc_head = HyperHead(cfg, numerics, rules, rngs=rngs)
-        self.norm = RMSNorm(cfg.embed_dim, cfg.norm_eps, rules, rngs=rngs)
-        self.head = param(rngs, shape, axes, rules, stored="bf16", init=init)
-        self.mtp = nnx.List([MTP(cfg, s, numerics, rules, rngs=rngs) for s in cfg.mtp_layers])
+        self.stages = nnx.List([Stage(context, plan) for plan in plans])
+        self.hc_head = HyperHead(context)
+        self.norm = RMSNorm(context, cfg.embed_dim)
+        self.head = Vocabulary(context)
+        self.mtp = nnx.List([MTP(context, spec) for spec in cfg.mtp_layers])
         self.cfg, self.numerics, self.rules = cfg, numerics, rules
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -349,14 +346,7 @@ class Transformer(nnx.Module):
 
     def embedding(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, D]"""
-        table = self.embed[...]
-        index = (
-            tokens - collectives.axis_index("vocab") * table.shape[0]
-        )  # this device's part of the table
-        rows = collectives.take_rows(table, jnp.clip(index, 0, table.shape[0] - 1), "embed")
-        mine = (index >= 0) & (index < table.shape[0])
-        rows = collectives.reduce_from(jnp.where(mine[..., None], rows, 0), "vocab")
-        return rows.astype(self.numerics.dtype)
+        return self.embed.rows(tokens).astype(self.numerics.dtype)
 
     def streams(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, M * D]: every stream starts as the embedding."""
@@ -373,8 +363,7 @@ class Transformer(nnx.Module):
     def local_logits(self, hidden: jax.Array) -> jax.Array:
         """`logits` of this device's part of the vocabulary."""
         with jax.named_scope("head"):
-            head = collectives.all_gather(self.head[...], "embed", axis=1)
-            return linear(collectives.copy_to(hidden, "vocab"), head.T)
+            return self.head.products(hidden)
 
     def mtp_hidden(
         self, streams: jax.Array, next_tokens: jax.Array, depth: int = 0

@@ -20,12 +20,10 @@ from flax import nnx
 
 from pallas_kernels.formats.quantize import cast
 from pallas_kernels.grouped_matmul import swiglu
-from pallas_kernels.linear import linear
-from sharding import AxisRules, collectives
+from sharding import collectives
 from sharding.expert_parallel import apply_experts
-from v4jax.config import LayerSpec, V4Config
-from v4jax.nn.layers import HashTable, KeyStream, Linear, RoutingBias, param
-from v4jax.nn.numerics import Numerics
+from v4jax.config import LayerSpec
+from v4jax.nn.layers import HashTable, Linear, Matrix, ModelContext, RoutingBias, WideLinear
 
 
 @functools.partial(
@@ -42,30 +40,25 @@ class RouterStats:
 class Router(nnx.Module):
     """Chooses the experts of each token, and their weights."""
 
-    def __init__(self, cfg: V4Config, spec: LayerSpec, rules: AxisRules, *, rngs: KeyStream):
-        moe = cfg.moe
-        shape = (cfg.embed_dim, moe.num_experts)
-        self.kernel = param(rngs, shape, ("embed", None), rules, stored="bf16")
-        bias = functools.partial(
-            param,
-            rngs,
-            (moe.num_experts,),
-            (None,),
-            rules,
-            stored="f32",
-            init=nnx.initializers.zeros,
-            kind=RoutingBias,
-        )
+    def __init__(self, context: ModelContext, spec: LayerSpec):
+        cfg, moe = context.cfg, context.cfg.moe
+        self.gate = WideLinear(context, cfg.embed_dim, moe.num_experts)
         table = functools.partial(
-            param,
-            rngs,
+            context.param,
             (cfg.vocab_size, moe.experts_per_token),
             (None, None),
-            rules,
             stored="int",
             init=functools.partial(_init_table, num_experts=moe.num_experts),
             kind=HashTable,
             matrix=False,
+        )
+        bias = functools.partial(
+            context.param,
+            (moe.num_experts,),
+            (None,),
+            stored="f32",
+            init=nnx.initializers.zeros,
+            kind=RoutingBias,
         )
         self.bias = None if spec.hash_routed else bias()
         self.table = table() if spec.hash_routed else None
@@ -77,7 +70,7 @@ class Router(nnx.Module):
         tokens: jax.Array,  # [B, T] int32
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Experts [B, T, K] int32, weights [B, T, K] float32, and statistics."""
-        scores = jnp.sqrt(jax.nn.softplus(linear(x, self.kernel[...])))  # [B, T, E]
+        scores = self.scores(x)
         if self.table is not None:
             experts = jnp.take(self.table[...], tokens, axis=0)
         else:
@@ -86,6 +79,10 @@ class Router(nnx.Module):
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True) * self.moe.routed_scale
         return experts, weights, self._stats(scores, experts)
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Of every expert, before any bias: [B, T, D] -> [B, T, E] float32."""
+        return jnp.sqrt(jax.nn.softplus(self.gate(x)))
 
     def _stats(self, scores: jax.Array, experts: jax.Array) -> RouterStats:
         """Sequence-wise balance loss (V3 report, eqs. 17-20): sum_e f_e P_e per sequence."""
@@ -103,30 +100,34 @@ class Router(nnx.Module):
         return RouterStats(jnp.sum(fraction * share) / batch, total)
 
 
+class ExpertLinear(Matrix):
+    """One matrix of every routed expert: [E, in, out]."""
+
+    def __init__(
+        self, context: ModelContext, in_dim: int, out_dim: int, axes: tuple[str | None, str | None]
+    ):
+        stored = context.cfg.expert_format or "bf16"
+        shape = (context.cfg.moe.num_experts, in_dim, out_dim)
+        super().__init__(context, shape, ("expert", *axes), stored=stored)
+
+    def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Rows [P, in] that are sorted by expert, `sizes` [E] of each: [P, out]."""
+        out = self.numerics.grouped_matmul(rows, self.kernel[...], sizes)
+        return self._adapted(rows, out, sizes)
+
+
 class MoE(nnx.Module):
     """[B, T, D] -> [B, T, D]"""
 
-    def __init__(
-        self,
-        cfg: V4Config,
-        spec: LayerSpec,
-        numerics: Numerics,
-        rules: AxisRules,
-        *,
-        rngs: KeyStream,
-    ):
-        moe = cfg.moe
-        up_shape = (moe.num_experts, cfg.embed_dim, moe.expert_dim)
-        down_shape = (moe.num_experts, moe.expert_dim, cfg.embed_dim)
-        up_axes = ("expert", "expert_embed", "expert_dim")
-        down_axes = ("expert", "expert_dim", "expert_embed")
-        stored = cfg.expert_format or "bf16"
-        self.router = Router(cfg, spec, rules, rngs=rngs)
-        self.w1 = param(rngs, up_shape, up_axes, rules, stored=stored)
-        self.w2 = param(rngs, down_shape, down_axes, rules, stored=stored)
-        self.w3 = param(rngs, up_shape, up_axes, rules, stored=stored)
-        self.shared = SharedExpert(cfg, numerics, rules, rngs=rngs)
-        self.limit, self.numerics = moe.swiglu_limit, numerics
+    def __init__(self, context: ModelContext, spec: LayerSpec):
+        dim, moe = context.cfg.embed_dim, context.cfg.moe
+        up, down = ("expert_embed", "expert_dim"), ("expert_dim", "expert_embed")
+        self.router = Router(context, spec)
+        self.w1 = ExpertLinear(context, dim, moe.expert_dim, up)
+        self.w2 = ExpertLinear(context, moe.expert_dim, dim, down)
+        self.w3 = ExpertLinear(context, dim, moe.expert_dim, up)
+        self.shared = SharedExpert(context)
+        self.limit, self.numerics = moe.swiglu_limit, context.numerics
 
     def __call__(self, x: jax.Array, tokens: jax.Array) -> tuple[jax.Array, RouterStats]:
         """x [B, T, D] and token ids [B, T] (for hash routing)."""
@@ -143,31 +144,39 @@ class MoE(nnx.Module):
         k = experts.shape[-1]
         x, weights = collectives.copy_to((self.numerics.round_input(x), weights), "expert_dim")
         out = apply_experts(
-            functools.partial(_grouped_experts, self.numerics, self.limit),
-            (self.w1[...], self.w3[...], self.w2[...]),
-            *(x, experts.reshape(-1, k), weights.reshape(-1, k)),
-            self.w1[...].shape[0],
+            functools.partial(_grouped_experts, self.limit),
+            (self.w1, self.w3, self.w2),
+            x,
+            experts.reshape(-1, k),
+            weights.reshape(-1, k),
+            self.w1.kernel[...].shape[0],
         )
         return collectives.reduce_from(out, "expert_dim")
 
 
-def _grouped_experts(numerics: Numerics, limit: float, params, rows, sizes, row_weights):
+def _grouped_experts(limit: float, matrices, rows, sizes, row_weights):
     """Rows sorted by expert, with their routing weights, through the experts' matrices."""
-    w1, w3, w2 = params
-    hidden = numerics.grouped_swiglu(rows, w1, w3, sizes, row_weights, limit=limit)
-    return numerics.grouped_matmul(numerics.round_input(hidden), w2, sizes)
+    w1, w3, w2 = matrices
+    numerics = w1.numerics
+    if w1.adapter is None and w3.adapter is None:
+        args = (rows, w1.kernel[...], w3.kernel[...], sizes, row_weights)
+        hidden = numerics.grouped_swiglu(*args, limit=limit)
+    else:
+        hidden = swiglu(w1(rows, sizes), w3(rows, sizes), limit)
+        hidden = cast(row_weights[:, None] * hidden, rows.dtype)
+    return w2(numerics.round_input(hidden), sizes)
 
 
 class SharedExpert(nnx.Module):
     """The expert that every token passes through."""
 
-    def __init__(self, cfg: V4Config, numerics: Numerics, rules: AxisRules, *, rngs: KeyStream):
-        dim, hidden = cfg.embed_dim, cfg.moe.expert_dim
+    def __init__(self, context: ModelContext):
+        dim, hidden = context.cfg.embed_dim, context.cfg.moe.expert_dim
         up, down = ("embed", "expert_dim"), ("expert_dim", "embed")
-        self.w1 = Linear(dim, hidden, numerics, rules, axes=up, rngs=rngs)
-        self.w2 = Linear(hidden, dim, numerics, rules, axes=down, rngs=rngs)
-        self.w3 = Linear(dim, hidden, numerics, rules, axes=up, rngs=rngs)
-        self.limit = cfg.moe.swiglu_limit
+        self.w1 = Linear(context, dim, hidden, up)
+        self.w2 = Linear(context, hidden, dim, down)
+        self.w3 = Linear(context, dim, hidden, up)
+        self.limit = context.cfg.moe.swiglu_limit
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]"""

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import P
 
 from pallas_kernels.formats.quantize import QuantizedArray, fp4_block
-from sharding import AxisRules, collectives, fitting
+from sharding import AxisRules, collectives, fitting, kept_axis
 from v4jax.config import V4Config
 
 FP8_BLOCK, FP4_BLOCK = 128, 256  # what a device's part of a quantised axis must be a multiple of
@@ -111,11 +111,6 @@ def is_rounded(variable: nnx.Variable) -> bool:
     return variable.stored in ("fp4", "fp8")
 
 
-def kept_apart(variable: nnx.Variable) -> str | None:
-    """The logical axis along which a variable's parts are only kept apart, not worked on."""
-    return next((name for name in ("embed", "expert_embed") if name in variable.axes), None)
-
-
 def gathered(module, dtype: jax.typing.DTypeLike):
     """A copy of a module on this device with the parts joined that are only kept apart.
 
@@ -123,7 +118,7 @@ def gathered(module, dtype: jax.typing.DTypeLike):
     """
 
     def whole(variable: nnx.Variable) -> nnx.Variable:
-        name = kept_apart(variable)
+        name = kept_axis(variable.axes)
         if name is None or not collectives.mesh_axes(name):
             return variable
         axis = variable.axes.index(name) - len(variable.axes)

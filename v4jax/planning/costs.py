@@ -17,12 +17,11 @@ Source of V3.2's sizes: its report (arXiv 2512.02556) and released config.
 
 import dataclasses
 
-from v4jax.config import CSA_RATIO, HCA_RATIO, LayerSpec, V4Config
+from v4jax.config import IndexerSpec, LayerSpec, V4Config
 
 # Bytes of a packed cache row: FP8 channels, bfloat16 rotated channels, a scale per 64 FP8 channels.
 _KV_SCALE_BLOCK = 64
 _FP4_SCALE_BLOCK = 32
-_KINDS = {0: "window", CSA_RATIO: "CSA", HCA_RATIO: "HCA"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,20 +128,22 @@ def kv_row_bytes(cfg: V4Config) -> int:
     return -(-(nope + 2 * cfg.rope_head_dim + -(-nope // _KV_SCALE_BLOCK)) // 8) * 8
 
 
-def index_key_bytes(cfg: V4Config) -> int:
+def index_key_bytes(indexer: IndexerSpec | None) -> int:
     """A packed indexer key: e2m1, one scale byte per 32 channels, in whole words of 4 bytes.
 
-    68 for 128 channels.
+    68 for 128 channels, 0 without an indexer.
     """
-    width = cfg.indexer.head_dim
+    if indexer is None:
+        return 0
+    width = indexer.head_dim
     return -(-(width // 2 + width // _FP4_SCALE_BLOCK) // 4) * 4
 
 
 def cache_bytes_per_token(cfg: V4Config) -> float:
     """Bytes by which a packed cache grows with each token of context."""
-    row, key = kv_row_bytes(cfg), index_key_bytes(cfg)
-    compressed = [spec for spec in cfg.layers if spec.compress_ratio]
-    return sum((row + key * spec.is_csa) / spec.compress_ratio for spec in compressed)
+    row = kv_row_bytes(cfg)
+    compressed = [spec for spec in cfg.layers if spec.compressor]
+    return sum((row + index_key_bytes(spec.indexer)) / spec.ratio for spec in compressed)
 
 
 def cache_bytes(cfg: V4Config, context: int) -> float:
@@ -155,7 +156,7 @@ def cache_bytes_read(
     cfg: V4Config, spec: LayerSpec, context: int, recipe: Recipe = RELEASED
 ) -> float:
     """Bytes of a layer's cache that one token reads: window, chosen or all entries, all index keys."""
-    row, key = _row_bytes(cfg, recipe)
+    row, key = _row_bytes(cfg, spec, recipe)
     rows, keys = _rows_seen(cfg, spec, context)
     return row * rows + key * keys
 
@@ -164,9 +165,9 @@ def layer_cache_bytes(
     cfg: V4Config, spec: LayerSpec, context: int, recipe: Recipe = RELEASED
 ) -> float:
     """Bytes of a layer's cache for a sequence. Open pools are not counted."""
-    row, key = _row_bytes(cfg, recipe)
-    entries = context / spec.compress_ratio if spec.compress_ratio else 0
-    return row * (cfg.window + entries) + key * entries * spec.is_csa
+    row, key = _row_bytes(cfg, spec, recipe)
+    entries = context / spec.ratio if spec.compressor else 0
+    return row * (cfg.window + entries) + key * entries
 
 
 def layer_weight_bytes(
@@ -205,7 +206,7 @@ def by_kind(cfg: V4Config, context: int, recipe: Recipe = RELEASED) -> list[Kind
     """Costs of each kind of layer of a model, in the order they first appear."""
     return [
         KindCosts(
-            f"{_KINDS[spec.compress_ratio]}{', hash-routed' if spec.hash_routed else ''}",
+            f"{spec.kind}{', hash-routed' if spec.hash_routed else ''}",
             cfg.layers.count(spec),
             layer_flops(cfg, spec, context),
             layer_weight_bytes(cfg, spec, 1, recipe),
@@ -250,12 +251,13 @@ def _layer_weights(cfg: V4Config, spec: LayerSpec) -> tuple[int, int, int]:
         + cfg.o_groups * cfg.o_lora_rank * dim
     )
     wide = 0 if spec.hash_routed else dim * moe.num_experts
-    if spec.compress_ratio:
-        wide += 2 * dim * cfg.head_dim * (2 if spec.is_csa else 1)  # value and gate
-    if spec.is_csa:
-        index = cfg.indexer
+    if spec.compressor:
+        halves = 2 if spec.compressor.overlap else 1
+        wide += 2 * dim * cfg.head_dim * halves  # value and gate
+    if spec.indexer:
+        index = spec.indexer
         linear += cfg.q_lora_rank * index.num_heads * index.head_dim
-        wide += dim * index.num_heads + 2 * dim * 2 * index.head_dim
+        wide += dim * index.num_heads + 2 * dim * halves * index.head_dim
     streams = cfg.num_streams
     return linear, wide, 2 * streams * dim * (2 + streams) * streams  # around attention and experts
 
@@ -272,18 +274,24 @@ def _fixed_flops(cfg: V4Config, spec: LayerSpec) -> Flops:
 def _rows_seen(cfg: V4Config, spec: LayerSpec, context: float) -> tuple[float, float]:
     """Rows of window and entries, and indexer keys, that a token with that context sees."""
     rows, keys = min(context, cfg.window), 0.0
-    if spec.compress_ratio:
-        entries = context // spec.compress_ratio
-        keys = entries if spec.is_csa else 0.0
-        rows += min(entries, cfg.indexer.topk) if spec.is_csa else entries
+    if spec.compressor:
+        entries = context // spec.ratio
+        keys = entries if spec.indexer else 0.0
+        rows += min(entries, spec.indexer.topk) if spec.indexer else entries
     return rows, keys
 
 
-def _row_bytes(cfg: V4Config, recipe: Recipe) -> tuple[float, float]:
-    """Of a cache row and of an indexer key."""
+def _row_bytes(cfg: V4Config, spec: LayerSpec, recipe: Recipe) -> tuple[float, float]:
+    """Of a cache row and of an indexer key (0 without an indexer)."""
     if recipe.channel is None:
-        return kv_row_bytes(cfg), index_key_bytes(cfg)
-    return recipe.channel * cfg.head_dim, recipe.channel * cfg.indexer.head_dim
+        return kv_row_bytes(cfg), index_key_bytes(spec.indexer)
+    width = spec.indexer.head_dim if spec.indexer else 0
+    return recipe.channel * cfg.head_dim, recipe.channel * width
+
+
+def _scoring_flops(spec: LayerSpec, keys: float) -> float:
+    """Of an indexer's queries with that many keys."""
+    return 2.0 * spec.indexer.num_heads * spec.indexer.head_dim * keys if spec.indexer else 0.0
 
 
 def _context_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:
@@ -291,7 +299,7 @@ def _context_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:
     rows, keys = _rows_seen(cfg, spec, context)
     return Flops(
         attention=4.0 * cfg.num_heads * cfg.head_dim * rows,
-        indexer=2.0 * cfg.indexer.num_heads * cfg.indexer.head_dim * keys,
+        indexer=_scoring_flops(spec, keys),
     )
 
 
@@ -299,14 +307,14 @@ def _prefill_context_flops(cfg: V4Config, spec: LayerSpec, length: int) -> Flops
     """The sum of `_context_flops` over contexts 1 .. length."""
     rows = _sum_of_minima(length, cfg.window, 1)
     keys = 0
-    if spec.is_csa:
-        keys = _sum_of_minima(length, length, spec.compress_ratio)
-        rows += _sum_of_minima(length, cfg.indexer.topk, spec.compress_ratio)
-    elif spec.compress_ratio:
-        rows += _sum_of_minima(length, length, spec.compress_ratio)
+    if spec.indexer:
+        keys = _sum_of_minima(length, length, spec.ratio)
+        rows += _sum_of_minima(length, spec.indexer.topk, spec.ratio)
+    elif spec.compressor:
+        rows += _sum_of_minima(length, length, spec.ratio)
     return Flops(
         attention=4.0 * cfg.num_heads * cfg.head_dim * rows,
-        indexer=2.0 * cfg.indexer.num_heads * cfg.indexer.head_dim * keys,
+        indexer=_scoring_flops(spec, keys),
     )
 
 

@@ -53,7 +53,7 @@ def count_parameters(cfg: V4Config) -> ParameterCount:
             continue
         size = variable.get_value().size
         sizes["mtp" if path[0] == "mtp" else "main"] += size
-        if path[-2:-1] == ("moe",) and path[0] != "mtp":
+        if "expert" in variable.axes and path[0] != "mtp":
             sizes["routed"] += size
     idle = sizes["routed"] * (cfg.moe.num_experts - cfg.moe.experts_per_token)
     embedding = cfg.vocab_size * cfg.embed_dim

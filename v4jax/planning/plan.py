@@ -19,14 +19,14 @@ from flax import nnx
 
 from pallas_kernels.chips import Chip
 from pallas_kernels.formats.quantize import QuantizedArray
-from sharding import AXES, DECODE, PREFILL, TRAIN, AxisRules
+from sharding import AXES, DECODE, PREFILL, TRAIN, AxisRules, kept_axis
 from v4jax.config import V4Config
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.steps import Slots, decode_step, prefill_step, request_rows
 from v4jax.nn.cache import CacheFormat, init_cache
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
-from v4jax.nn.placement import FP4_BLOCK, check_mesh, is_rounded, kept_apart, specs
+from v4jax.nn.placement import FP4_BLOCK, check_mesh, is_rounded, specs
 from v4jax.nn.quantization import freeze_experts, to_float, to_released
 from v4jax.planning import costs
 from v4jax.train.optimizers import OptimizerConfig
@@ -357,7 +357,7 @@ def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]
         held += local
         is_trained = isinstance(variable, nnx.Param)
         trained += local if is_trained else 0
-        apart = kept_apart(variable)
+        apart = kept_axis(variable.axes)
         joined = math.prod(sizes[axis] for axis in rules.mesh_axes(apart)) if apart else 1
         if joined > 1 and path[0] != "embed":
             whole = local * joined

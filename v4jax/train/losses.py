@@ -72,9 +72,9 @@ def training_loss(
         mtp_stats = jax.tree.map(lambda x: x[None], mtp_stats)
         blocks.append(mtp_stats)
         stats = (*stats, (mtp_stats,))
-    num_csa = sum(spec.is_csa for spec in model.cfg.layers)
+    num_indexers = sum(spec.indexer is not None for spec in model.cfg.layers)
     num_scored = sum(not spec.hash_routed for spec in model.cfg.layers) + len(model.mtp)
-    indexer = sum(jnp.sum(b.indexer_loss) for b in blocks) / max(num_csa, 1)
+    indexer = sum(jnp.sum(b.indexer_loss) for b in blocks) / max(num_indexers, 1)
     balance = sum(jnp.sum(b.router.balance_loss) for b in blocks) / max(num_scored, 1)
     loss = ce + weights.mtp * mtp_ce + weights.balance * balance + weights.indexer * indexer
     counts = tuple(tuple(block.router.counts for block in stage) for stage in stats)
