@@ -255,12 +255,12 @@ def section_training(rehearse: bool) -> list[Row]:
 
     import v4jax
     from v4jax.train.losses import shifted
-    from v4jax.train.optimizers import OptimizerConfig
-    from v4jax.train.trainer import Trainer
+    from v4jax.train.optimizers import adamw
+    from v4jax.train.step import TrainStep
 
     cfg = v4jax.tiny() if rehearse else v4jax.nano()
     make = jax.jit(lambda: v4jax.Transformer(cfg, v4jax.plain(), rngs=nnx.Rngs(0)))
-    trainer = Trainer(make(), OptimizerConfig(peak_lr=1e-3, warmup_steps=1))
+    trainer = TrainStep(make(), adamw(1e-3))
     shape = (2, 142) if rehearse else (8, 514)
     tokens = shifted(np.random.default_rng(0).integers(3, 256, shape).astype(np.int32))
     state, losses, times = trainer.init(), [], []

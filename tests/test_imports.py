@@ -29,7 +29,7 @@ ROOMS = {
     "nn": {"config"},
     "checkpoint": {"config", "nn"},
     "inference": {"config", "nn", "text"},
-    "train": {"config", "nn"},
+    "train": {"config", "nn", "checkpoint"},
     "planning": {"config", "nn", "inference", "train"},
     "cli": {"config", "nn", "text", "checkpoint", "inference", "train", "planning"},
 }

@@ -3,6 +3,7 @@
 python -m tests.sharding.one_of_several PORT COUNT NUMBER CHECKPOINT FOLDER
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -18,13 +19,14 @@ from v4jax import checkpoint
 from v4jax.inference.engine import Engine
 from v4jax.inference.sampling import Sampling
 from v4jax.train.data import TokenStream
-from v4jax.train.optimizers import OptimizerConfig
-from v4jax.train.trainer import Saver, Trainer
+from v4jax.train.optimizers import adamw, warmup_cosine
+from v4jax.train.state import Saver
+from v4jax.train.step import TrainStep
 
 STEPS, BATCH, LENGTH = 2, 4, 136
 
 
-def _loss(trainer: Trainer, state, stream: TokenStream) -> float:
+def _loss(trainer: TrainStep, state, stream: TokenStream) -> float:
     return float(trainer.loss(state, trainer.batch(stream, STEPS, BATCH)))
 
 
@@ -39,7 +41,7 @@ def main() -> None:
         held = sum(shard.data.nbytes for shard in weight.addressable_shards)
         result["share held"] = held / weight.nbytes
         stream = TokenStream(np.random.default_rng(0).integers(2, 256, 5000), LENGTH)
-        trainer = Trainer(model, OptimizerConfig(peak_lr=1e-3, warmup_steps=1, total_steps=STEPS))
+        trainer = TrainStep(model, adamw(warmup_cosine(1e-3, STEPS, warmup_steps=1)))
         state = trainer.init()
         for step in range(STEPS):
             state, metrics = trainer.step(state, trainer.batch(stream, step, BATCH))
@@ -48,7 +50,8 @@ def main() -> None:
         saver = Saver(FOLDER / "state")
         saver.save(STEPS, state)
         saver.wait()
-        blank = jax.tree.map(lambda x: x * 0, state)
+        zeros = jax.tree.map(lambda x: x * 0, (state.params, state.opt_state))
+        blank = dataclasses.replace(state, params=zeros[0], opt_state=zeros[1])
         restored, step = saver.restore(blank)
         saver.close()
         result["restored"], result["step"] = _loss(trainer, restored, stream), step

@@ -22,7 +22,7 @@ from v4jax.inference.sampling import Sampling
 from v4jax.inference.score import Scorer
 from v4jax.nn.placement import check_mesh, specs
 from v4jax.train.losses import LossWeights, shifted
-from v4jax.train.trainer import loss_and_gradients
+from v4jax.train.step import loss_and_gradients
 
 LENGTH, BATCH = 136, 8  # past 128 (HCA) and 4 * topk = 64; 136 = 8 * 17
 TOLERANCE = 1e-4  # of logits and gradients, and of the loss relative to it

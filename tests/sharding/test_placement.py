@@ -8,8 +8,9 @@ from jax import P
 from sharding import AXES, AxisRules, ambient, make_mesh
 from tests.models import random_model
 from v4jax import tiny
-from v4jax.train.optimizers import OptimizerConfig
-from v4jax.train.trainer import Saver, Trainer
+from v4jax.train.optimizers import adamw
+from v4jax.train.state import Saver
+from v4jax.train.step import TrainStep
 
 
 def test_rules_give_specs():
@@ -41,8 +42,8 @@ def test_a_mesh_needs_its_devices():
         make_mesh(fsdp=3, expert=3)
 
 
-def _trainer(seed: int) -> Trainer:
-    return Trainer(random_model(tiny(), seed=seed), OptimizerConfig())
+def _trainer(seed: int) -> TrainStep:
+    return TrainStep(random_model(tiny(), seed=seed), adamw(1e-4))
 
 
 @pytest.mark.parametrize("shape", [dict(fsdp=2, expert=2, tensor=2), dict(tensor=2), None], ids=str)
@@ -64,7 +65,8 @@ def test_training_states_are_restored_under_another_mesh(shape, tmp_path):
 
     assert step == 7
     spread = 0
-    for old, like, new in zip(*map(jax.tree.leaves, (saved, target, restored)), strict=True):
+    states = [(s.params, s.opt_state) for s in (saved, target, restored)]
+    for old, like, new in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(old, new)
         assert new.sharding.is_equivalent_to(like.sharding, new.ndim)
         spread += not new.sharding.is_fully_replicated

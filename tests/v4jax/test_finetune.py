@@ -16,7 +16,7 @@ from v4jax.cli import finetune
 from v4jax.config import tiny
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.losses import Metrics
-from v4jax.train.trainer import Trainer
+from v4jax.train.step import TrainStep
 
 
 class Killed(BaseException):
@@ -35,7 +35,7 @@ def run(tmp_path, monkeypatch):
         given = {"model": "tiny", "batch-size": 2, "seq-len": 64, "save": "float", **given}
         words = [str(w) for name, value in given.items() if value for w in (f"--{name}", value)]
         monkeypatch.setattr(sys, "argv", ["finetune", *words, *map(str, options)])
-        monkeypatch.setattr(Trainer, "step", lambda self, state, tokens: call.step(state))
+        monkeypatch.setattr(TrainStep, "step", lambda self, state, tokens: call.step(state))
         finetune.main()
 
     call.step = lambda state: (state, Metrics(*[jnp.float32(1)] * 5, ()))
@@ -146,7 +146,7 @@ def test_metrics_have_every_step_once_after_a_kill(run):
 
 
 def test_held_out_loss_is_measured_when_it_is_asked_for(run, monkeypatch):
-    monkeypatch.setattr(Trainer, "loss", lambda *_: 2.0)
+    monkeypatch.setattr(TrainStep, "loss", lambda *_: 2.0)
 
     run("--eval-tokens", run.folder / "t.npy", "--eval-every", 3, "--log-every", 5, steps=7)
 

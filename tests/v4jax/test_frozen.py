@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import TRAIN
 from tests.models import random_model
 from v4jax import Transformer, tiny
-from v4jax.nn.quantization import Frozen, freeze_experts, to_float
+from v4jax.nn.quantization import is_expert, not_expert, to_float, to_released
 from v4jax.train.losses import LossWeights, shifted
-from v4jax.train.optimizers import OptimizerConfig
-from v4jax.train.trainer import Trainer, loss_and_gradients
+from v4jax.train.optimizers import adamw
+from v4jax.train.step import TrainStep, loss_and_gradients, trained_by
 
 CONFIG = dataclasses.replace(tiny(), layers=tiny().layers[:2])
 
@@ -35,17 +34,14 @@ def _leaves(state) -> dict[str, np.ndarray]:
 
 
 def test_a_step_changes_everything_but_the_experts(model, tokens):
-    config = OptimizerConfig(warmup_steps=1, total_steps=10)
-    trainer = Trainer(freeze_experts(model), config)
-    state = trainer.init()
-    assert sum(isinstance(v, Frozen) for _, v in nnx.to_flat_state(state.fixed)) == 3 * (
-        sum(len(stage.blocks) for stage in model.stages) + len(model.mtp)
-    )
+    model = to_released(model, is_expert)
+    step = TrainStep(model, adamw(1e-3), trainable=not_expert)
+    state = step.init()
     experts = {name: x for name, x in _leaves(state.fixed).items() if x.dtype.itemsize == 1}
+    assert len(experts) == 2 * 3 * (sum(len(s.blocks) for s in model.stages) + len(model.mtp))
     params = _leaves(state.params)
 
-    for _ in range(2):  # the first step's learning rate is 0
-        state, metrics = trainer.step(state, shifted(tokens))
+    state, metrics = step.step(state, shifted(tokens))
 
     assert np.isfinite(metrics.loss)
     after = _leaves(state.fixed)
@@ -57,10 +53,10 @@ def test_a_step_changes_everything_but_the_experts(model, tokens):
 
 def test_gradients_of_the_rest_are_those_beside_float_experts(model, tokens):
     """The float experts have the values that the frozen ones were rounded to."""
-    frozen = freeze_experts(model)
+    frozen = to_released(model, is_expert)
     found = {}
     for name, one in (("frozen", frozen), ("float", to_float(frozen))):
-        graphdef, params, fixed = nnx.split(one, nnx.Param, ...)
+        graphdef, params, fixed = nnx.split(one, trained_by(not_expert), ...)
         step = loss_and_gradients(graphdef, LossWeights(), TRAIN)
         found[name] = _leaves(jax.jit(step)(params, fixed, *shifted(tokens))[0])
 
@@ -70,12 +66,9 @@ def test_gradients_of_the_rest_are_those_beside_float_experts(model, tokens):
         np.testing.assert_allclose(found["frozen"][name], expected, atol=1e-4 * scale)
 
 
-def test_experts_need_a_format_to_be_frozen_in():
-    cfg = dataclasses.replace(tiny(), expert_format=None)
-    floats = nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
-
-    with pytest.raises(ValueError, match=r"expert_format=None of tiny: freezing needs experts"):
-        freeze_experts(floats)
-    shapes = nnx.eval_shape(lambda: freeze_experts(Transformer(tiny(), rngs=nnx.Rngs(0))))
-    weights = shapes.stages[0].blocks[0].moe.w1.kernel.get_value()
-    assert isinstance(weights, QuantizedArray)
+def test_what_cannot_be_trained_is_named(model):
+    packed = to_released(model, is_expert)
+    with pytest.raises(ValueError, match=r"moe\.w1\.kernel is packed .*fp4.*to_float"):
+        TrainStep(packed, adamw(1e-3))
+    with pytest.raises(ValueError, match="nothing to train"):
+        TrainStep(packed, adamw(1e-3), trainable=lambda path, variable: False)

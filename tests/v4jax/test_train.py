@@ -19,8 +19,9 @@ from v4jax.nn.layers import ModelContext
 from v4jax.nn.moe import Router
 from v4jax.train.data import TokenStream
 from v4jax.train.losses import LossWeights, shifted, training_loss
-from v4jax.train.optimizers import OptimizerConfig, adamw, is_matrix, update_routing_bias
-from v4jax.train.trainer import Saver, Trainer
+from v4jax.train.optimizers import adamw, is_matrix, update_routing_bias, warmup_cosine
+from v4jax.train.state import Saver
+from v4jax.train.step import TrainStep
 
 LENGTH = 140
 
@@ -192,7 +193,7 @@ def test_routing_bias_moves_against_the_load(model):
 
 def test_adamw_is_the_published_rule():
     """Two steps against NumPy: warm-up to the peak, decay on the matrix and not on the vector."""
-    config = OptimizerConfig(peak_lr=0.1, warmup_steps=1, total_steps=10, clip_norm=1e9)
+    schedule = warmup_cosine(0.1, 10, warmup_steps=1)
     matrix = nnx.Param(jnp.array([[2.0, -1.0]]), matrix=True)
     # As of two stacked layers: an axis more does not make it a matrix.
     vector = nnx.Param(jnp.array([[0.5], [0.7]]), matrix=False)
@@ -206,7 +207,7 @@ def test_adamw_is_the_published_rule():
         )
     ]
     grads.append(jax.tree.map(lambda g: 0.5 * g, grads[0]))
-    tx = adamw(config)
+    tx = adamw(schedule, clip_norm=1e9)
     state, moments = tx.init(params), {k: (0.0, 0.0) for k in params}
     expected = {k: np.asarray(v.get_value(), np.float64) for k, v in params.items()}
     for t, (grad, lr) in enumerate(zip(grads, (0.0, 0.1)), start=1):
@@ -238,8 +239,8 @@ def test_only_matrices_decay_in_stacked_layers():
 
 def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
     """Six steps on one batch, against three, a save, a restore into a new model, and three more."""
-    optimizer = OptimizerConfig(peak_lr=3e-3, warmup_steps=1, total_steps=6)
-    trainer = Trainer(_make_model(), optimizer)
+    optimizer = adamw(warmup_cosine(3e-3, 6, warmup_steps=1))
+    trainer = TrainStep(_make_model(), optimizer, bias_speed=1e-3)
     state, losses = trainer.init(), []
     saver = Saver(tmp_path / "state")
     for step in range(6):
@@ -250,7 +251,7 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
         losses.append(float(metrics.ce))
     assert losses[-1] < 0.8 * losses[0]
 
-    resumed, step = saver.restore(Trainer(_make_model(), optimizer).init())
+    resumed, step = saver.restore(TrainStep(_make_model(), optimizer, bias_speed=1e-3).init())
     saver.close()
     assert step == 3
     for step in range(3, 6):
@@ -261,7 +262,7 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
 
 
 def test_restore_finds_nothing_in_a_new_folder(tmp_path, model):
-    trainer = Trainer(model, OptimizerConfig())
+    trainer = TrainStep(model, adamw(1e-4))
     saver = Saver(tmp_path / "state")
     assert saver.restore(trainer.init()) is None
     saver.close()

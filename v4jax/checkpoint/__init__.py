@@ -1,7 +1,15 @@
 """Checkpoints in the released layout and in transformers' naming."""
 
+from v4jax.checkpoint.adapters import load_adapter, save_adapter
 from v4jax.checkpoint.loading import Checkpoint, load
 from v4jax.checkpoint.safetensors import CheckpointError
 from v4jax.checkpoint.saving import save
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "save"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "load",
+    "load_adapter",
+    "save",
+    "save_adapter",
+]

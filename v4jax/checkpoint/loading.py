@@ -9,10 +9,11 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
+import operator
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 import numpy as np
@@ -221,6 +222,7 @@ class Leaf:
     slot: names.Slot
     prefixes: tuple[str, ...]  # of the layers stacked in it; ("",) for the model's own
     is_stacked: bool
+    module: nnx.Module  # that has it
 
     def released_names(self) -> np.ndarray:
         """Names by layer and expert, as an object array of the parameter's leading axes."""
@@ -245,7 +247,10 @@ class Leaf:
 
 
 def leaves(model: Transformer) -> Iterator[Leaf]:
-    """Every parameter of the model, with the tensors that belong to it, in file order."""
+    """Every parameter of the model, with the tensors that belong to it, in file order.
+
+    Adapters are left out (`v4jax.checkpoint.adapters` has their files).
+    """
 
     def of(module: nnx.Module, slots, prefixes, is_stacked=False) -> Iterator[Leaf]:
         variables = {
@@ -254,9 +259,13 @@ def leaves(model: Transformer) -> Iterator[Leaf]:
         }
         for slot in slots:
             if slot.path in variables:
-                yield Leaf(variables.pop(slot.path), slot, prefixes, is_stacked)
-        nested = ("stages.", "mtp.")
-        unnamed = [path for path in variables if not path.startswith(nested)]
+                owner = operator.attrgetter(slot.path.rpartition(".")[0])(module)
+                yield Leaf(variables.pop(slot.path), slot, prefixes, is_stacked, owner)
+        unnamed = [
+            path
+            for path in variables
+            if not path.startswith(("stages.", "mtp.")) and ".adapter." not in path
+        ]
         if unnamed:
             raise AssertionError(f"parameters without a released name: {unnamed}")
 
@@ -287,6 +296,7 @@ def load(
     source: str | os.PathLike | Checkpoint,
     numerics: Numerics = plain(),
     *,
+    config: V4Config | None = None,
     mesh: jax.sharding.Mesh | None = None,
     use: str = "serve",
     scan_layers: bool | None = None,
@@ -300,6 +310,8 @@ def load(
 
     Args:
       source: a folder, "nano" (the model in the package), or an opened checkpoint.
+      config: another architecture for the same weights, as
+        `v4jax.from_hf(folder).with_indexer(topk=64)`; tensors that it does not need are left out.
       mesh: of `v4jax.make_mesh`; default the ambient one (`with jax.set_mesh(mesh):`), if any.
       use: "serve" lays weights as prefill and decoding read them, "train" as training does.
       scan_layers: stack repeating layers, see `Transformer`; default: for training.
@@ -319,6 +331,7 @@ def load(
             return load(
                 source,
                 numerics,
+                config=config,
                 use=use,
                 scan_layers=scan_layers,
                 expert_format=expert_format,
@@ -328,7 +341,9 @@ def load(
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(folder_of(source))
     for note in checkpoint.notes:
         _logger.warning("%s: %s", checkpoint.path, note)
-    config, stored = checkpoint.config, checkpoint.config.expert_format
+    stored = checkpoint.config.expert_format
+    whole = checkpoint.config
+    config = whole if config is None else dataclasses.replace(config, expert_format=stored)
     if expert_format is not None:
         if expert_format != stored and (stored, expert_format) != ("fp4", "fp8"):
             raise ValueError(
@@ -340,7 +355,10 @@ def load(
     model = nnx.eval_shape(
         lambda: Transformer(config, numerics, USES[use], scan_layers=scan_layers, rngs=nnx.Rngs(0))
     )
-    plan = _check(checkpoint, list(leaves(model)))
+    known: set[str] = set()
+    if config.layers != whole.layers or config.mtp_layers != whole.mtp_layers:
+        known = {name for leaf in _expected(whole) for name in leaf.released_names().flat}
+    plan = _check(checkpoint, list(leaves(model)), known)
     sizes = [_stored_bytes(checkpoint, leaf) for leaf, _ in plan]
     with tqdm(
         total=sum(sizes), unit="B", unit_scale=True, desc="loading", disable=not progress
@@ -362,16 +380,21 @@ def matched_leaves(checkpoint: Checkpoint) -> list[Leaf]:
     Raises:
       CheckpointError: as `load` does, the tensors do not fit them.
     """
-    model = nnx.eval_shape(
-        lambda: Transformer(checkpoint.config, scan_layers=False, rngs=nnx.Rngs(0))
+    return [leaf for leaf, _ in _check(checkpoint, _expected(checkpoint.config))]
+
+
+def _expected(config: V4Config) -> list[Leaf]:
+    """The parameters of an architecture, without values, layer by layer."""
+    return list(
+        leaves(nnx.eval_shape(lambda: Transformer(config, scan_layers=False, rngs=nnx.Rngs(0))))
     )
-    return [leaf for leaf, _ in _check(checkpoint, list(leaves(model)))]
 
 
 def _check(
-    checkpoint: Checkpoint, all_leaves: list[Leaf]
+    checkpoint: Checkpoint, all_leaves: list[Leaf], left_out: Collection[str] = ()
 ) -> list[tuple[Leaf, Callable[[], jax.Array | QuantizedArray]]]:
-    problems, plan, expected = [], [], set()
+    """What to read; `left_out` names tensors that may be there and are not read."""
+    problems, plan, expected = [], [], {*left_out, *map(names.scale_name, left_out)}
     for leaf in all_leaves:
         table = leaf.released_names()
         found: dict[str, str] = {}  # name -> tag

@@ -18,6 +18,7 @@ from v4jax.checkpoint.hf_config import to_hf
 from v4jax.checkpoint.loading import INDEX_NAME, SINGLE_NAME, Checkpoint, Leaf, leaves
 from v4jax.checkpoint.safetensors import NewTensor, write_safetensors
 from v4jax.config import V4Config
+from v4jax.nn.lora import matrices
 from v4jax.nn.model import Transformer
 from v4jax.nn.quantization import to_released
 
@@ -53,9 +54,16 @@ def save(
       single_file_limit: bytes up to which everything goes into one file; beyond, one per layer.
 
     Raises:
-      ValueError: `path` has another checkpoint's files, or the model is spread over processes.
+      ValueError: `path` has another checkpoint's files, the model has adapters, or it is spread over
+        processes.
     """
     path = os.fspath(path)
+    adapted = [name for name, matrix in matrices(model) if matrix.adapter is not None]
+    if adapted:
+        raise ValueError(
+            f"{adapted[0]} has an adapter, which a checkpoint does not hold: merge it first "
+            "(v4jax.nn.lora.merge_lora), or write it with v4jax.checkpoint.save_adapter."
+        )
     os.makedirs(path, exist_ok=True)
     present = [n for n in os.listdir(path) if n.endswith(".safetensors") or n == INDEX_NAME]
     if present:

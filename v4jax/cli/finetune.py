@@ -1,13 +1,15 @@
 """Trains a model on a stream of tokens: from scratch, or from a checkpoint.
 
     v4jax finetune --model nano --tokens runs/nano/data/tokens.npy --output runs/nano
+    v4jax finetune --checkpoint DIR --tokens T.npy --output runs/a --trainable lora --dtype bfloat16
 
-AdamW over the next token, the token after it (MTP), the indexer's loss and router balance; float32
-throughout. With `--qat` every step computes with weights and activations rounded as the released
-format and code round them (docs/low_precision.md). Run the same command again to go on after an
-interruption: a step's batch depends on the seed and the step only. `--output` gets state/ (Orbax),
-metrics.jsonl, and at the end model/ in the released layout, FP4 experts and FP8 linears included (or
-float32 with `--save float`).
+AdamW over the next token, the token after it (MTP), the indexer's loss and router balance. What trains
+is float32; with `--trainable no-experts` or `lora` the other weights stay packed as they are stored.
+With `--qat` every step computes with weights and activations rounded as the released format and code
+round them (docs/low_precision.md). Run the same command again to go on after an interruption: a step's
+batch depends on the seed and the step only. `--output` gets state/ (Orbax), metrics.jsonl, and at the
+end model/ in the released layout, FP4 experts and FP8 linears included (or float32 with `--save float`),
+or adapter/ in PEFT's files.
 
 Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as v4jax/cli/pod.py shows. A model
 that is spread over several hosts stays in state/: run the same command once more on one host, with
@@ -17,16 +19,12 @@ any mesh, to write model/.
 import argparse
 import json
 import math
-import os
 import pathlib
 import shutil
 import sys
-import time
 
 import jax
-import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from v4jax import checkpoint
 from v4jax.checkpoint.hf_config import from_hf
@@ -37,15 +35,15 @@ from v4jax.cli.options import DTYPES, command_parser
 from v4jax.cli.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
 from v4jax.config import VARIANTS, V4Config
 from v4jax.inference.batch.files import fingerprint
+from v4jax.nn.lora import ATTENTION, LoRA
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
-from v4jax.nn.quantization import to_float, to_released
 from v4jax.planning.devices import training_mesh
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.data import TokenStream
-from v4jax.train.losses import LossWeights, Metrics
-from v4jax.train.optimizers import OptimizerConfig
-from v4jax.train.trainer import Saver, Trainer, TrainState
+from v4jax.train.losses import LossWeights
+from v4jax.train.optimizers import adamw, warmup_cosine
+from v4jax.train.trainer import FORMATS, TRAINABLE, Trainer
 
 
 def natural(text: str) -> int:
@@ -70,13 +68,25 @@ def rate(text: str) -> float:
     return value
 
 
-# What decides the numbers of a run: a state is not continued with another of these.
-IDENTITY = ("model", "steps", "batch_size", "seq_len", "lr", "warmup", "seed", "qat", "dtype")
+# What does not decide the numbers of a run. A state is not continued with other values of the rest.
+_FREE = (
+    "output",
+    "eval_tokens",
+    "save_every",
+    "eval_every",
+    "log_every",
+    "tokenizer",
+    "save",
+    "mesh",
+)
+_FREE += ("distributed", "coordinator", "num_processes", "process_id")
+# Left out, it depends on where training starts: pre-training's values, or what fine-tuning takes.
+_BY_START = {"bias_speed": (1e-3, 0.0), "mtp_weight": (0.3, 0.1)}
 
 
 def identity_of(args: argparse.Namespace) -> dict[str, object]:
     """Settings and files that a run's numbers depend on."""
-    found = {name: getattr(args, name) for name in IDENTITY}
+    found = {name: value for name, value in vars(args).items() if name not in _FREE}
     found["tokens"] = fingerprint([args.tokens])
     if args.checkpoint:
         files = [args.checkpoint / "config.json", *sorted(args.checkpoint.glob("*.safetensors"))]
@@ -100,27 +110,14 @@ def claim(args: argparse.Namespace) -> None:
                 "ones to go on with it, or another --output."
             )
         return
-    if (args.output / "model").exists():
+    for written in (args.output / "model", args.output / "adapter"):
+        if not written.exists():
+            continue
         raise ValueError(
-            f"{args.output / 'model'} exists, and this run did not write it: give another --output. "
+            f"{written} exists, and this run did not write it: give another --output. "
             "Nothing was changed."
         )
     write_text(str(path), json.dumps(own, indent=2))
-
-
-def drop_lines_after(path: pathlib.Path, step: int) -> None:
-    """Leaves out of metrics.jsonl the steps behind the state that a run goes on from."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):  # half a line: the run was killed while it wrote
-            continue
-    path.with_suffix(".new").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(path.with_suffix(".new"), path)
 
 
 def parse_args() -> argparse.Namespace:
@@ -148,9 +145,42 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=positive, default=250, help="steps")
     parser.add_argument("--log-every", type=positive, default=10, help="steps")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
+    trained = parser.add_argument_group("what trains")
+    trained.add_argument(
+        "--trainable",
+        choices=[*TRAINABLE, "lora"],
+        default="all",
+        help="no-experts: the routed experts stay packed; lora: everything does, beside adapters",
+    )
+    trained.add_argument("--lora-rank", type=positive, default=16, help="columns of an adapter")
+    trained.add_argument(
+        "--lora-alpha", type=rate, help="its scale is alpha / rank; default 2 * rank"
+    )
+    trained.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        default=list(ATTENTION),
+        help="ends of the paths of matrices, as attention.wq_a, shared.w1 or moe.w1",
+    )
+    rule = parser.add_argument_group("optimizer and loss")
+    rule.add_argument("--weight-decay", type=rate, default=0.1, help="of matrices")
+    rule.add_argument("--b1", type=rate, default=0.9, help="Adam's first decay")
+    rule.add_argument("--b2", type=rate, default=0.95, help="Adam's second decay")
+    rule.add_argument("--clip-norm", type=rate, default=1.0, help="of the whole gradient")
+    rule.add_argument(
+        "--bias-speed", type=rate, help="of the routing bias; default 0.001 from scratch, else 0"
+    )
+    rule.add_argument(
+        "--mtp-weight", type=rate, help="of the MTP loss; default 0.3 from scratch, else 0.1"
+    )
+    rule.add_argument(
+        "--balance-weight", type=rate, default=1e-4, help="of the router's balance loss"
+    )
+    rule.add_argument("--indexer-weight", type=rate, default=1.0, help="of the indexer's loss")
     parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
     parser.add_argument(
-        "--save", choices=["released", "float"], default="released", help="format of model/"
+        "--save", choices=FORMATS, help="at the end; default released, and adapter with lora"
     )
     parser.add_argument(
         "--dtype",
@@ -159,7 +189,14 @@ def parse_args() -> argparse.Namespace:
         help="of activations; parameters stay float32",
     )
     add_pod_arguments(parser, auto=True)
-    return parse_pod_args(parser)
+    args = parse_pod_args(parser)
+    if args.save == "adapter" and args.trainable != "lora":
+        parser.error("--save adapter: expected --trainable lora beside it.")
+    for name, (pre_training, fine_tuning) in _BY_START.items():
+        if getattr(args, name) is None:
+            setattr(args, name, pre_training if args.model else fine_tuning)
+    args.save = args.save or ("adapter" if args.trainable == "lora" else "released")
+    return args
 
 
 def config_of(args: argparse.Namespace) -> V4Config:
@@ -168,44 +205,39 @@ def config_of(args: argparse.Namespace) -> V4Config:
 
 
 def start_model(args: argparse.Namespace) -> Transformer:
-    """The float32 model to start from."""
+    """The model to start from, its weights in the formats that they are stored in."""
     numerics = released(args.dtype) if args.qat else plain(args.dtype)
     if args.checkpoint:
-        return to_float(checkpoint.load(args.checkpoint, numerics, use="train"))
+        return checkpoint.load(args.checkpoint, numerics, use="train", progress=True)
     cfg = config_of(args)
     return jax.jit(lambda: Transformer(cfg, numerics, rngs=nnx.Rngs(args.seed)))()
 
 
-class Evaluator:
-    """Mean next-token loss over fixed windows of held-out tokens."""
-
-    def __init__(self, trainer: Trainer, stream: TokenStream, batch_size: int, batches: int = 4):
-        self.trainer = trainer
-        self.windows = [trainer.batch(stream, i, batch_size) for i in range(batches)]
-
-    def __call__(self, state: TrainState) -> float:
-        """Nats per token."""
-        return float(np.mean([float(self.trainer.loss(state, w)) for w in self.windows]))
-
-
-def record(step: int, metrics: Metrics) -> dict[str, float]:
-    """One line of metrics.jsonl."""
-    terms = ("loss", "ce", "mtp_ce", "indexer", "balance")
-    return {"step": step, **{name: round(float(getattr(metrics, name)), 5) for name in terms}}
-
-
-def require_finite(trainer: Trainer, state: TrainState, metrics: Metrics, step: int, output):
-    """A state with NaN never takes the place of a good one.
-
-    Raises:
-      ValueError: the loss or a parameter is NaN or infinite.
-    """
-    if math.isfinite(float(metrics.loss)) and trainer.is_finite(state):
-        return
-    raise ValueError(
-        f"step {step}: the loss is {float(metrics.loss)}, or a parameter is not finite. Nothing was "
-        f"saved; the last good state, if any, is in {output / 'state'}. Try a lower --lr or a longer "
-        "--warmup, in another --output."
+def make_trainer(args: argparse.Namespace) -> Trainer:
+    """What the options describe."""
+    trainable = args.trainable
+    if trainable == "lora":
+        trainable = LoRA(
+            rank=args.lora_rank, alpha=args.lora_alpha, targets=tuple(args.lora_targets)
+        )
+    optimizer = adamw(
+        warmup_cosine(args.lr, args.steps, warmup_steps=args.warmup),
+        b1=args.b1,
+        b2=args.b2,
+        weight_decay=args.weight_decay,
+        clip_norm=args.clip_norm,
+    )
+    weights = LossWeights(
+        mtp=args.mtp_weight, balance=args.balance_weight, indexer=args.indexer_weight
+    )
+    return Trainer(
+        start_model(args),
+        optimizer,
+        trainable=trainable,
+        weights=weights,
+        qat=args.qat,
+        bias_speed=args.bias_speed,
+        seed=args.seed,
     )
 
 
@@ -228,55 +260,30 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if is_first:
         claim(args)
-    trainer = Trainer(
-        start_model(args),
-        OptimizerConfig(peak_lr=args.lr, warmup_steps=args.warmup, total_steps=args.steps),
-        LossWeights(),
-        qat=args.qat,
-    )
-    state, first = trainer.init(), 0
-    saver = Saver(args.output / "state")
-    if (found := saver.restore(state)) is not None:
-        state, first = found
-        print(f"going on from step {first} of {args.output / 'state'}")
-    evaluate = None
+    trainer = make_trainer(args)
+    evaluation = None
     if args.eval_tokens:
-        held_out = TokenStream(args.eval_tokens, args.seq_len, seed=args.seed)
-        evaluate = Evaluator(trainer, held_out, args.batch_size)
-    if is_first:
-        drop_lines_after(args.output / "metrics.jsonl", first)
-    per_step, started = args.batch_size * args.seq_len, time.monotonic()
-    with open(args.output / "metrics.jsonl" if is_first else os.devnull, "a") as log:
-        steps = range(first, args.steps)
-        bar = tqdm(steps, initial=first, total=args.steps, unit="step", disable=not is_first)
-        for step in bar:
-            state, metrics = trainer.step(state, trainer.batch(stream, step, args.batch_size))
-            done = step + 1
-            is_eval = evaluate and (done % args.eval_every == 0 or done == args.steps)
-            if done % args.log_every == 0 or done == args.steps or is_eval:
-                line = record(done, metrics)
-                rate = (done - first) * per_step / (time.monotonic() - started)
-                bar.set_postfix(ce=line["ce"], mtp=line["mtp_ce"], tok_s=round(rate))
-                if is_eval:
-                    line["heldout_ce"] = round(evaluate(state), 5)
-                    bar.write(f"step {done}: held-out loss {line['heldout_ce']:.4f}")
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-            if done % args.save_every == 0 or done == args.steps:
-                require_finite(trainer, state, metrics, done, args.output)
-                saver.save(done, state)
-                saver.wait()
-    saver.close()
+        evaluation = TokenStream(args.eval_tokens, args.seq_len, seed=args.seed)
+    trainer.fit(
+        stream,
+        args.steps,
+        batch_size=args.batch_size,
+        output=args.output,
+        evaluation=evaluation,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        log_every=args.log_every,
+    )
     if not is_alone:
         print(f"{args.output / 'state'} has the model: run this on one host to write model/")
         return
-    model = trainer.model(state)
-    shutil.rmtree(args.output / "model", ignore_errors=True)  # `claim` made sure that it is ours
-    checkpoint.save(to_released(model) if args.save == "released" else model, args.output / "model")
+    written = args.output / ("adapter" if args.save == "adapter" else "model")
+    shutil.rmtree(written, ignore_errors=True)  # `claim` made sure that it is ours
+    trainer.save(written, args.save)
     source = args.tokenizer or (args.checkpoint and args.checkpoint / "tokenizer.json")
     if source and source.exists():
-        Tokenizer(source if args.tokenizer else args.checkpoint).save(args.output / "model")
-    print(f"wrote {args.output / 'model'}")
+        Tokenizer(source if args.tokenizer else args.checkpoint).save(written)
+    print(f"wrote {written}")
 
 
 if __name__ == "__main__":

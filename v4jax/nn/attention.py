@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         window = jnp.concatenate([collectives.halo(kv, self.cfg.window, "seq"), kv], axis=1)
         entries = None
         if self.compressor:
-            entries = self.compressor.gather(self._entries(self.compressor(x)), length)
+            entries = self.compressor.gather(self.round_rows(self.compressor(x)), length)
         if self.indexer is None:
             return self._output(self._attend_dense(q, window, entries, positions), positions), 0.0
         x, latent = jax.lax.stop_gradient((x, latent))
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
         if self.compressor:
             first = chunk.start // self.spec.ratio
             entries, counts, pool = self.compressor.extend(x, chunk, cache.pool)
-            entries = append_entries(cache.entries, self._entries(entries), first, counts)
+            entries = append_entries(cache.entries, self.round_rows(entries), first, counts)
             new = dataclasses.replace(new, entries=entries, pool=pool)
         selection = None
         if self.indexer:
@@ -145,8 +145,9 @@ class Attention(nnx.Module):
             kv = rotate(self.kv_norm(self.wkv(x)), positions, self._frequencies)
             return latent, q, self.numerics.round_kv(kv, self.cfg.nope_head_dim)
 
-    def _entries(self, entries: jax.Array) -> jax.Array:
-        return self.numerics.round_kv(entries, self.cfg.nope_head_dim)
+    def round_rows(self, rows: jax.Array) -> jax.Array:
+        """Compressed rows [B, S, H] as the cache holds them."""
+        return self.numerics.round_kv(rows, self.cfg.nope_head_dim)
 
     def _attend_dense(self, q, window, entries, positions):
         if entries is None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels.linear import linear
@@ -27,6 +28,7 @@ from v4jax.config import LayerSpec, V4Config
 from v4jax.nn.attention import Attention
 from v4jax.nn.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
 from v4jax.nn.hyper_connections import HyperConnection, HyperHead
+from v4jax.nn.inspection import LayerView, view
 from v4jax.nn.layers import KeyStream, Linear, ModelContext, RMSNorm
 from v4jax.nn.moe import MoE, RouterStats
 from v4jax.nn.numerics import Numerics, plain
@@ -257,7 +259,19 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(context, cfg.embed_dim)
         self.head = Vocabulary(context)
         self.mtp = nnx.List([MTP(context, spec) for spec in cfg.mtp_layers])
-        self.cfg, self.numerics, self.rules = cfg, numerics, rules
+        self._cfg, self.numerics, self.rules = cfg, numerics, rules
+
+    @property
+    def cfg(self) -> V4Config:
+        """The architecture. Fixed: `variant` gives a model with another."""
+        return self._cfg
+
+    @cfg.setter
+    def cfg(self, value: V4Config) -> None:
+        raise AttributeError(
+            "the architecture of a model is fixed, its layers are built from it: "
+            "model.variant(cfg) gives one with the same weights."
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, T] -> logits [B, T, V] in float32, whole sequences from position 0.
@@ -339,6 +353,66 @@ class Transformer(nnx.Module):
             caches.append(layer_cache)
         lengths = cache.lengths + counts
         return streams, dataclasses.replace(cache, layers=tuple(caches), lengths=lengths)
+
+    def inspect(
+        self, tokens: jax.Array, *, queries: Sequence[int] | None = None
+    ) -> list[LayerView]:
+        """What every layer does with whole sequences: attention weights, picks, experts ...
+
+        For texts of some thousand tokens, on one device: weights are held for every key.
+
+        Args:
+          tokens: [B, T] ids.
+          queries: positions whose attention is wanted, negative ones from the end; default all.
+
+        Raises:
+          ValueError: the model lies on several devices, or a query is not in the text.
+        """
+        mesh = mesh_of(self)
+        if mesh is not None and mesh.size > 1:
+            raise ValueError(
+                f"inspect works on one device, and the model lies on {mesh.size}: load it without a mesh."
+            )
+        tokens = jnp.asarray(tokens)
+        length = tokens.shape[1]
+        at = np.arange(length) if queries is None else np.asarray(queries, np.int32)
+        if ((at < -length) | (at >= length)).any():
+            raise ValueError(
+                f"queries={list(queries)}: expected positions in {-length}..{length - 1}."
+            )
+        streams, views = self.streams(self.embedding(tokens)), []
+        for block in (block for stage in self.stages for block in stage.layers()):
+            one, streams = view(block, streams, tokens, jnp.asarray(at % length))
+            views.append(one)
+        return views
+
+    def variant(self, cfg: V4Config) -> "Transformer":
+        """This model's weights in another architecture, as `model.cfg.with_indexer(topk=64)`.
+
+        What the other does not need is left out: `cfg.map_layers` can take indexers away, which makes
+        attention to compressed rows dense. Arrays are shared.
+
+        Raises:
+          ValueError: the other needs a parameter that this model does not have in that shape.
+        """
+        scanned = any(stage.repeats > 1 for stage in self.stages)
+        new = nnx.eval_shape(
+            lambda: Transformer(
+                cfg, self.numerics, self.rules, scan_layers=scanned, rngs=nnx.Rngs(0)
+            )
+        )
+        have = dict(nnx.to_flat_state(nnx.state(self)))
+        for path, variable in nnx.to_flat_state(nnx.state(new)):
+            name, wanted = ".".join(map(str, path)), variable.get_value().shape
+            value = have[path].get_value() if path in have else None
+            if value is None or value.shape != wanted:
+                found = "nothing by that name" if value is None else f"one of {tuple(value.shape)}"
+                hint = " (layers are stacked: load with scan_layers=False)" if scanned else ""
+                raise ValueError(
+                    f"the variant needs {name} of {tuple(wanted)}, and the model has {found}{hint}."
+                )
+            variable.set_value(value)
+        return new
 
     def init_cache(self, batch: int, capacity: int, format: CacheFormat = None) -> Cache:
         """An empty cache for `batch` sequences of up to `capacity` tokens (see `CacheFormat`)."""

@@ -24,6 +24,7 @@ from sharding import collectives
 from sharding.expert_parallel import apply_experts
 from v4jax.config import LayerSpec
 from v4jax.nn.layers import HashTable, Linear, Matrix, ModelContext, RoutingBias, WideLinear
+from v4jax.nn.placement import entered
 
 
 @functools.partial(
@@ -145,13 +146,22 @@ class MoE(nnx.Module):
         x, weights = collectives.copy_to((self.numerics.round_input(x), weights), "expert_dim")
         out = apply_experts(
             functools.partial(_grouped_experts, self.limit),
-            (self.w1, self.w3, self.w2),
+            [_entered(matrix) for matrix in (self.w1, self.w3, self.w2)],
             x,
             experts.reshape(-1, k),
             weights.reshape(-1, k),
             self.w1.kernel[...].shape[0],
         )
         return collectives.reduce_from(out, "expert_dim")
+
+
+def _entered(matrix: ExpertLinear) -> ExpertLinear:
+    """With an adapter that takes part in work that is cut over `expert_dim`."""
+    if matrix.adapter is None:
+        return matrix
+    matrix = jax.tree.map(lambda array: array, matrix)  # a copy
+    matrix.adapter = entered(matrix.adapter, "expert_dim")
+    return matrix
 
 
 def _grouped_experts(limit: float, matrices, rows, sizes, row_weights):

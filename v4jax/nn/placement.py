@@ -135,6 +135,17 @@ def gathered(module, dtype: jax.typing.DTypeLike):
     return _map(whole, module)
 
 
+def entered(module, name: str):
+    """A copy for work that is cut over a logical axis: gradients of what is not cut are summed."""
+
+    def enter(variable: nnx.Variable) -> nnx.Variable:
+        if name in variable.axes:
+            return variable
+        return variable.replace(collectives.copy_to(variable.get_value(), name))
+
+    return _map(enter, module)
+
+
 def reduce_gradients(gradients):
     """Sums gradients over the devices that saw other tokens, unless a gather's gradient did."""
     token_axes = collectives.mesh_axes("batch", "seq")

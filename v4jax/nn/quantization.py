@@ -1,5 +1,7 @@
 """Models in the released storage formats: FP4 experts, FP8 linears, bfloat16 and float32."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,15 +12,34 @@ from v4jax.nn.model import Transformer
 _FLOAT_DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
-class Frozen(nnx.Variable):
-    """A weight that training reads and does not change: no gradient, no optimizer state."""
+Chosen = Callable[[str, nnx.Variable], bool]  # of a path, as "stages.0.blocks.0.moe.w1.kernel"
 
 
-def to_released(model: Transformer) -> Transformer:
+def is_expert(path: str, variable: nnx.Variable) -> bool:
+    """Whether a variable belongs to the routed experts."""
+    del path
+    return "expert" in variable.axes
+
+
+def not_expert(path: str, variable: nnx.Variable) -> bool:
+    """Whether a variable does not belong to the routed experts."""
+    return not is_expert(path, variable)
+
+
+def everything(path: str, variable: nnx.Variable) -> bool:
+    """Any variable."""
+    del path, variable
+    return True
+
+
+def to_released(model: Transformer, only: Chosen = everything) -> Transformer:
     """A copy of a float model with every parameter as the released checkpoints store it.
 
     Rounds to nearest, with the released power-of-two block scales. What is quantised already stays
     as it is.
+
+    Args:
+      only: which variables; the others stay as they are.
     """
 
     def convert(variable: nnx.Variable) -> nnx.Variable:
@@ -29,13 +50,18 @@ def to_released(model: Transformer) -> Transformer:
             return variable.replace(value.astype(_FLOAT_DTYPES[variable.stored]))
         return variable.replace(jax.jit(quantize_weight, static_argnums=1)(value, variable.stored))
 
-    return _map_variables(convert, model)
+    return _map_variables(convert, model, only)
 
 
-def to_float(model: Transformer, dtype: jax.typing.DTypeLike = jnp.float32) -> Transformer:
+def to_float(
+    model: Transformer, dtype: jax.typing.DTypeLike = jnp.float32, only: Chosen = everything
+) -> Transformer:
     """A copy with matrices and norms as float arrays of `dtype`, say for training.
 
     What the released checkpoints keep in float32 (hyper-connections, sinks ...) stays float32.
+
+    Args:
+      only: which variables; the others stay as they are.
     """
 
     def convert(variable: nnx.Variable) -> nnx.Variable:
@@ -46,7 +72,7 @@ def to_float(model: Transformer, dtype: jax.typing.DTypeLike = jnp.float32) -> T
             return variable
         return variable.replace(value.astype(jnp.float32 if variable.stored == "f32" else dtype))
 
-    return _map_variables(convert, model)
+    return _map_variables(convert, model, only)
 
 
 def round_to_released(params: nnx.State) -> nnx.State:
@@ -72,35 +98,13 @@ def _round(value: jax.Array, stored: str) -> jax.Array:
     return quantize_weight(value, stored).dequantize(value.dtype)
 
 
-def freeze_experts(model: Transformer) -> Transformer:
-    """A copy whose routed experts are stored as released and are no parameters any more.
-
-    What fine-tunes everything else: the experts are 97 % of a model, and take half a byte a weight
-    where training them takes 16.
-
-    Raises:
-      ValueError: the model's experts have no quantised storage format.
-    """
-    if model.cfg.expert_format is None:
-        raise ValueError(
-            f"expert_format=None of {model.cfg.name}: freezing needs experts that are stored in "
-            '"fp4" or "fp8".'
-        )
-    model = nnx.merge(*nnx.split(model))
-    blocks = [block for stage in model.stages for block in stage.blocks]
-    for block in [*blocks, *[mtp.block for mtp in model.mtp]]:
-        for name in ("w1", "w2", "w3"):
-            variable = getattr(block.moe, name)
-            value = variable.get_value()
-            if not isinstance(value, QuantizedArray):
-                value = jax.jit(quantize_weight, static_argnums=1)(value, variable.stored)
-            setattr(block.moe, name, Frozen(value, **variable.get_metadata()))
-    return model
-
-
-def _map_variables(function, model: Transformer) -> Transformer:
+def _map_variables(function, model: Transformer, only: Chosen) -> Transformer:
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, _map_state(function, state))
+    changed = [
+        (path, function(variable) if only(".".join(map(str, path)), variable) else variable)
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(changed))
 
 
 def _map_state(function, state: nnx.State) -> nnx.State:

@@ -27,10 +27,10 @@ from v4jax.nn.cache import CacheFormat, init_cache
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
 from v4jax.nn.placement import FP4_BLOCK, check_mesh, is_rounded, specs
-from v4jax.nn.quantization import freeze_experts, to_float, to_released
+from v4jax.nn.quantization import everything, is_expert, not_expert, to_float, to_released
 from v4jax.planning import costs
-from v4jax.train.optimizers import OptimizerConfig
-from v4jax.train.trainer import Trainer
+from v4jax.train.optimizers import adamw
+from v4jax.train.step import TrainStep
 
 EXPERTS = {"prefill": ("fp4", "float"), "decode": ("fp4", "float"), "train": ("float", "frozen")}
 _RULES = {"prefill": PREFILL, "decode": DECODE, "train": TRAIN}
@@ -119,7 +119,7 @@ def abstract_model(cfg: V4Config, job: Job, *, scan_layers: bool) -> Transformer
         if job.kind == "train":
             numerics = plain(jnp.bfloat16)
             model = Transformer(cfg, numerics, job.rules, scan_layers=scan_layers, rngs=nnx.Rngs(0))
-            return freeze_experts(model) if job.experts == "frozen" else model
+            return to_released(model, is_expert) if job.experts == "frozen" else model
         trunk = dataclasses.replace(cfg, mtp_layers=())
         numerics = released() if job.experts == "fp4" else plain(jnp.bfloat16)
         model = Transformer(trunk, numerics, job.rules, scan_layers=scan_layers, rngs=nnx.Rngs(0))
@@ -162,8 +162,9 @@ def program(cfg: V4Config, job: Job, mesh: jax.sharding.Mesh) -> Program:
 
 
 def _train(model, job, mesh):
-    trainer = Trainer(model, OptimizerConfig(), rules=job.rules)
-    state = jax.eval_shape(trainer.init)
+    trainable = not_expert if job.experts == "frozen" else everything
+    train = TrainStep(model, adamw(1e-4), rules=job.rules, trainable=trainable)
+    state = jax.eval_shape(train.init)
     place = functools.partial(_place_variables, rules=job.rules, mesh=mesh)
     state = jax.tree.map(
         lambda x: place(x) if isinstance(x, nnx.State) else _placed(x, jax.P(), mesh),
@@ -173,7 +174,7 @@ def _train(model, job, mesh):
     tokens = jax.ShapeDtypeStruct((job.batch, job.context), jnp.int32)
     tokens = [_placed(tokens, job.rules.tokens, mesh)] * 3
     held = {"parameters": (state.params, state.fixed), "optimizer": state.opt_state}
-    return trainer.compiled_step, (state, *tokens), held
+    return train.compiled_step, (state, *tokens), held
 
 
 def _decode(model, job, mesh):
@@ -355,7 +356,8 @@ def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]
         axes = [axis for name in variable.axes if name for axis in rules.mesh_axes(name)]
         local = _nbytes(variable.get_value()) / math.prod(sizes[axis] for axis in axes)
         held += local
-        is_trained = isinstance(variable, nnx.Param)
+        is_packed = isinstance(variable.get_value(), QuantizedArray)
+        is_trained = isinstance(variable, nnx.Param) and not is_packed
         trained += local if is_trained else 0
         apart = kept_axis(variable.axes)
         joined = math.prod(sizes[axis] for axis in rules.mesh_axes(apart)) if apart else 1

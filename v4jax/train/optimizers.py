@@ -1,6 +1,8 @@
-"""AdamW with the released hyper-parameters, and the routing bias's own rule."""
+"""AdamW with the report's hyper-parameters, and the routing bias's own rule.
 
-import dataclasses
+An optimizer is any optax transformation. The parameters that it gets are variables, which say of
+themselves what they are (`axes`, `matrix`, `stored`): see docs/extending.md.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,47 +13,40 @@ from v4jax.nn.layers import RoutingBias
 from v4jax.nn.model import Transformer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW, linear warm-up, cosine decay to `final_fraction` of the peak.
+def warmup_cosine(
+    peak: float, total_steps: int, *, warmup_steps: int = 100, final_fraction: float = 0.1
+) -> optax.Schedule:
+    """Learning rate: linear warm-up to `peak`, cosine decay to `final_fraction` of it."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=min(warmup_steps, total_steps - 1),
+        decay_steps=total_steps,
+        end_value=peak * final_fraction,
+    )
+
+
+def adamw(
+    learning_rate: float | optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-15,
+    weight_decay: float = 0.1,
+    clip_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW with the report's hyper-parameters, after clipping by the global norm.
+
+    Weight decay applies to matrices, not to norms, sinks, biases and other vectors. A variable says
+    what it is: arrays of stacked layers have one axis more.
 
     The report uses eps 1e-20; squares below the smallest float32 vanish then and gradients under
     1e-19 take steps of the wrong size, hence 1e-15.
     """
-
-    peak_lr: float = 2e-4
-    final_fraction: float = 0.1
-    warmup_steps: int = 100
-    total_steps: int = 1000
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-15
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    bias_speed: float = 1e-3  # of the routing bias, per step
-
-
-def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Weight decay applies to matrices, not to norms, sinks, biases and other vectors.
-
-    A variable says what it is: arrays of stacked layers have one axis more.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.peak_lr,
-        warmup_steps=min(config.warmup_steps, config.total_steps - 1),
-        decay_steps=config.total_steps,
-        end_value=config.peak_lr * config.final_fraction,
-    )
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(clip_norm),
         optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=is_matrix,
+            learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_matrix
         ),
     )
 

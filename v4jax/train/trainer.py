@@ -1,211 +1,289 @@
-"""The training state, its step, and how it is saved and resumed."""
+"""What trains a model: `Trainer` holds the state, runs steps, evaluates, saves and resumes.
 
-import dataclasses
-import functools
+trainer = v4jax.Trainer(model, v4jax.train.adamw(1e-4), trainable=v4jax.LoRA(rank=16))
+trainer.fit(v4jax.train.TokenStream("tokens.npy", 512), 1000, output="runs/a")
+trainer.save("runs/a/adapter")
+"""
+
+import contextlib
+import json
+import math
 import os
-from collections.abc import Sequence
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
+from tqdm import tqdm
 
-from sharding import TRAIN, AxisRules, collectives
-from v4jax.nn.compilation import keep_programs
-from v4jax.nn.cross_entropy import cross_entropy
+from sharding import TRAIN
+from v4jax.checkpoint import saving
+from v4jax.checkpoint.adapters import save_adapter
+from v4jax.nn.lora import LoRA, LoRAParam, add_lora, merge_lora
 from v4jax.nn.model import Transformer
-from v4jax.nn.placement import check_mesh, reduce_gradients, specs
-from v4jax.nn.quantization import round_to_released
+from v4jax.nn.placement import mesh_of, on_mesh, require_placed
+from v4jax.nn.quantization import Chosen, everything, not_expert, to_float, to_released
 from v4jax.train.data import TokenStream
-from v4jax.train.losses import LossWeights, Metrics, mean_share, training_loss
-from v4jax.train.optimizers import OptimizerConfig, adamw, update_routing_bias
+from v4jax.train.losses import LossWeights, Metrics
+from v4jax.train.state import Saver
+from v4jax.train.step import TrainState, TrainStep, trained_by
 
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["params", "fixed", "opt_state"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Parameters that gradients change, variables they do not, and the optimizer's state."""
-
-    params: nnx.State
-    fixed: nnx.State
-    opt_state: optax.OptState
+TRAINABLE = {"all": everything, "no-experts": not_expert}
+FORMATS = ("released", "float", "adapter")
+Record = dict[str, float]  # a line of metrics.jsonl
 
 
 class Trainer:
-    """A model's training step. Holds no arrays; the state goes in and comes out.
-
-    Under a mesh (`with jax.set_mesh(mesh):`, here and around every step) tokens are cut over it by
-    `rules`, which must be those the model's parameters were placed by.
+    """Trains a model, on the mesh that it lies on.
 
     Args:
-      qat: take loss and gradients at the parameters as the released format would hold them, and
-        apply the gradients to the float ones (docs/low_precision.md). Give the model `released`
-        numerics then, so that activations are rounded too.
-      remat: recompute the layers in the backward pass.
+      model: from `v4jax.load(folder, use="train")`, or a new one. Its arrays are moved into the trainer.
+      optimizer: any optax transformation; `v4jax.train.adamw(1e-4)` is that of the report.
+      trainable: "all"; "no-experts", which leaves the routed experts packed as they are stored; a
+        `LoRA`, which leaves everything and trains adapters; or a function of a parameter's path
+        ("stages.0.blocks.0.attention.wq_a.kernel") and variable. What trains becomes float32.
+      weights: of the terms of the loss.
+      qat: train with the rounding of the released format in the loop (docs/low_precision.md).
+      remat: recompute layers in the backward pass.
+      bias_speed: of the routing bias, per step. Pre-training takes 1e-3; 0 leaves it.
+      seed: of new adapters.
+
+    Attributes:
+      steps: steps taken so far.
+
+    Raises:
+      ValueError: an unknown `trainable`, a LoRA target that no matrix has, weights that lie as serving
+        reads them, or what `TrainStep` refuses.
     """
 
     def __init__(
         self,
         model: Transformer,
-        optimizer: OptimizerConfig,
-        weights: LossWeights = LossWeights(),
-        rules: AxisRules = TRAIN,
+        optimizer: optax.GradientTransformation,
         *,
+        trainable: str | LoRA | Chosen = "all",
+        weights: LossWeights = LossWeights(),
         qat: bool = False,
         remat: bool = True,
+        bias_speed: float = 0.0,
+        seed: int = 0,
     ):
-        keep_programs()
-        check_mesh(model.cfg, rules)
-        if qat and not model.numerics.is_released:
+        if isinstance(trainable, str) and trainable not in TRAINABLE:
             raise ValueError(
-                f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
-                "rounding of activations belongs to the model that is trained for."
+                f"trainable={trainable!r}: expected one of {', '.join(map(repr, TRAINABLE))}, a LoRA, or "
+                "a function of path and variable."
             )
-        self.cfg, self.rules = model.cfg, rules
-        self.graphdef, self._params, self._fixed = nnx.split(model, nnx.Param, ...)
-        self.optimizer = adamw(optimizer)
-        self.computed = round_to_released if qat else lambda params: params
-        self.compiled_step = jax.jit(
-            functools.partial(
-                _train_step,
-                *(self.graphdef, self.optimizer, weights, optimizer.bias_speed),
-                *(self.computed, rules, remat),
-            ),
-            donate_argnums=(0,),
-        )
-        self._loss = jax.jit(functools.partial(_mean_loss, self.graphdef, self.computed, rules))
+        self._mesh, self.steps = mesh_of(model), 0
+        self.lora = trainable if isinstance(trainable, LoRA) else None
+        if isinstance(trainable, str):
+            trainable = TRAINABLE[trainable]
+        with self._on_mesh():
+            require_placed(nnx.state(model), TRAIN)
+            if self.lora is not None:
+                model, trainable = add_lora(model, self.lora, seed=seed), _is_adapter
+            model = to_float(model, only=lambda path, v: _trains(trainable, path, v))
+            self._step = TrainStep(
+                model,
+                optimizer,
+                weights,
+                trainable=trainable,
+                qat=qat,
+                remat=remat,
+                bias_speed=bias_speed,
+            )
+            self._state = self._step.init()
 
-    def init(self) -> TrainState:
-        """The state before the first step. The model's arrays are moved into it."""
-        params, fixed = self._params, self._fixed
-        self._params = self._fixed = None
-        return TrainState(params, fixed, self.optimizer.init(params))
+    @property
+    def state(self) -> TrainState:
+        """Parameters and the optimizer's state. A step replaces it, and frees its arrays."""
+        return self._state
 
-    def batch(self, stream: TokenStream, step: int, batch_size: int) -> tuple[jax.Array, ...]:
-        """Tokens of a step as `step` takes them; every process reads its own rows.
+    @property
+    def model(self) -> Transformer:
+        """The model as it is now, adapters included. The next step frees its arrays."""
+        return self._step.model(self._state)
+
+    def step(self, tokens: Sequence[jax.Array]) -> Metrics:
+        """One step on inputs, the tokens after them, and those after these, [B, T] each."""
+        with self._on_mesh():
+            self._state, metrics = self._step.step(self._state, tokens)
+        self.steps += 1
+        return metrics
+
+    def batch(self, data: TokenStream, step: int, batch_size: int) -> tuple[jax.Array, ...]:
+        """Tokens of a step as `step` takes them. Every process reads its own rows.
 
         Raises:
-          ValueError: the mesh does not divide the batch or the sequences, or a token is outside the
-            model's vocabulary.
+          ValueError: the mesh does not divide the batch, or a token is outside the vocabulary.
         """
-        check_mesh(self.cfg, self.rules, batch=batch_size, length=stream.seq_len)
-        sharding = None
-        if not jax.sharding.get_abstract_mesh().empty:
-            sharding = jax.NamedSharding(jax.sharding.get_mesh(), self.rules.tokens)
-        return stream.targets(step, batch_size, self.cfg.vocab_size, sharding)
+        with self._on_mesh():
+            return self._step.batch(data, step, batch_size)
 
-    def step(self, state: TrainState, tokens: Sequence[jax.Array]) -> tuple[TrainState, Metrics]:
-        """One step on inputs, the tokens after them, and those after these, [B, T] each.
-
-        From `batch`, or `loss.shifted` of an array [B, T + 2]. The old state is donated.
-        """
-        return self.compiled_step(state, *tokens)
-
-    def loss(self, state: TrainState, tokens: Sequence[jax.Array]) -> jax.Array:
+    def loss(self, tokens: Sequence[jax.Array]) -> float:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
-        return self._loss(state, *tokens[:2])
+        with self._on_mesh():
+            return float(self._step.loss(self._state, tokens))
 
-    def is_finite(self, state: TrainState) -> bool:
-        """Whether no parameter is NaN or infinite."""
-        return bool(_all_finite(state.params))
+    def evaluate(self, data: TokenStream, batch_size: int = 8, batches: int = 4) -> float:
+        """Mean next-token loss in nats over fixed windows of held-out tokens."""
+        losses = [self.loss(self.batch(data, i, batch_size)) for i in range(batches)]
+        return float(np.mean(losses))
 
-    def model(self, state: TrainState) -> Transformer:
-        """The model with the state's arrays."""
-        return nnx.merge(self.graphdef, state.params, state.fixed)
+    def run(
+        self,
+        data: TokenStream,
+        steps: int,
+        *,
+        batch_size: int = 8,
+        output: str | os.PathLike | None = None,
+        evaluation: TokenStream | None = None,
+        eval_every: int = 250,
+        save_every: int = 250,
+        log_every: int = 10,
+    ) -> Iterator[Record]:
+        """Trains until `steps` steps are done in all, and yields a record every `log_every`.
+
+        A step's batch depends on the data's seed and the step alone: with an `output` that has states,
+        training goes on from the newest one and computes what it would have.
+
+        Args:
+          batch_size: sequences a step.
+          output: a folder that gets state/ every `save_every` steps, and metrics.jsonl.
+          evaluation: held-out tokens, measured every `eval_every` steps ("heldout_ce" of a record).
+
+        Raises:
+          ValueError: a loss or a parameter became NaN or infinite. The last good state is kept.
+        """
+        data.require_ids(self._step.cfg.vocab_size)
+        folder = None if output is None else pathlib.Path(output)
+        saver = None if folder is None else Saver(folder / "state")
+        if saver is not None and (found := self._restore(saver)) is not None:
+            self._state, self.steps = found
+        first, started = self.steps, time.monotonic()
+        with contextlib.ExitStack() as stack:
+            if saver is not None:
+                stack.callback(saver.close)
+            log = stack.enter_context(_metrics_file(folder, first))
+            for number in range(first, steps):
+                metrics = self.step(self.batch(data, number, batch_size))
+                done, is_last = number + 1, number + 1 == steps
+                is_eval = evaluation and (done % eval_every == 0 or is_last)
+                if done % log_every == 0 or is_last or is_eval:
+                    record = _record(done, metrics)
+                    if is_eval:
+                        record["heldout_ce"] = round(self.evaluate(evaluation, batch_size), 5)
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                    seconds = time.monotonic() - started
+                    rate = (done - first) * batch_size * data.seq_len / seconds
+                    yield {**record, "tokens_per_second": rate}
+                if saver is not None and (done % save_every == 0 or is_last):
+                    self._require_finite(metrics, done, folder)
+                    saver.save(done, self._state)
+                    saver.wait()
+
+    def fit(
+        self, data: TokenStream, steps: int, *, progress: bool = True, **options
+    ) -> list[Record]:
+        """`run` to its end, with a progress bar. Options as there.
+
+        Returns:
+          the records.
+        """
+        records, shown = [], progress and jax.process_index() == 0
+        with tqdm(total=steps, unit="step", disable=not shown) as bar:
+            for record in self.run(data, steps, **options):
+                if not records:
+                    bar.initial = bar.n = self.steps - 1
+                records.append(record)
+                bar.n = int(record["step"])
+                bar.set_postfix(
+                    ce=record["ce"],
+                    mtp=record["mtp_ce"],
+                    tok_s=round(record["tokens_per_second"]),
+                )
+                if "heldout_ce" in record:
+                    bar.write(f"step {bar.n}: held-out loss {record['heldout_ce']:.4f}")
+        return records
+
+    def save(self, folder: str | os.PathLike, format: str | None = None) -> None:
+        """Writes what was trained.
+
+        Args:
+          folder: new, or empty.
+          format: "released" (FP4 experts, FP8 linears), "float", or "adapter" (PEFT's files; of a
+            `LoRA` only). With a LoRA the first two have it merged in. Default: "adapter" of a LoRA,
+            else "released".
+
+        Raises:
+          ValueError: an unknown format, or "adapter" without one; `folder` has a checkpoint; the model
+            is spread over several hosts.
+        """
+        format = format or ("released" if self.lora is None else "adapter")
+        if format not in FORMATS or (format == "adapter" and self.lora is None):
+            raise ValueError(
+                f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}, and "
+                '"adapter" for a model that was trained with a LoRA.'
+            )
+        if format == "adapter":
+            return save_adapter(self.model, folder)
+        model = self.model if self.lora is None else merge_lora(self.model)
+        model = to_released(model) if format == "released" else to_float(model)
+        return saving.save(model, folder)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return on_mesh(self._mesh)
+
+    def _restore(self, saver: Saver) -> tuple[TrainState, int] | None:
+        with self._on_mesh():
+            return saver.restore(self._state)
+
+    def _require_finite(self, metrics: Metrics, step: int, folder: pathlib.Path) -> None:
+        """A state with NaN never takes the place of a good one."""
+        if math.isfinite(float(metrics.loss)) and self._step.is_finite(self._state):
+            return
+        raise ValueError(
+            f"step {step}: the loss is {float(metrics.loss)}, or a parameter is not finite. Nothing was "
+            f"saved; the last good state, if any, is in {folder / 'state'}. Try a lower learning rate or "
+            "a longer warm-up, in another output folder."
+        )
 
 
-def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: bool = True):
-    """A function (params, fixed, inputs, following, after) -> gradients and metrics, over a mesh."""
-
-    def on_device(params, fixed, *tokens):
-        def loss_fn(params):
-            model = nnx.merge(graphdef, params, fixed)
-            return training_loss(model, *tokens, weights, remat=remat)
-
-        gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
-        return reduce_gradients(gradients), metrics
-
-    def call(params, fixed, *tokens):
-        placed = (specs(params, rules), specs(fixed, rules))
-        in_specs = (*placed, *[rules.tokens] * len(tokens))
-        run = collectives.per_device(on_device, rules, in_specs, (placed[0], jax.P()))
-        return run(params, fixed, *tokens)
-
-    return call
+def _is_adapter(path: str, variable: nnx.Variable) -> bool:
+    del path
+    return isinstance(variable, LoRAParam)
 
 
-@jax.jit
-def _all_finite(params) -> jax.Array:
-    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+def _trains(trainable: Chosen, path: str, variable: nnx.Variable) -> bool:
+    return trained_by(trainable)(tuple(path.split(".")), variable)
 
 
-def _mean_loss(graphdef, computed, rules, state, inputs, following):
-    def on_device(params, fixed, inputs, following):
-        model = nnx.merge(graphdef, params, fixed)
-        losses = cross_entropy(model, model.hidden(model.trunk(inputs)[0]), following)
-        return collectives.psum(mean_share(losses), "batch", "seq")
-
-    params = computed(state.params)
-    in_specs = (specs(params, rules), specs(state.fixed, rules), rules.tokens, rules.tokens)
-    run = collectives.per_device(on_device, rules, in_specs, jax.P())
-    return run(params, state.fixed, inputs, following)
+def _record(step: int, metrics: Metrics) -> Record:
+    terms = ("loss", "ce", "mtp_ce", "indexer", "balance")
+    return {"step": step, **{name: round(float(getattr(metrics, name)), 5) for name in terms}}
 
 
-def _train_step(graphdef, optimizer, weights, bias_speed, computed, rules, remat, state, *tokens):
-    gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
-    grads, metrics = gradients_of(computed(state.params), state.fixed, *tokens)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    model = nnx.merge(graphdef, params, state.fixed)
-    update_routing_bias(model, metrics.expert_counts, bias_speed)
-    _, params, fixed = nnx.split(model, nnx.Param, ...)
-    return TrainState(params, fixed, opt_state), metrics
+def _metrics_file(folder: pathlib.Path | None, step: int):
+    """metrics.jsonl of a run that goes on after a step; of the first process alone."""
+    if folder is None or jax.process_index() != 0:
+        return open(os.devnull, "w", encoding="utf-8")
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        _drop_lines_after(path, step)
+    return open(path, "a", encoding="utf-8")
 
 
-class Saver:
-    """Saves training states with Orbax and finds the newest one again.
-
-    Args:
-      folder: where checkpoints go; made if missing.
-      keep: how many to keep.
-    """
-
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(os.path.abspath(folder), options=options)
-
-    def save(self, step: int, state: TrainState) -> None:
-        """Starts to save; the state may be used meanwhile, but not donated before `wait`."""
-        self._manager.save(step, args=ocp.args.StandardSave(_leaves(state)))
-
-    def restore(self, state: TrainState) -> tuple[TrainState, int] | None:
-        """The newest saved state, placed like `state`, and its step; None if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        abstract = {
-            path: ocp.utils.to_shape_dtype_struct(leaf) for path, leaf in _leaves(state).items()
-        }
-        leaves = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        ordered = [leaves[path] for path in abstract]  # Orbax returns them sorted by name
-        return jax.tree.unflatten(jax.tree.structure(state), ordered), step
-
-    def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits and lets go of the folder."""
-        self._manager.close()
-
-
-def _leaves(state: TrainState) -> dict[str, jax.Array]:
-    """Arrays by path, which stays readable whatever containers they came from."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+    """Leaves out the steps behind the state that a run goes on from."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # half a line: the run was killed while it wrote
+            continue
+    path.with_suffix(".new").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(path.with_suffix(".new"), path)

@@ -1,0 +1,207 @@
+"""The training state and its compiled step: pure functions under the `Trainer`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from pallas_kernels.formats.quantize import QuantizedArray
+from sharding import TRAIN, AxisRules, collectives
+from v4jax.nn.compilation import keep_programs
+from v4jax.nn.cross_entropy import cross_entropy
+from v4jax.nn.model import Transformer
+from v4jax.nn.placement import check_mesh, reduce_gradients, specs
+from v4jax.nn.quantization import Chosen, everything, round_to_released
+from v4jax.train.data import TokenStream
+from v4jax.train.losses import LossWeights, Metrics, mean_share, training_loss
+from v4jax.train.optimizers import update_routing_bias
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "fixed", "opt_state"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters that gradients change, variables they do not, and the optimizer's state."""
+
+    params: nnx.State
+    fixed: nnx.State
+    opt_state: optax.OptState
+
+
+class TrainStep:
+    """A model's training step. Holds no arrays; the state goes in and comes out.
+
+    Under a mesh (`with jax.set_mesh(mesh):`, here and around every step) tokens are cut over it by
+    `rules`, which must be those the model's parameters were placed by.
+
+    Args:
+      optimizer: any optax transformation; `optimizers.adamw` is that of the report.
+      trainable: which parameters gradients change, by path and variable; the others keep the format
+        they are in. Those that train are floats (`to_float`).
+      qat: take loss and gradients at the parameters as the released format would hold them, and
+        apply the gradients to the float ones (docs/low_precision.md). Give the model `released`
+        numerics then, so that activations are rounded too.
+      remat: recompute the layers in the backward pass.
+      bias_speed: of the routing bias, per step; the report pre-trains with 1e-3. 0: it stays.
+
+    Raises:
+      ValueError: a mesh that does not divide the model, `qat` without released numerics, nothing to
+        train, or a parameter to train that is not a float.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: optax.GradientTransformation,
+        weights: LossWeights = LossWeights(),
+        rules: AxisRules = TRAIN,
+        *,
+        trainable: Chosen = everything,
+        qat: bool = False,
+        remat: bool = True,
+        bias_speed: float = 0.0,
+    ):
+        keep_programs()
+        check_mesh(model.cfg, rules)
+        if qat and not model.numerics.is_released:
+            raise ValueError(
+                f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
+                "rounding of activations belongs to the model that is trained for."
+            )
+        self.cfg, self.rules = model.cfg, rules
+        is_trained = trained_by(trainable)
+        self.graphdef, self._params, self._fixed = nnx.split(model, is_trained, ...)
+        _require_floats(self._params)
+        self.optimizer = optimizer
+        self.computed = round_to_released if qat else lambda params: params
+        self.compiled_step = jax.jit(
+            functools.partial(
+                _train_step,
+                self.graphdef,
+                optimizer,
+                weights,
+                bias_speed,
+                self.computed,
+                rules,
+                remat,
+                is_trained,
+            ),
+            donate_argnums=(0,),
+        )
+        self._loss = jax.jit(functools.partial(_mean_loss, self.graphdef, self.computed, rules))
+
+    def init(self) -> TrainState:
+        """The state before the first step. The model's arrays are moved into it."""
+        params, fixed = self._params, self._fixed
+        self._params = self._fixed = None
+        return TrainState(params, fixed, self.optimizer.init(params))
+
+    def batch(self, stream: TokenStream, step: int, batch_size: int) -> tuple[jax.Array, ...]:
+        """Tokens of a step as `step` takes them; every process reads its own rows.
+
+        Raises:
+          ValueError: the mesh does not divide the batch or the sequences, or a token is outside the
+            model's vocabulary.
+        """
+        check_mesh(self.cfg, self.rules, batch=batch_size, length=stream.seq_len)
+        sharding = None
+        if not jax.sharding.get_abstract_mesh().empty:
+            sharding = jax.NamedSharding(jax.sharding.get_mesh(), self.rules.tokens)
+        return stream.targets(step, batch_size, self.cfg.vocab_size, sharding)
+
+    def step(self, state: TrainState, tokens: Sequence[jax.Array]) -> tuple[TrainState, Metrics]:
+        """One step on inputs, the tokens after them, and those after these, [B, T] each.
+
+        From `batch`, or `loss.shifted` of an array [B, T + 2]. The old state is donated.
+        """
+        return self.compiled_step(state, *tokens)
+
+    def loss(self, state: TrainState, tokens: Sequence[jax.Array]) -> jax.Array:
+        """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
+        return self._loss(state, *tokens[:2])
+
+    def is_finite(self, state: TrainState) -> bool:
+        """Whether no parameter is NaN or infinite."""
+        return bool(_all_finite(state.params))
+
+    def model(self, state: TrainState) -> Transformer:
+        """The model with the state's arrays."""
+        return nnx.merge(self.graphdef, state.params, state.fixed)
+
+
+def trained_by(trainable: Chosen) -> Callable:
+    """The parameters that are chosen, as a filter of nnx."""
+
+    def is_trained(path, variable) -> bool:
+        return isinstance(variable, nnx.Param) and trainable(".".join(map(str, path)), variable)
+
+    return is_trained
+
+
+def _require_floats(params: nnx.State) -> None:
+    found = nnx.to_flat_state(params)
+    if not found:
+        raise ValueError("nothing to train: no parameter is chosen by `trainable`.")
+    for path, variable in found:
+        if isinstance(variable.get_value(), QuantizedArray):
+            raise ValueError(  # noqa: TRY004 - as other models that cannot be trained
+                f"{'.'.join(map(str, path))} is packed ({variable.get_value()!r}), and gradients change "
+                "floats: v4jax.nn.quantization.to_float(model) unpacks, or leave it out of `trainable`."
+            )
+
+
+def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: bool = True):
+    """A function (params, fixed, inputs, following, after) -> gradients and metrics, over a mesh."""
+
+    def on_device(params, fixed, *tokens):
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params, fixed)
+            return training_loss(model, *tokens, weights, remat=remat)
+
+        gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
+        return reduce_gradients(gradients), metrics
+
+    def call(params, fixed, *tokens):
+        placed = (specs(params, rules), specs(fixed, rules))
+        in_specs = (*placed, *[rules.tokens] * len(tokens))
+        run = collectives.per_device(on_device, rules, in_specs, (placed[0], jax.P()))
+        return run(params, fixed, *tokens)
+
+    return call
+
+
+@jax.jit
+def _all_finite(params) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def _mean_loss(graphdef, computed, rules, state, inputs, following):
+    def on_device(params, fixed, inputs, following):
+        model = nnx.merge(graphdef, params, fixed)
+        losses = cross_entropy(model, model.hidden(model.trunk(inputs)[0]), following)
+        return collectives.psum(mean_share(losses), "batch", "seq")
+
+    params = computed(state.params)
+    in_specs = (specs(params, rules), specs(state.fixed, rules), rules.tokens, rules.tokens)
+    run = collectives.per_device(on_device, rules, in_specs, jax.P())
+    return run(params, state.fixed, inputs, following)
+
+
+def _train_step(
+    graphdef, optimizer, weights, bias_speed, computed, rules, remat, is_trained, state, *tokens
+):
+    gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
+    grads, metrics = gradients_of(computed(state.params), state.fixed, *tokens)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    model = nnx.merge(graphdef, params, state.fixed)
+    if bias_speed:
+        update_routing_bias(model, metrics.expert_counts, bias_speed)
+    _, params, fixed = nnx.split(model, is_trained, ...)
+    return TrainState(params, fixed, opt_state), metrics
