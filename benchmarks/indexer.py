@@ -63,7 +63,7 @@ def _prefill_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -
         pack = (blocks * pack[0],)
     columns = (blocks * block // 16,) if block > 16 else ()
     scores = (sum(n // 2 for n in chunks) / steps, sum(n % 2 for n in chunks) / steps)
-    if chip in tpu_prefill.FP8_CHIPS:  # converts columns, and has loops over bfloat16 as well
+    if tpu_prefill.FAST_E5M2[chip]:  # converts columns, and has loops over bfloat16 as well
         columns += (blocks * cfg.indexer.num_heads / groups / tpu_prefill.CONVERTED_AT_ONCE,)
         scores += (0, 0)
     search = blocks * PASSES["prefill"]

@@ -10,6 +10,7 @@ links together; `ici` is one of them.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 GiB, MiB = 2**30, 2**20
 
@@ -161,6 +162,22 @@ def of_kind(kind: str) -> Chip | None:
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
-def table(field: str) -> dict[str, object]:
+class _Column(Mapping):
+    """One field of every record, by name of the chip; of records that are added later, too."""
+
+    def __init__(self, field: str):
+        self._field = field
+
+    def __getitem__(self, name: str):
+        return getattr(CHIPS[name], self._field)
+
+    def __iter__(self):
+        return iter(CHIPS)
+
+    def __len__(self) -> int:
+        return len(CHIPS)
+
+
+def table(field: str) -> Mapping[str, object]:
     """Chip name -> one field of its record."""
-    return {name: getattr(chip, field) for name, chip in CHIPS.items()}
+    return _Column(field)

@@ -14,6 +14,7 @@ device's arrays: under a mesh of several devices `None` picks it only inside `ja
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import jax
 
@@ -23,6 +24,48 @@ IMPLEMENTATIONS = ("tpu", "interpret", "xla", "reference")
 
 
 Implementation = str | tuple[str, ...] | None
+_registered: dict[str, dict[str, Callable]] = {}  # name -> operation -> function
+
+
+def operation(function: Callable) -> Callable:
+    """Makes an operation of this package one that `register` can give other implementations."""
+
+    @functools.wraps(function)
+    def call(*args, implementation: Implementation = None, **options):
+        names = implementation if isinstance(implementation, tuple) else (implementation,)
+        for name in names:
+            if name not in _registered:
+                break
+            if function.__name__ in _registered[name]:
+                return _registered[name][function.__name__](*args, **options)
+        own = tuple(name for name in names if name is not None and name not in _registered)
+        return function(*args, **options, implementation=_one(own))
+
+    return call
+
+
+def _one(names: tuple[str, ...]) -> Implementation:
+    """A name by itself where there is one, None where there is none."""
+    return names if len(names) > 1 else next(iter(names), None)
+
+
+def register(name: str, operation: Callable) -> Callable:
+    """`@register("mine", grouped_matmul)`: an implementation that `implementation="mine"` picks.
+
+    The function takes the operation's arguments but `implementation`, and has to be differentiable
+    where the operation is, if it is to train. Operations without one of that name run as without a name.
+
+    Raises:
+      ValueError: the name is one of `IMPLEMENTATIONS`.
+    """
+    if name in IMPLEMENTATIONS:
+        raise ValueError(f"register({name!r}): expected another name than {IMPLEMENTATIONS}.")
+
+    def add(function: Callable) -> Callable:
+        _registered.setdefault(name, {})[operation.__name__] = function
+        return function
+
+    return add
 
 
 def choose(implementation: Implementation, *, unsupported: str | None = None) -> str:
@@ -38,10 +81,13 @@ def choose(implementation: Implementation, *, unsupported: str | None = None) ->
     """
     if isinstance(implementation, tuple):
         return _first(implementation, unsupported)
+    if implementation in _registered:
+        return implementation
     if implementation is None:
         return "tpu" if unsupported is None and _kernels_run() else "xla"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"{implementation=}: expected one of {IMPLEMENTATIONS} or None.")
+        known = (*IMPLEMENTATIONS, *_registered)
+        raise ValueError(f"{implementation=}: expected one of {known} or None.")
     if implementation in ("tpu", "interpret") and unsupported is not None:
         raise ValueError(f'{implementation=}: {unsupported}; use "xla" or None.')
     if implementation == "tpu" and target_platform() != "tpu":

@@ -72,6 +72,7 @@ class Pool:
         return self.total / jnp.where(self.weight == 0, 1.0, self.weight)
 
 
+@dispatch.operation
 def pool_windows(
     value: jax.Array,  # [B, S, R, F]
     gate: jax.Array,  # [B, S, R, F]

@@ -11,11 +11,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, operation
 from pallas_kernels.formats.quantize import QuantizedArray
 from pallas_kernels.grouped_matmul import vjp
 
 
+@operation
 def linear(
     x: jax.Array,  # [..., groups * in]
     w: jax.Array | QuantizedArray,  # [in, groups * out]

@@ -5,6 +5,8 @@
     engine = v4jax.Engine(v4jax.load("nano", v4jax.released()), v4jax.Tokenizer(v4jax.nano_path()))
     print(engine.generate("Emma was", v4jax.Sampling(max_new_tokens=20)).text)
 
+    trainer = v4jax.Trainer(v4jax.load("nano", use="train"), v4jax.train.adamw(1e-4))
+
 Packages: `nn` (the model), `text` (prompts and tokens), `checkpoint`, `inference`, `train`,
 `planning` (costs, memory, meshes) and `cli`. Names below are imported on first use.
 """
@@ -19,9 +21,11 @@ import sys
 _HOMES = {
     "AxisRules": "sharding",
     "Engine": "v4jax.inference.engine",
+    "LoRA": "v4jax.nn.lora",
     "Numerics": "v4jax.nn.numerics",
     "Sampling": "v4jax.inference.sampling",
     "Tokenizer": "v4jax.text.tokenizer",
+    "Trainer": "v4jax.train.trainer",
     "Transformer": "v4jax.nn.model",
     "V4Config": "v4jax.config",
     "describe": "v4jax.planning.describe",
@@ -38,6 +42,8 @@ _HOMES = {
     "save": "v4jax.checkpoint.saving",
     "tiny": "v4jax.config",
 }
+
+_ROOMS = ("checkpoint", "config", "inference", "nn", "planning", "text", "train")
 
 __version__ = "0.2.0"
 __all__ = ["__version__", "nano_path", *_HOMES]  # noqa: PLE0604
@@ -77,6 +83,8 @@ def nano_path() -> pathlib.Path:
 
 
 def __getattr__(name: str):
+    if name in _ROOMS:
+        return importlib.import_module(f"v4jax.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'v4jax' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -18,6 +18,7 @@ from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.selection import Selection
 
 
+@dispatch.operation
 def window_attention(
     q: jax.Array,  # [B, T, N, H]
     window: jax.Array,  # [B, C + T, H]: the C rows before the first query, then those of the T
@@ -55,6 +56,7 @@ def window_attention(
     return xla.attention(q, window, entries, None, sink, positions, **static)
 
 
+@dispatch.operation
 def selected_attention(
     q: jax.Array,  # [B, T, N, H]
     window: jax.Array,  # [B, C + T, H]
@@ -97,6 +99,7 @@ def selected_attention(
     return xla.attention(q, window, entries, indices, sink, positions, **static)
 
 
+@dispatch.operation
 def decode_attention(
     q: jax.Array,  # [B, N, H]: one query per sequence
     window: jax.Array | PackedRows,  # [B, C, H] ring: token t in row t mod C, the query's included

@@ -49,7 +49,7 @@ def keys_of_columns(lines_ref, dtype) -> jax.Array:
 def _keys_of_group(lines_ref, first: int) -> jax.Array:
     nope, rope = CHANNELS
     chip = dispatch.target_chip()
-    fp8, product = tpu_formats.best_e4m3(chip), tpu_formats.PRODUCTS[chip]
+    fp8, product = tpu_formats.best_e4m3(chip), tpu_formats.product_dtype(chip)
     scales = lines_ref[pl.ds(first + WORDS - 2, 2)]
     rows = []
     for block in range(nope // ROW_BLOCK):

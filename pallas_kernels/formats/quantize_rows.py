@@ -47,6 +47,7 @@ _FORMATS = {
 }
 
 
+@dispatch.operation
 def round_rows(
     x: jax.Array,  # [..., D] float32 or bfloat16
     fmt: str,

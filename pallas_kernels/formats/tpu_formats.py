@@ -21,11 +21,6 @@ E5M2 = jnp.dtype(jnp.float8_e5m2)
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 E4M3B11 = jnp.dtype(jnp.float8_e4m3b11fnuz)
 EXPONENTS = {E5M2: 14, E4M3: 0, E4M3B11: 4}  # log2 of what a value read as this has lost
-# In which a chip multiplies values by their scales in the least time. Exact in both.
-PRODUCTS = {
-    name: jnp.bfloat16 if fast else jnp.float32
-    for name, fast in chips.table("vector_bfloat16").items()
-}
 
 
 def e5m2_of_codes(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -33,6 +28,11 @@ def e5m2_of_codes(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
     first = packed & jnp.uint32(0x8E8E8E8E)
     second = packed << 7 & jnp.uint32(0x80808080) | packed >> 3 & jnp.uint32(0x0E0E0E0E)
     return pltpu.bitcast(first, E5M2), pltpu.bitcast(second, E5M2)
+
+
+def product_dtype(chip: str) -> jnp.dtype:
+    """In which a chip multiplies values by their scales in the least time. Exact in both."""
+    return jnp.dtype(jnp.bfloat16 if chips.CHIPS[chip].vector_bfloat16 else jnp.float32)
 
 
 def best_e4m3(chip: str) -> jnp.dtype:

@@ -11,12 +11,13 @@ Source: report section 2.4; clamp and place of the routing weight as in the rele
 import jax
 
 from pallas_kernels import checks
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, operation
 from pallas_kernels.formats import quantize
 from pallas_kernels.formats.quantize import QuantizedArray
 from pallas_kernels.grouped_matmul import reference, vjp, xla
 
 
+@operation
 def grouped_matmul(
     x: jax.Array,  # [P, in], rows sorted by expert
     w: jax.Array | QuantizedArray,  # [E, in, out]
@@ -45,6 +46,7 @@ def grouped_matmul(
             return reference.grouped_matmul_reference(x, w, group_sizes)
 
 
+@operation
 def grouped_swiglu(
     x: jax.Array,  # [P, in], rows sorted by expert
     w_gate: jax.Array | QuantizedArray,  # [E, in, hidden]

@@ -7,11 +7,6 @@ them is VMEM, where every block of an array in HBM is held twice.
 
 from pallas_kernels import chips
 
-# chip -> (bytes of VMEM a kernel may ask for, most tokens of a block)
-_LIMITS = {
-    chip.name: (chip.hyper_connections_vmem, chip.hyper_connections_tokens)
-    for chip in chips.CHIPS.values()
-}
 LANES = 128
 COEFFICIENT_TOKENS = 8 * LANES  # a whole float32 register
 _SCRATCH_PER_TOKEN = 24 * LANES * 4  # coefficients spread over lanes, float32
@@ -19,7 +14,7 @@ _SCRATCH_PER_TOKEN = 24 * LANES * 4  # coefficients spread over lanes, float32
 
 def vmem_limit(chip: str) -> int:
     """Bytes of VMEM a kernel asks for."""
-    return _LIMITS[chip][0]
+    return chips.CHIPS[chip].hyper_connections_vmem
 
 
 def block_tokens(chip: str, num_tokens: int, bytes_per_token: int, constant_bytes: int = 0) -> int:
@@ -31,7 +26,7 @@ def block_tokens(chip: str, num_tokens: int, bytes_per_token: int, constant_byte
       bytes_per_token: of all operands and results of one token.
       constant_bytes: of operands every program reads.
     """
-    limit, tokens = _LIMITS[chip]
+    limit, tokens = vmem_limit(chip), chips.CHIPS[chip].hyper_connections_tokens
     room = limit - 2 * constant_bytes - (4 << 20)
     while tokens > 128 and (
         tokens >= 2 * num_tokens or tokens * (2 * bytes_per_token + _SCRATCH_PER_TOKEN) > room

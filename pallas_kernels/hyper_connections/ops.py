@@ -22,6 +22,7 @@ from pallas_kernels.hyper_connections import block_sizes, reference, tpu, tpu_si
 from pallas_kernels.hyper_connections.phases import Static
 
 
+@dispatch.operation
 def hc_pre(
     streams: jax.Array,  # [B, T, M * D]
     fn: jax.Array,  # [M * D, (2 + M) * M] float32: columns pre, post, comb (row-major)
@@ -57,6 +58,7 @@ def hc_pre(
     return u.reshape(*streams.shape[:2], -1), *_coefficients(raw, affine, streams, static)
 
 
+@dispatch.operation
 def hc_post(
     f: jax.Array,  # [B, T, D] output of the sub-layer
     streams: jax.Array,  # [B, T, M * D]
@@ -82,6 +84,7 @@ def hc_post(
     return mixed.reshape(streams.shape)
 
 
+@dispatch.operation
 def hc_post_pre(
     f: jax.Array,  # [B, T, D] output of a sub-layer
     streams: jax.Array,  # [B, T, M * D]
@@ -125,6 +128,7 @@ def hc_post_pre(
     )
 
 
+@dispatch.operation
 def hc_head(
     streams: jax.Array,  # [B, T, M * D]
     fn: jax.Array,  # [M * D, M] float32

@@ -18,6 +18,7 @@ from pallas_kernels.indexer import reference, tpu_decode, tpu_prefill, xla
 from pallas_kernels.selection import Selection
 
 
+@dispatch.operation
 def index_topk(
     q: jax.Array,  # [B, T, A, I]
     weights: jax.Array,  # [B, T, A] float32, may be negative

@@ -164,7 +164,7 @@ def _kernel(
 
 def _unpack(keys_ref, first, count: int, dtype):
     """[I, 128 count]: packed keys of groups `first` .. first + count - 1."""
-    product = tpu_formats.PRODUCTS[dispatch.target_chip()]
+    product = tpu_formats.product_dtype(dispatch.target_chip())
     exponents = keys_ref[pl.ds((first + 1) * PACKED_WORDS - 1, count, PACKED_WORDS)]
     scales = []  # of each block of channels: words [count, 128]
     for block in range(PACKED_WIDTH // KEY_BLOCK):

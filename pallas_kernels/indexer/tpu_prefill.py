@@ -43,7 +43,7 @@ from pallas_kernels.selection import ENTRIES_PER_WORD_ROW
 
 QUERY_TILE = 16  # rows of a tile of bfloat16
 CONVERTED_AT_ONCE = 2  # heads
-FP8_CHIPS = tuple(name for name, is_fast in chips.table("fast_e5m2").items() if is_fast)
+FAST_E5M2 = chips.table("fast_e5m2")
 
 
 def unsupported(num_heads: int, num_entries: int) -> str | None:
@@ -88,7 +88,7 @@ def index_bits(
     last = jnp.max(visible, axis=2)
     visible = jnp.tile(visible, (1, 1, groups))[:, :, None]
 
-    in_fp8 = keys.dtype == jnp.bfloat16 and dispatch.target_chip() in FP8_CHIPS
+    in_fp8 = keys.dtype == jnp.bfloat16 and FAST_E5M2[dispatch.target_chip()]
     exact = [_are_e5m2(keys, key_block)] if in_fp8 else []
     columns = (num_heads // groups, LANES, width)
 
