@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import NANO
 from v4jax.checkpoint import Checkpoint, CheckpointError
+from v4jax.checkpoint.folders import INDEX_NAME, SINGLE_NAME
 from v4jax.checkpoint.hf_config import ConfigError
-from v4jax.checkpoint.loading import INDEX_NAME, SINGLE_NAME, matched_leaves
+from v4jax.checkpoint.loading import matched_leaves
 
 CONFIG = json.loads((NANO / "config.json").read_text())
 with open(NANO / SINGLE_NAME, "rb") as file:
@@ -90,8 +91,7 @@ def opened(monkeypatch):
         names.append(os.path.abspath(os.fspath(name)))
         return real(name, *args, **options)
 
-    for module in ("safetensors", "errors"):
-        monkeypatch.setattr(f"v4jax.checkpoint.{module}.open", watched, raising=False)
+    monkeypatch.setattr("v4jax.stores.open", watched, raising=False)
     return names
 
 
