@@ -218,10 +218,13 @@ class RemoteFile:
 
     def _piece(self, begin: int, end: int) -> bytes:
         def read(store: Any, path: str) -> bytes:
-            data = store.cat_file(path, start=begin, end=end)
-            if len(data) > end - begin:
-                raise ValueError("its server does not give parts of files (HTTP range requests)")
-            if len(data) < end - begin:
+            if path.startswith("http"):  # `cat_file` takes all that a server without ranges sends
+                with store.open(path, cache_type="none", size=self.size) as file:
+                    file.seek(begin)
+                    data = file.read(end - begin)
+            else:
+                data = store.cat_file(path, start=begin, end=end)
+            if len(data) != end - begin:
                 raise OSError(f"{len(data):,} bytes came, expected {end - begin:,}")
             return data
 
@@ -316,19 +319,30 @@ def _ask(url: str, what: str, ask: Callable[[Any, str], _Found]) -> _Found:
     for attempt in range(TRIES):
         try:
             return ask(*_store_of(protocol)(url))
-        except FileNotFoundError:
-            raise FileNotFoundError(2, "no such object", url) from None
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
             hint = f"pip install '{extra}'" if extra else str(error)
             raise CheckpointError(
                 f"{url}: {protocol}:// needs a package that is not installed: {hint}"
             ) from error
-        except Exception as error:
+        except Exception as found:
+            error = _behind(found)
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(2, "no such object", url) from None
             if _is_permanent(error) or attempt == TRIES - 1:
-                raise CheckpointError(_failure(url, what, error, attempt + 1)) from error
+                raise CheckpointError(_failure(url, what, error, attempt + 1)) from found
             time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1.0))
     raise AssertionError("the last try returns or raises")
+
+
+def _behind(error: Exception) -> Exception:
+    """What has happened, where fsspec's HTTP store says of any failure that there is no such file."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+        is_of_network = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+        if (is_of_network or _status(cause)) and _status(cause) not in (404, 410):
+            return cause
+    return error
 
 
 def _status(error: Exception) -> int | None:
