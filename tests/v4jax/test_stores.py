@@ -163,26 +163,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer_json({"items": items, "prefixes": sorted(folders)})
 
     def do_POST(self):
-        """An upload: in one request with a part of metadata and one of data, or the start of a long one."""
+        """An upload: in one request with a part of metadata and one of data, or in two."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if "uploadType=resumable" in self.path:
-            name = urllib.parse.quote(json.loads(body)["name"], safe="")
+        if self.path.startswith("/session/"):  # the second; gcsfs sends up to 50 MB at once
+            path, data = urllib.parse.unquote(self.path.removeprefix("/session/")), body
+        else:
             bucket = re.search("/b/([^/]+)/o", self.path)[1]
-            where = f"http://{self.headers['Host']}/session/{bucket}/{name}"
-            self.answer(200, Location=where)
-            return
-        boundary = re.search("boundary=['\"]?([^'\"]+)", self.headers["Content-Type"])[1].encode()
-        _, metadata, data, _ = body.split(b"--" + boundary)
-        name = json.loads(metadata.partition(b"\n\n")[2])["name"]
-        data = data.partition(b"\n\n")[2].removesuffix(b"\n")
-        bucket = re.search("/b/([^/]+)/o", self.path)[1]
-        self.server.store.objects[f"{bucket}/{name}"] = data
-        self.answer_json(self.resource(f"{bucket}/{name}"))
-
-    def do_PUT(self):
-        """The rest of a long upload; gcsfs sends up to 50 MB at once."""
-        path = urllib.parse.unquote(self.path.removeprefix("/session/"))
-        data = self.rfile.read(int(self.headers["Content-Length"]))
+            if "uploadType=resumable" in self.path:
+                path = urllib.parse.quote(f"{bucket}/{json.loads(body)['name']}")
+                self.answer(200, Location=f"http://{self.headers['Host']}/session/{path}")
+                return
+            parts = [part.partition(b"\n\n")[2] for part in body.split(b"--==0==")]
+            path, data = f"{bucket}/{json.loads(parts[1])['name']}", parts[2].removesuffix(b"\n")
         self.server.store.objects[path] = data
         self.answer_json(self.resource(path))
 
