@@ -297,6 +297,9 @@ def _info(url: str) -> dict[str, Any]:
 @functools.cache
 def _store_of(protocol: str) -> Callable[[str], tuple[Any, str]]:
     """fsspec's function from URLs to stores and paths; what stores log goes to those who listen."""
+    # gcsfs would ask for the kind of bucket before each request, by gRPC and for up to a minute where
+    # that is blocked or not allowed.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
     for name in {protocol, "gcsfs", "s3fs"}:  # gcsfs logs a traceback of every error that it raises

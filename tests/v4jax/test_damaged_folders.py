@@ -185,6 +185,7 @@ def test_links_into_a_download_cache_are_followed(folder, opened, tmp_path):
     os.symlink("../blob", path / SINGLE_NAME)
 
     assert opens_or_says_why(path, opened, whole=True)
+    assert opened, "what is opened is watched"
 
 
 @pytest.mark.parametrize("dtype", ["F32", "I8"])

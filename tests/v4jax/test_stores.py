@@ -1,6 +1,7 @@
 """Checkpoints in object stores: read through gcsfs and HTTP from servers of this process."""
 
 import collections
+import contextlib
 import http.server
 import json
 import os
@@ -14,12 +15,9 @@ import threading
 import time
 import urllib.parse
 
+import fsspec
 import jax
 import pytest
-
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # no gRPC: before gcsfs is imported
-
-import fsspec
 
 import v4jax
 from tests.conftest import NANO, ROOT, environment
@@ -86,8 +84,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in {"Content-Length": len(data), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):  # gcsfs asks two things at once, and drops one
+            self.wfile.write(data if self.command != "HEAD" else b"")
 
     def answer_json(self, value: dict) -> None:
         self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
@@ -466,9 +464,10 @@ def test_a_model_is_saved_into_a_bucket_config_last(store):
         v4jax.save(v4jax.load(NANO), url)
 
 
-def test_convert_reads_a_bucket(store, tmp_path):
+def test_convert_reads_a_bucket(store, tmp_path, monkeypatch):
     target = tmp_path / "new"
-    Conversion(URL, target).run()
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    main(["convert", URL, str(target)])
     Conversion(NANO, tmp_path / "other").run()
 
     for name in (SINGLE_NAME, "config.json", "tokenizer.json"):
