@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import NANO
 from v4jax.checkpoint import Checkpoint, CheckpointError
+from v4jax.checkpoint.folders import INDEX_NAME, SINGLE_NAME
 from v4jax.checkpoint.hf_config import ConfigError
-from v4jax.checkpoint.loading import INDEX_NAME, SINGLE_NAME, matched_leaves
+from v4jax.checkpoint.loading import matched_leaves
 
 CONFIG = json.loads((NANO / "config.json").read_text())
 with open(NANO / SINGLE_NAME, "rb") as file:
@@ -90,8 +91,7 @@ def opened(monkeypatch):
         names.append(os.path.abspath(os.fspath(name)))
         return real(name, *args, **options)
 
-    for module in ("safetensors", "errors"):
-        monkeypatch.setattr(f"v4jax.checkpoint.{module}.open", watched, raising=False)
+    monkeypatch.setattr("v4jax.stores.open", watched, raising=False)
     return names
 
 
@@ -185,6 +185,7 @@ def test_links_into_a_download_cache_are_followed(folder, opened, tmp_path):
     os.symlink("../blob", path / SINGLE_NAME)
 
     assert opens_or_says_why(path, opened, whole=True)
+    assert opened, "what is opened is watched"
 
 
 @pytest.mark.parametrize("dtype", ["F32", "I8"])

@@ -1,8 +1,9 @@
 """Checkpoints in the released layout and in transformers' naming."""
 
 from v4jax.checkpoint.adapters import load_adapter, save_adapter
-from v4jax.checkpoint.loading import Checkpoint, load
-from v4jax.checkpoint.safetensors import CheckpointError
+from v4jax.checkpoint.errors import CheckpointError
+from v4jax.checkpoint.folders import Checkpoint
+from v4jax.checkpoint.loading import load
 from v4jax.checkpoint.saving import save
 
 __all__ = [

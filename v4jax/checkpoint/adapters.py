@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from v4jax.checkpoint.errors import CheckpointError, read_json
-from v4jax.checkpoint.loading import Leaf, leaves
+from v4jax.checkpoint.leaves import Leaf, leaves
 from v4jax.checkpoint.safetensors import NewTensor, SafetensorsFile, write_safetensors
 from v4jax.checkpoint.saving import write_text
 from v4jax.nn.lora import LoRA, LowRank, add_lora

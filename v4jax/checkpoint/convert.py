@@ -24,17 +24,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from v4jax import stores
 from v4jax.checkpoint import names
 from v4jax.checkpoint.codecs import Matrix
+from v4jax.checkpoint.folders import INDEX_NAME, Checkpoint, Tensor
 from v4jax.checkpoint.hf_config import to_hf
-from v4jax.checkpoint.loading import (
-    INDEX_NAME,
-    Checkpoint,
-    Leaf,
-    Tensor,
-    matched_leaves,
-    refuse_damage,
-)
+from v4jax.checkpoint.leaves import Leaf
+from v4jax.checkpoint.loading import matched_leaves
+from v4jax.checkpoint.reading import refuse_damage
 from v4jax.checkpoint.recode import Recoded, Storage, join, parts, recode
 from v4jax.checkpoint.safetensors import CheckpointError, NewTensor, write_safetensors
 from v4jax.checkpoint.saving import copy_other_files, write_text
@@ -117,7 +114,7 @@ class Conversion:
     """A conversion, planned and checked; `run` does it.
 
     Args:
-      source: a folder that `load` reads.
+      source: a folder that `load` reads, or its URL.
       target: the folder to write: new, or that of an interrupted conversion of the same kind.
       to: a format of the table above.
       naming: "released", or "transformers" as `save_pretrained` of transformers 5 writes.
@@ -130,7 +127,7 @@ class Conversion:
     Raises:
       CheckpointError: the source does not fit its config, or a file of it is broken.
       ValueError: an unknown option, matrices that the format cannot hold, or a target that has
-        something else in it.
+        something else in it, or is a URL.
     """
 
     def __init__(
@@ -146,12 +143,13 @@ class Conversion:
             raise ValueError(f"to={to!r}: expected one of {', '.join(FORMATS)}.")
         if naming not in NAMINGS:
             raise ValueError(f"naming={naming!r}: expected one of {', '.join(NAMINGS)}.")
+        self.target, self.allow_lossy = os.fspath(stores.require_local(target)), allow_lossy
         self.checkpoint = Checkpoint(source)
-        self.target, self.allow_lossy = os.fspath(target), allow_lossy
+        stores.names(source)  # what else is in it is copied at the end
         self._rename = names.to_transformers if naming == "transformers" else str
         headers = hashlib.sha256(b"".join(file.header for file in self.checkpoint.files))
         self._what = {
-            "source": os.path.realpath(source),
+            "source": os.fspath(source) if stores.is_url(source) else os.path.realpath(source),
             "source_headers": headers.hexdigest(),
             "to": to,
             "naming": naming,
@@ -271,7 +269,7 @@ class Conversion:
     def _write_rest(self) -> None:
         """Index, other files, and the config, last: with it the folder is a checkpoint."""
         weight_map = {t.name: name for name in self._files for t in self._tensors(name)}
-        if os.path.isfile(os.path.join(self.checkpoint.path, INDEX_NAME)):
+        if stores.is_file(stores.join(self.checkpoint.path, INDEX_NAME)):
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
             write_text(os.path.join(self.target, INDEX_NAME), json.dumps(index, indent=2))
         copy_other_files(self.checkpoint, self.target, besides=(REPORT_NAME,))

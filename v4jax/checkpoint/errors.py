@@ -1,19 +1,14 @@
 """What is said of a damaged folder, and how its JSON files are read: nothing there is trusted."""
 
 import json
-import os
-import stat
 from typing import Any
 
-_MAX_MESSAGE = 2000  # characters
+from v4jax import stores
+from v4jax.stores import CheckpointError, shortened
+
+__all__ = ["CheckpointError", "ConfigError", "read_json", "shortened"]
+
 _MAX_JSON = 200_000_000  # bytes; an index of 150,000 tensors has 15 million
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message lists what was found wrong with it."""
-
-    def __init__(self, message: str):
-        super().__init__(shortened(message))
 
 
 class ConfigError(ValueError):
@@ -23,47 +18,23 @@ class ConfigError(ValueError):
         super().__init__(shortened(message))
 
 
-def shortened(text: str) -> str:
-    """A message of bounded length that any terminal can print: files may hold anything."""
-    text = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-    if len(text) <= _MAX_MESSAGE:
-        return text
-    left = len(text) - _MAX_MESSAGE + 60
-    return f"{text[: _MAX_MESSAGE - 60]} ... and {left:,} more characters."
-
-
-def require_file(path: str, error: type[ValueError]) -> int:
-    """Bytes of a regular file; a pipe or device would make a reader wait for ever.
-
-    Raises:
-      error: there is no such file, or it is none.
-    """
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError) as why:
-        if isinstance(why, FileNotFoundError):
-            raise
-        raise error(f"{path} cannot be read: {why}.") from why
-    if not stat.S_ISREG(found.st_mode):
-        raise error(f"{path} is not a file (a folder, pipe or device): expected a regular file.")
-    return found.st_size
-
-
 def read_json(path: str, error: type[ValueError]) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """The object that a JSON file holds, here or in a store.
 
     Raises:
+      FileNotFoundError: there is no such file.
       error: it is no JSON in UTF-8, nested too deeply, too large, or holds something else.
+      CheckpointError: a store does not give it.
     """
-    size = require_file(path, error)
-    if size > _MAX_JSON:
-        raise error(f"{path} has {size:,} bytes: expected at most {_MAX_JSON:,}.")
+    file = stores.open_file(path, error)
+    if file.size > _MAX_JSON:
+        raise error(f"{path} has {file.size:,} bytes: expected at most {_MAX_JSON:,}.")
+    data = file.read(0, file.size)
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            found = json.load(file)
+        found = json.loads(str(data, "utf-8-sig"))
     except RecursionError as why:
         raise error(f"{path}: lists and objects are nested too deeply.") from why
-    except (ValueError, OSError) as why:
+    except ValueError as why:
         raise error(f"{path} is not JSON in UTF-8: {why}.") from why
     if not isinstance(found, dict):
         raise error(f"{path} holds a {type(found).__name__}: expected an object.")

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from v4jax import stores
 from v4jax.checkpoint.errors import ConfigError, read_json
 from v4jax.config import (
     CSA,
@@ -83,7 +84,7 @@ def from_hf(source: str | os.PathLike | Mapping[str, Any]) -> V4Config:
     """Reads a released `config.json`, or one written by transformers 5.
 
     Args:
-      source: the file, the folder that holds it, or its parsed contents.
+      source: the file, the folder that holds it, the URL of either, or its parsed contents.
 
     Raises:
       ConfigError: a key or value that is unknown or describes another architecture; the message
@@ -92,9 +93,7 @@ def from_hf(source: str | os.PathLike | Mapping[str, Any]) -> V4Config:
     if isinstance(source, Mapping):
         raw = dict(source)
     else:
-        path = os.fspath(source)
-        path = os.path.join(path, "config.json") if os.path.isdir(path) else path
-        raw = read_json(path, ConfigError)
+        raw = read_json(stores.in_folder(source, "config.json"), ConfigError)
     return _Reader(raw).config()
 
 

@@ -5,13 +5,13 @@
     rest      row-major little-endian data, offsets counted from here
 
 The safetensors package cannot hand FP8 and E8M0 tensors to NumPy (checked with 0.8.0), hence this
-reader. Files are mapped, not read: a view costs nothing until it is copied.
+reader. Local files are mapped, not read: a view costs nothing until it is copied. Of those in object
+stores the header is read, and then what is asked for.
 """
 
 import dataclasses
 import json
 import math
-import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 import ml_dtypes
 import numpy as np
 
-from v4jax.checkpoint.errors import CheckpointError, require_file
+from v4jax import stores
+from v4jax.checkpoint.errors import CheckpointError
 
 # Tag in the file -> NumPy dtype. I8 holds packed FP4 in V4's files; readers view it as uint8.
 DTYPES: dict[str, np.dtype] = {
@@ -52,25 +53,25 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """One mapped file.
+    """One file, here or in a store.
 
     Raises:
+      FileNotFoundError: there is none.
       CheckpointError: the header is not valid, or does not fit the file (say, a broken download).
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        size = require_file(self.path, CheckpointError)
-        with open(self.path, "rb") as file:
-            head = file.read(8)
-            (length,) = struct.unpack("<Q", head) if len(head) == 8 else (None,)
-            if length is None or length > min(size - 8, _MAX_HEADER):
-                raise CheckpointError(
-                    f"{self.path}: header length {length} does not fit a file of {size} bytes: "
-                    "truncated, or not a safetensors file."
-                )
-            self.header = file.read(length)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = stores.open_file(path)
+        size = self.size
+        head = self._file.read(0, min(size, 8))
+        (length,) = struct.unpack("<Q", head) if len(head) == 8 else (None,)
+        if length is None or length > min(size - 8, _MAX_HEADER):
+            raise CheckpointError(
+                f"{self.path}: header length {length} does not fit a file of {size} bytes: "
+                "truncated, or not a safetensors file."
+            )
+        self.header = bytes(self._file.read(8, 8 + length))
         try:
             raw = json.loads(self.header)
             self.metadata: dict[str, str] = raw.pop("__metadata__", {})
@@ -97,17 +98,33 @@ class SafetensorsFile:
         if problems:
             raise CheckpointError(f"{self.path}:\n  " + "\n  ".join(problems))
 
+    @property
+    def size(self) -> int:
+        """Of the whole file, in bytes."""
+        return self._file.size
+
+    @property
+    def is_remote(self) -> bool:
+        """Every view is a request to a store."""
+        return self._file.is_remote
+
     def drop_pages(self) -> None:
         """Gives the memory of pages read so far back to the system; views stay valid."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        self._file.drop_pages()
 
-    def view(self, name: str) -> np.ndarray:
-        """The tensor as a read-only array over the mapping (bytes may be unaligned)."""
+    def view(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        """The tensor as a read-only array (bytes may be unaligned): over the mapping, or read.
+
+        Args:
+          first: with `count`, the first of so many elements, which come without the tensor's shape.
+        """
         info = self.tensors[name]
-        count = math.prod(info.shape)
-        flat = np.frombuffer(self._map, DTYPES[info.tag], count, info.begin)
-        return flat.reshape(info.shape)
+        dtype, whole = DTYPES[info.tag], count is None
+        count = math.prod(info.shape) if count is None else count
+        begin = info.begin + first * dtype.itemsize
+        data = self._file.read(begin, begin + count * dtype.itemsize)
+        flat = np.frombuffer(data, dtype, count)
+        return flat.reshape(info.shape) if whole else flat
 
 
 def _tensor_info(entry: Mapping, data_start: int) -> TensorInfo:

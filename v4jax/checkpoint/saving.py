@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Container, Iterator
 
 import jax
@@ -13,9 +13,11 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.formats.quantize import QuantizedArray, unpack_planes
+from v4jax import stores
 from v4jax.checkpoint import names
+from v4jax.checkpoint.folders import INDEX_NAME, SINGLE_NAME, Checkpoint
 from v4jax.checkpoint.hf_config import to_hf
-from v4jax.checkpoint.loading import INDEX_NAME, SINGLE_NAME, Checkpoint, Leaf, leaves
+from v4jax.checkpoint.leaves import Leaf, leaves
 from v4jax.checkpoint.safetensors import NewTensor, write_safetensors
 from v4jax.config import V4Config
 from v4jax.nn.lora import matrices
@@ -45,10 +47,11 @@ def save(
 
     Parameters are written as they are held: a model that was loaded is written back byte for byte
     where it was not changed, and a float model becomes a float checkpoint (`to_released` quantises
-    one first). Files are complete or absent; `config.json` comes last.
+    one first). Files are complete or absent; `config.json` comes last. What goes into a store is
+    written to a temporary folder first, which takes as much room as the model.
 
     Args:
-      path: the folder; made if missing.
+      path: the folder, made if missing, or its URL ("gs://bucket/folder").
       like: a checkpoint whose order of tensors, integer dtypes, metadata and other files
         (tokenizer ...) to keep.
       single_file_limit: bytes up to which everything goes into one file; beyond, one per layer.
@@ -56,6 +59,7 @@ def save(
     Raises:
       ValueError: `path` has another checkpoint's files, the model has adapters, or it is spread over
         processes.
+      CheckpointError: a store does not take a file.
     """
     path = os.fspath(path)
     adapted = [name for name, matrix in matrices(model) if matrix.adapter is not None]
@@ -64,12 +68,14 @@ def save(
             f"{adapted[0]} has an adapter, which a checkpoint does not hold: merge it first "
             "(v4jax.nn.lora.merge_lora), or write it with v4jax.checkpoint.save_adapter."
         )
+    if stores.is_url(path):
+        _require_no_weights(path, stores.names(path) if stores.is_folder(path) else [])
+        with tempfile.TemporaryDirectory(prefix="v4jax-") as folder:
+            save(model, folder, like=like, single_file_limit=single_file_limit)
+            _upload(folder, path)
+        return
     os.makedirs(path, exist_ok=True)
-    present = [n for n in os.listdir(path) if n.endswith(".safetensors") or n == INDEX_NAME]
-    if present:
-        raise ValueError(
-            f"{path} already holds {present[0]}: give an empty folder, or remove the old checkpoint."
-        )
+    _require_no_weights(path, os.listdir(path))
     tensors = {t.name: t for leaf in leaves(model) for t in _tensors(leaf, like)}
     metadata = {"format": "pt"}
     if like is not None:
@@ -86,6 +92,25 @@ def save(
     fmt = {"I8": "fp4", "F8_E4M3": "fp8"}.get(experts)
     config = json.dumps(to_hf(dataclasses.replace(model.cfg, expert_format=fmt)), indent=2)
     write_text(os.path.join(path, "config.json"), config)
+
+
+def _require_no_weights(path: str, present: list[str]) -> None:
+    weights = [name for name in present if name.endswith(".safetensors") or name == INDEX_NAME]
+    if weights:
+        raise ValueError(
+            f"{path} already holds {weights[0]}: give an empty folder, or remove the old checkpoint."
+        )
+
+
+def _upload(folder: str, url: str) -> None:
+    """Copies a folder into a store, `config.json` last: with it the folder is a checkpoint."""
+    files = [
+        os.path.relpath(os.path.join(where, name), folder)
+        for where, _, found in os.walk(folder)
+        for name in found
+    ]
+    for name in sorted(files, key=lambda name: (name == "config.json", name)):
+        stores.upload(os.path.join(folder, name), stores.join(url, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +171,15 @@ def copy_other_files(checkpoint: Checkpoint, path: str, besides: Container[str] 
     That one tells whose prompts the model expects (`v4jax/text/release.py`).
     """
     encoder = os.path.join("encoding", "encoding_dsv4.py")
-    if os.path.isfile(os.path.join(checkpoint.path, encoder)):
+    source = stores.join(checkpoint.path, encoder)
+    if stores.is_file(source):
         os.makedirs(os.path.join(path, "encoding"), exist_ok=True)
-        shutil.copyfile(os.path.join(checkpoint.path, encoder), os.path.join(path, encoder))
-    for name in sorted(os.listdir(checkpoint.path)):
-        source = os.path.join(checkpoint.path, name)
+        stores.copy_here(source, os.path.join(path, encoder))
+    for name in stores.names(checkpoint.path):
+        source = stores.join(checkpoint.path, name)
         written = name in ("config.json", INDEX_NAME) or name.endswith(".safetensors")
-        if os.path.isfile(source) and not written and name not in besides:
-            shutil.copyfile(source, os.path.join(path, name))
+        if not written and name not in besides and stores.is_file(source):
+            stores.copy_here(source, os.path.join(path, name))
 
 
 def _tensors(leaf: Leaf, like: Checkpoint | None) -> Iterator[NewTensor]:

@@ -11,19 +11,20 @@ they hold one model together.
 
 import argparse
 import dataclasses
-import pathlib
 import sys
 import time
 
 import jax
 from tqdm import tqdm
 
-from v4jax import Numerics, checkpoint
+from v4jax import Numerics, checkpoint, stores
+from v4jax.checkpoint.folders import weight_files
 from v4jax.cli.options import (
     add_checkpoint_option,
     add_numerics_options,
     add_sampling_options,
     command_parser,
+    local_folder,
 )
 from v4jax.cli.pod import (
     add_pod_arguments,
@@ -47,9 +48,9 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = command_parser("batch", __doc__)
     add_checkpoint_option(parser, required=False)
-    parser.add_argument("--input", type=pathlib.Path, metavar="FILE", help="requests, JSON lines")
+    parser.add_argument("--input", type=local_folder, metavar="FILE", help="requests, JSON lines")
     parser.add_argument(
-        "--output", type=pathlib.Path, metavar="FILE", required=True, help="results, JSON lines"
+        "--output", type=local_folder, metavar="FILE", required=True, help="results, JSON lines"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="requests that run together")
     parser.add_argument(
@@ -75,8 +76,8 @@ def parse_args() -> argparse.Namespace:
 
 def run(args: argparse.Namespace, process: int, count: int) -> int:
     """Does this process's share and returns the number of requests that are still to do."""
-    files = [args.checkpoint / "config.json", args.checkpoint / "tokenizer.json"]
-    files += sorted(args.checkpoint.glob("*.safetensors"))
+    files = [stores.join(args.checkpoint, name) for name in ("config.json", "tokenizer.json")]
+    files += weight_files(args.checkpoint)
     identity = {
         "checkpoint": fingerprint(files),
         "dtype": args.dtype,

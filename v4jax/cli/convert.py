@@ -11,24 +11,24 @@ interruption. TARGET/report.json says what changed, for each kind of tensor.
 """
 
 import argparse
-import pathlib
 
 import jax
 from tqdm import tqdm
 
 from v4jax.checkpoint.convert import FORMATS, NAMINGS, Conversion
-from v4jax.checkpoint.loading import folder_of
 from v4jax.cli.errors import one_message
-from v4jax.cli.options import command_parser
+from v4jax.cli.options import checkpoint_folder, command_parser, local_folder
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = command_parser("convert", __doc__)
     parser.add_argument(
-        "source", type=folder_of, help="folder with config.json and safetensors files"
+        "source",
+        type=checkpoint_folder,
+        help="folder with config.json and safetensors files, or its URL",
     )
-    parser.add_argument("target", type=pathlib.Path, help="new folder, or one to continue")
+    parser.add_argument("target", type=local_folder, help="new folder, or one to continue")
     parser.add_argument("--to", choices=list(FORMATS), default="stored", help="storage format")
     parser.add_argument("--names", choices=NAMINGS, default="released", help="tensor names")
     parser.add_argument(

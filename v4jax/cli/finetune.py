@@ -19,19 +19,18 @@ any mesh, to write model/.
 import argparse
 import json
 import math
-import pathlib
 import shutil
 import sys
 
 import jax
 from flax import nnx
 
-from v4jax import checkpoint
+from v4jax import checkpoint, stores
+from v4jax.checkpoint.folders import weight_files
 from v4jax.checkpoint.hf_config import from_hf
-from v4jax.checkpoint.loading import folder_of
 from v4jax.checkpoint.saving import write_text
 from v4jax.cli.errors import one_message
-from v4jax.cli.options import DTYPES, command_parser
+from v4jax.cli.options import DTYPES, checkpoint_folder, command_parser, local_folder
 from v4jax.cli.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
 from v4jax.config import VARIANTS, V4Config
 from v4jax.inference.batch.files import fingerprint
@@ -89,7 +88,7 @@ def identity_of(args: argparse.Namespace) -> dict[str, object]:
     found = {name: value for name, value in vars(args).items() if name not in _FREE}
     found["tokens"] = fingerprint([args.tokens])
     if args.checkpoint:
-        files = [args.checkpoint / "config.json", *sorted(args.checkpoint.glob("*.safetensors"))]
+        files = [stores.join(args.checkpoint, "config.json"), *weight_files(args.checkpoint)]
         found["checkpoint"] = fingerprint(files)
     return found
 
@@ -125,11 +124,16 @@ def parse_args() -> argparse.Namespace:
     parser = command_parser("finetune", __doc__)
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--model", choices=sorted(VARIANTS), help="train this variant from scratch")
-    start.add_argument("--checkpoint", type=folder_of, metavar="DIR", help="start from this folder")
-    parser.add_argument("--tokens", type=pathlib.Path, required=True, help=".npy, integers [N]")
-    parser.add_argument("--eval-tokens", type=pathlib.Path, help="held-out tokens, .npy")
+    start.add_argument(
+        "--checkpoint",
+        type=checkpoint_folder,
+        metavar="DIR",
+        help="start from this folder, or from its URL (gs://, s3://)",
+    )
+    parser.add_argument("--tokens", type=local_folder, required=True, help=".npy, integers [N]")
+    parser.add_argument("--eval-tokens", type=local_folder, help="held-out tokens, .npy")
     parser.add_argument(
-        "--output", type=pathlib.Path, metavar="DIR", required=True, help="folder of the run"
+        "--output", type=local_folder, metavar="DIR", required=True, help="folder of the run"
     )
     parser.add_argument(
         "--steps", type=positive, default=1000, help="in all, those before an interruption too"
@@ -144,7 +148,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-every", type=positive, default=250, help="steps")
     parser.add_argument("--eval-every", type=positive, default=250, help="steps")
     parser.add_argument("--log-every", type=positive, default=10, help="steps")
-    parser.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to put into model/")
+    parser.add_argument("--tokenizer", type=local_folder, help="tokenizer.json to put into model/")
     trained = parser.add_argument_group("what trains")
     trained.add_argument(
         "--trainable",
@@ -280,9 +284,9 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
     written = args.output / ("adapter" if args.save == "adapter" else "model")
     shutil.rmtree(written, ignore_errors=True)  # `claim` made sure that it is ours
     trainer.save(written, args.save)
-    source = args.tokenizer or (args.checkpoint and args.checkpoint / "tokenizer.json")
-    if source and source.exists():
-        Tokenizer(source if args.tokenizer else args.checkpoint).save(written)
+    source = args.tokenizer or args.checkpoint
+    if source and stores.is_file(stores.in_folder(source, "tokenizer.json")):
+        Tokenizer(source).save(written)
     print(f"wrote {written}")
 
 

@@ -1,7 +1,9 @@
 """What commands share: how their help looks, and options with one spelling, default and text."""
 
 import argparse
+import pathlib
 
+from v4jax import stores
 from v4jax.checkpoint.loading import folder_of
 from v4jax.cli.pod import parse_mesh
 from v4jax.nn.numerics import RECIPES
@@ -41,14 +43,31 @@ def command_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+def checkpoint_folder(text: str) -> pathlib.Path | str:
+    """The folder of a checkpoint, or its URL."""
+    try:
+        return folder_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_folder(text: str) -> pathlib.Path:
+    """A folder or file of this machine: every output, and every input that is no checkpoint."""
+    try:
+        return stores.require_local(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_checkpoint_option(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--checkpoint."""
     parser.add_argument(
         "--checkpoint",
-        type=folder_of,
+        type=checkpoint_folder,
         metavar="DIR",
         required=required,
-        help='folder with config.json, safetensors files and tokenizer.json; "nano": the bundled model',
+        help="folder with config.json, safetensors files and tokenizer.json, or its URL (gs://, "
+        's3://); "nano": the bundled model',
     )
 
 

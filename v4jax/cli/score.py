@@ -23,6 +23,7 @@ from v4jax.cli.options import (
     add_mesh_option,
     add_numerics_options,
     command_parser,
+    local_folder,
 )
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.score import Scorer
@@ -34,9 +35,9 @@ def parse_args() -> argparse.Namespace:
     parser = command_parser("score", __doc__)
     add_checkpoint_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--tokens", type=pathlib.Path, help=".npy, integers [B, T]")
-    what.add_argument("--text", type=pathlib.Path, help="print the perplexity of this file")
-    parser.add_argument("--out", type=pathlib.Path, help=".npz to write (with --tokens)")
+    what.add_argument("--tokens", type=local_folder, help=".npy, integers [B, T]")
+    what.add_argument("--text", type=local_folder, help="print the perplexity of this file")
+    parser.add_argument("--out", type=local_folder, help=".npz to write (with --tokens)")
     parser.add_argument(
         "--decode-from", type=int, metavar="N", help="feed tokens from here on one at a time"
     )

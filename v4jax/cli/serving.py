@@ -37,8 +37,7 @@ def load_for_serving(
       ValueError: the model does not fit on the devices; names what would.
     """
     opened = checkpoint.Checkpoint(args.checkpoint)
-    files = args.checkpoint.glob("*.safetensors")
-    weight_bytes = sum(file.stat().st_size for file in files)
+    weight_bytes = sum(file.size for file in opened.files)
     keep_programs()
     devices = jax.devices() if devices is None else list(devices)
     reasons = ("as given",)

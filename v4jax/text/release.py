@@ -18,6 +18,7 @@ import json
 import os
 import re
 
+from v4jax import stores
 from v4jax.text.format import EncodingError, shown
 
 PROFILE_KEY = "dsv4_reasoning_effort_profile"
@@ -29,12 +30,12 @@ _BEFORE = re.compile(r"^REASONING_EFFORT_MAX\b", re.MULTILINE)
 
 
 def release_of(folder: str | os.PathLike) -> str:
-    """The release of a checkpoint folder, a key of `EFFORT_PROMPTS`.
+    """The release of a checkpoint folder, or of the URL of one: a key of `EFFORT_PROMPTS`.
 
     Raises:
         EncodingError: its `config.json` names a profile that does not exist.
     """
-    config = _config(os.path.join(folder, "config.json"))
+    config = _config(stores.join(folder, "config.json"))
     profile = config.get(PROFILE_KEY)
     if profile is not None:
         if not isinstance(profile, str) or profile not in PROFILES:
@@ -42,7 +43,7 @@ def release_of(folder: str | os.PathLike) -> str:
                 f"{PROFILE_KEY}={shown(profile)} in {folder}: expected one of {tuple(PROFILES)}."
             )
         return PROFILES[profile]
-    encoder = _read(os.path.join(folder, ENCODER))
+    encoder = _read(stores.join(folder, ENCODER))
     if _SINCE_0731.search(encoder):
         return "0731"
     if _BEFORE.search(encoder):
@@ -60,7 +61,6 @@ def _config(path: str) -> dict[str, object]:
 
 
 def _read(path: str) -> str:
-    if not os.path.isfile(path):
+    if not stores.is_file(path):
         return ""
-    with open(path, "rb") as file:
-        return file.read(_MAX_BYTES).decode("utf-8-sig", "replace")
+    return stores.read_start(path, _MAX_BYTES).decode("utf-8-sig", "replace")

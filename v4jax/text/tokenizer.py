@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 try:
@@ -13,6 +12,7 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         "checkpoints and v4jax.text.prompt work without it, on token ids and strings."
     ) from error
 
+from v4jax import stores
 from v4jax.text.format import (
     ASSISTANT,
     BOS,
@@ -49,7 +49,8 @@ class Tokenizer:
     Nothing is added to a text: BOS is part of a rendered prompt.
 
     Args:
-      source: a checkpoint folder, or a `tokenizer.json` in one.
+      source: a checkpoint folder, or a `tokenizer.json` in one; or the URL of either, such as
+        "gs://bucket/folder".
       release: whose prompts to render, "april" or "0731"; default: what the folder's files say
         (`v4jax.text.release`).
 
@@ -58,13 +59,13 @@ class Tokenizer:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no tokenizer, or one without the tokens of the DeepSeek-V4 format.
+      ValueError: it is no tokenizer, or one without the tokens of the DeepSeek-V4 format, or a
+        store does not give it.
     """
 
     def __init__(self, source: str | os.PathLike, *, release: str | None = None):
-        path = os.fspath(source)
-        path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
-        if not os.path.isfile(path):
+        path = stores.in_folder(source, "tokenizer.json")
+        if not stores.is_file(path):
             raise FileNotFoundError(f"{path} does not exist: expected a tokenizer.json.")
         self._path, self._tokenizer = path, _read(path)
         missing = [token for token in _NEEDED if self._tokenizer.token_to_id(token) is None]
@@ -158,10 +159,10 @@ class Tokenizer:
         That is the released encoding module where this tokenizer came with one, and otherwise a key
         of the folder's `config.json`, if that is there already.
         """
-        folder = os.fspath(folder)
+        folder = os.fspath(stores.require_local(folder))
         _copy(self._path, os.path.join(folder, "tokenizer.json"))
-        encoder = os.path.join(os.path.dirname(self._path), ENCODER)
-        if os.path.isfile(encoder):
+        encoder = stores.join(os.path.dirname(self._path), ENCODER)
+        if stores.is_file(encoder):
             os.makedirs(os.path.join(folder, os.path.dirname(ENCODER)), exist_ok=True)
             _copy(encoder, os.path.join(folder, ENCODER))
         path = os.path.join(folder, "config.json")
@@ -175,8 +176,7 @@ class Tokenizer:
 
 
 def _read(path: str) -> tokenizers.Tokenizer:
-    with open(path, "rb") as file:
-        data = file.read().removeprefix(_MARK)
+    data = stores.read_start(path).removeprefix(_MARK)
     if data.startswith(_POINTER):
         raise ValueError(
             f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its "
@@ -192,8 +192,8 @@ def _read(path: str) -> tokenizers.Tokenizer:
 
 
 def _copy(source: str, target: str) -> None:
-    if os.path.abspath(source) != os.path.abspath(target):
-        shutil.copyfile(source, target)
+    if stores.is_url(source) or os.path.abspath(source) != os.path.abspath(target):
+        stores.copy_here(source, target)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:
