@@ -19,6 +19,8 @@
 # three modes, looks at its parameters and its cache, and draws what a query sees.
 
 # %%
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -73,7 +75,7 @@ print(
 )
 print("\nbytes:")
 print(describe(model))
-print("\nlayers (tokens per compressed entry):", [s.ratio for s in model.cfg.layers])
+print("\nlayers (tokens per row of compressed KV):", [s.ratio for s in model.cfg.layers])
 print(
     "experts of layer 1:", model.stages[1].blocks[0].moe.w1.kernel[...].values.dtype, "packed FP4"
 )
@@ -81,8 +83,8 @@ print(
 # %% [markdown]
 # ## The cache
 #
-# Each layer keeps a ring of the last 64 tokens. CSA layers add one entry per 4 tokens and a key for
-# their indexer, HCA layers one entry per 128. That is why long contexts are cheap.
+# Each layer keeps a ring of the last 64 tokens. CSA layers add one compressed row per 4 tokens and
+# a key for their indexer, HCA layers one row per 128. That is why long contexts are cheap.
 
 # %%
 cache = model.init_cache(batch=1, capacity=4096)
@@ -100,9 +102,10 @@ print(f"{growth:.0f} bytes per token of context; keys and values of every head: 
 # %% [markdown]
 # ## What a query sees
 #
-# The last token of a long passage, in the first CSA layer and the first HCA layer. Every bar is one key:
-# tokens of the window, then compressed entries as wide as the tokens they stand for. Heights are
-# attention weights (mean over heads). CSA attends to the 32 entries that the indexer picked.
+# `model.inspect` returns what every layer did with a text. Below: the last token of a long passage, in
+# the first CSA layer and the first HCA layer. Every bar is one key: tokens of the sliding window (blue),
+# then rows of compressed KV (orange), as wide as the tokens they stand for. Heights are attention weights,
+# the mean over heads. CSA attends to the 32 rows that the indexer picked; grey lines are its scores.
 
 # %%
 text = (
@@ -112,49 +115,36 @@ text = (
     "distinct from the rest, quietly leading the way. "
 ) * 5
 tokens = jnp.asarray([tokenizer.encode(BOS + text)[:601]])
-positions = jnp.arange(tokens.shape[1])[None]
-
-
-def attention_input(layer: int):
-    """The block of a layer, and what its attention reads."""
-    blocks = [block for stage in model.stages for block in stage.layers()]
-    streams = model.streams(model.embedding(tokens))
-    for block in blocks[:layer]:
-        streams, _ = jax.jit(lambda s, b=block: b(s, tokens))(streams)
-    return blocks[layer], blocks[layer].attn_norm(blocks[layer].attn_hc.pre(streams)[0])
-
-
-def last_query(layer: int) -> list[tuple[int, int, float]]:
-    """(first token, number of tokens, weight) of every key that the last query attends to."""
-    block, x = attention_input(layer)
-    attention, spec = block.attention, model.cfg.layers[layer]
-    latent, q, kv = attention.project(x, positions)
-    entries = model.numerics.round_kv(attention.compressor(x), model.cfg.nope_head_dim)
-    chosen = range(entries.shape[1])
-    if spec.indexer:
-        keys = model.numerics.round_indexer(attention.indexer.compressor(x))
-        queries, weights = attention.indexer.queries(x, latent, positions)
-        selection = attention.indexer.select(queries, weights, keys, positions)
-        chosen = sorted(int(i) for i in selection.to_indices()[0, -1])
-    window = model.cfg.window
-    rows = np.concatenate([kv[0, -window:], entries[0, jnp.asarray(list(chosen))]])
-    scores = np.asarray(q[0, -1]) @ rows.T / np.sqrt(model.cfg.head_dim)
-    scores = np.concatenate([scores, np.asarray(attention.sink[...])[:, None]], axis=1)
-    weights = np.asarray(jax.nn.softmax(scores, axis=-1))[:, :-1].mean(axis=0)
-    last, ratio = tokens.shape[1] - 1, spec.ratio
-    spans = [(last - window + 1 + i, 1) for i in range(window)] + [
-        (ratio * i, ratio) for i in chosen
-    ]
-    return [(start, width, float(w)) for (start, width), w in zip(spans, weights)]
-
+views = model.inspect(tokens, queries=[-1])
 
 figure, axes = plt.subplots(2, 1, figsize=(10, 5), sharex=True)
-for axis, (layer, name) in zip(axes, [(1, "CSA"), (2, "HCA")]):
-    for start, width, weight in last_query(layer):
-        color = "tab:blue" if width == 1 else "tab:orange"
-        axis.bar(start, weight, width=width, align="edge", color=color, alpha=0.7)
-    axis.set_title(f"layer {layer}, {name}: window (blue) and entries of {width} tokens (orange)")
+for axis, view in zip(axes, views[1:3]):
+    last = tokens.shape[1] - 1
+    window = np.asarray(view.window_weights[0, 0]).mean(axis=0)
+    rows = np.asarray(view.compressed_weights[0, 0]).mean(axis=0)
+    axis.bar(last - len(window) + 1 + np.arange(len(window)), window, color="tab:blue", alpha=0.7)
+    starts = view.ratio * np.flatnonzero(rows)
+    axis.bar(starts, rows[rows > 0], width=view.ratio, align="edge", color="tab:orange", alpha=0.7)
+    if view.indexer_scores is not None:
+        scores, right = np.asarray(view.indexer_scores[0, 0]), axis.twinx()
+        right.step(view.ratio * np.arange(len(scores)), scores, where="post", color="grey", lw=0.7)
+        right.set_ylabel("indexer score")
+    axis.set_title(f"{view.kind}: sliding window (blue), rows of {view.ratio} tokens (orange)")
     axis.set_ylabel("weight")
     axis.set_yscale("log")
 axes[-1].set_xlabel("token")
 figure.tight_layout()
+
+# %% [markdown]
+# The same model with another top-k, or with dense attention to all compressed rows, is a `variant` of its
+# config with the same weights: here, how far the last token's prediction moves.
+
+# %%
+usual = jax.nn.log_softmax(model(tokens)[0, -1])
+for name, cfg in {
+    "top 8": model.cfg.with_indexer(topk=8),
+    "all rows": model.cfg.map_layers(lambda layer: dataclasses.replace(layer, indexer=None)),
+}.items():
+    other = jax.nn.log_softmax(model.variant(cfg)(tokens)[0, -1])
+    divergence = float(jnp.sum(jnp.exp(usual) * (usual - other)))
+    print(f"{name:8s} KL divergence from top {model.cfg.indexer.topk}: {divergence:.4f} nats")

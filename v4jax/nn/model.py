@@ -122,6 +122,12 @@ def _whole(graphdef, rules, params, tokens):
     return collectives.per_device(on_device, rules, placed, rules.tokens)(params, tokens)
 
 
+@jax.jit
+def _compiled(model, tokens):
+    """`Transformer.__call__` on one device, one program for all layers."""
+    return model._logits_of(tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
     """`pattern` repeated `repeats` times; the unit of `jax.lax.scan`."""
@@ -287,6 +293,12 @@ class Transformer(nnx.Module):
         ):
             with on_mesh(mesh):
                 return self._over_mesh(jnp.asarray(tokens))
+        arrays = (tokens, self.embed.table[...])
+        if any(isinstance(array, jax.core.Tracer) for array in arrays):
+            return self._logits_of(tokens)
+        return _compiled(self, jnp.asarray(tokens))
+
+    def _logits_of(self, tokens: jax.Array) -> jax.Array:
         streams, _ = self.trunk(tokens)
         return self.logits(self.hidden(streams))
 
