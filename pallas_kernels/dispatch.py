@@ -9,7 +9,9 @@
 
 A tuple of names is an order of preference: the first that can run does. `None` picks "tpu" where
 the program is compiled for a TPU and the shapes are the kernel's, else "xla". A kernel works on one
-device's arrays: under a mesh of several devices `None` picks it only inside `jax.shard_map`.
+device's arrays: under a mesh of several devices `None` picks it only inside `jax.shard_map`. Arrays that
+are spread over devices need such a mesh around the program (`jax.set_mesh`); without one jax says that
+it cannot partition the kernel.
 """
 
 import functools
@@ -165,6 +167,6 @@ def _kernels_run() -> bool:
         _say_once(_unknown(kind))
         return False
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
+    if mesh.empty:  # of one device of a host, however many it has
+        return True
     return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)

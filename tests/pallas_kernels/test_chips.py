@@ -1,9 +1,11 @@
 """One record a chip; a kind that none names runs the XLA forms, and is named."""
 
+import dataclasses
 import re
 import types
 import warnings
 
+import jax
 import pytest
 
 from pallas_kernels import chips, dispatch
@@ -18,7 +20,6 @@ def kind(monkeypatch):
         monkeypatch.setattr(dispatch, "target_platform", lambda: "tpu")
         device = types.SimpleNamespace(device_kind=name)
         monkeypatch.setattr(dispatch.jax, "devices", lambda: [device])
-        monkeypatch.setattr(dispatch.jax, "device_count", lambda: 1)
 
     return set_kind
 
@@ -59,3 +60,51 @@ def test_no_other_file_knows_a_chip_by_name():
                 continue
             code = re.sub(r'"""[\s\S]*?"""|#.*', "", path.read_text(encoding="utf-8"))
             assert not re.search(rf"[\"']({names})[\"']", code), path
+
+
+def test_programs_of_one_device_run_kernels_however_many_the_host_has(kind):
+    kind("TPU v6 lite")
+    assert jax.device_count() == 8
+    assert dispatch.choose(None) == "tpu"
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((8,), ("expert",))):
+        assert dispatch.choose(None) == "xla"
+
+
+def test_other_implementations_are_picked_by_name():
+    calls = []
+
+    @dispatch.operation
+    def double(x, *, implementation=None):
+        return 2 * x, implementation
+
+    @dispatch.operation
+    def halve(x, *, implementation=None):
+        return x / 2, implementation
+
+    try:
+
+        @dispatch.register("by adding", double)
+        def double_by_adding(x):
+            calls.append(x)
+            return x + x, "ours"
+
+        assert double(3, implementation="by adding") == (6, "ours") and calls == [3]
+        assert double(3, implementation=("by adding", "xla")) == (6, "ours")
+        assert halve(4, implementation="by adding") == (2, None)
+        assert halve(4, implementation=("by adding", "xla")) == (2, "xla")
+        assert double(3) == (6, None)
+        assert dispatch.choose("by adding") == "by adding"
+        with pytest.raises(ValueError, match=r"'xla'.: expected another name than"):
+            dispatch.register("xla", double)
+        with pytest.raises(ValueError, match=r"expected one of .*by adding"):
+            dispatch.choose("unknown")
+    finally:
+        dispatch._registered.pop("by adding", None)
+
+
+def test_a_chip_that_is_added_later_is_in_every_table(monkeypatch):
+    new = dataclasses.replace(chips.V7X, name="v99", kinds=("TPU v99",), grouped_vmem=123)
+    sizes = chips.table("grouped_vmem")
+    monkeypatch.setitem(chips.CHIPS, "v99", new)
+    assert sizes["v99"] == 123 and "v99" in sizes
+    assert chips.of_kind("TPU v99") is new
