@@ -15,6 +15,7 @@ them mode and tools.
 
 import argparse
 import json
+import math
 import pathlib
 import sys
 
@@ -30,15 +31,19 @@ from v4jax.cli.options import (
     command_parser,
 )
 from v4jax.cli.serving import load_for_serving
-from v4jax.inference.engine import BATCHES
 from v4jax.inference.findings import FAIL, PASS, SKIPPED, Row
-from v4jax.inference.verify import LENGTHS, MAX_PROMPT, Options, verify
+from v4jax.inference.verify import LENGTHS, MAX_PROMPT, Options, needed_room, verify
 from v4jax.inference.verify_text import read_vectors
 from v4jax.text.tokenizer import Tokenizer
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(sorted({int(length) for length in text.split(",")}))
+    try:
+        return tuple(sorted({int(length) for length in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected numbers of tokens with commas between them, such as 2048,8192."
+        ) from None
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,7 +62,9 @@ def parse_args() -> argparse.Namespace:
         help="tokens of context for perplexity",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="of --lengths only the shortest: the others take longest"
+        "--quick",
+        action="store_true",
+        help="of --lengths only the shortest: the others take longest",
     )
     parser.add_argument(
         "--length",
@@ -82,10 +89,8 @@ def main() -> None:
     vectors = read_vectors(args.vectors, tokenizer, opened.config) if args.vectors else ()
     lengths = args.lengths[:1] if args.quick else args.lengths
     options = Options(lengths, args.length, vectors)
-    # One long sequence, and as much cache in all as a batch of short ones.
-    context = max(lengths[-1], args.length, *(len(v.prompt) + len(v.tokens) for v in vectors), 0)
-    context = min(context, opened.config.max_length)
-    model = load_for_serving(args, numerics, context=-(-context // 2), batch=BATCHES[1])
+    context, batch = needed_room(opened.config, options)
+    model = load_for_serving(args, numerics, context=context, batch=batch)
     print(f"\n{'check':17} {'result':8} {'seconds':>7}  figure", flush=True)
     rows = []
     for row in verify(model, tokenizer, options, cache=args.cache):
@@ -107,8 +112,10 @@ _WORDS = {PASS: "passed", FAIL: "failed", SKIPPED: "skipped"}
 def line_of(row: Row) -> str:
     """A row of the table."""
     finding = row.finding
-    words = [text for text in (finding.figure, finding.reason) if text]
-    shown = "  ".join(words) if finding.result == PASS else ": ".join(words)
+    if finding.result == PASS:
+        shown = f"{finding.figure} ({finding.reason})" if finding.reason else finding.figure
+    else:
+        shown = ": ".join(text for text in (finding.figure, finding.reason) if text)
     return f"{row.check:17} {finding.result:8} {row.seconds:7.1f}  {shown}"
 
 
@@ -132,11 +139,16 @@ def report(args: argparse.Namespace, model, rows: list[Row]) -> dict[str, object
                 "figure": row.finding.figure,
                 "reason": row.finding.reason,
                 "seconds": round(row.seconds, 3),
-                **row.finding.values,
+                **{name: _as_json(value) for name, value in row.finding.values.items()},
             }
             for row in rows
         ],
     }
+
+
+def _as_json(value: object) -> object:
+    """JSON has no name for what is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

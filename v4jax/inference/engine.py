@@ -258,9 +258,7 @@ class Engine:
                 start += size
         return cache, logits
 
-    def fill(
-        self, prompts: Sequence[Sequence[int]], requests: Sequence[Sampling], stop_ids: Sequence[int]
-    ) -> Slots:
+    def fill(self, prompts: list[list[int]], requests: list[Sampling], stop_ids) -> Slots:
         """Slots with prompts in the first rows; the others have one token and have ended."""
         rows = _bucket(BATCHES, -(-len(prompts) // self._batch_parts) * self._batch_parts)
         rows += -rows % self._batch_parts

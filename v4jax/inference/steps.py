@@ -122,9 +122,7 @@ def whole_step(model: Transformer, count: int, rules: AxisRules = PREFILL) -> Ca
         few = [collectives.row_at(streams, first + i, "seq") for i in range(count)]
         return model.logits(model.hidden(jnp.stack(few, axis=1)))
 
-    return jax.jit(
-        collectives.per_device(on_device, rules, (leaf_specs, rules.tokens, rows), rows)
-    )
+    return jax.jit(collectives.per_device(on_device, rules, (leaf_specs, rules.tokens, rows), rows))
 
 
 def losses_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:

@@ -38,7 +38,6 @@ TEXTS = {
 }
 
 
-
 @dataclasses.dataclass(frozen=True)
 class PromptCase:
     """A conversation, and the text that the encoding module of the April release makes of it."""
