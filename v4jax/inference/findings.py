@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 PASS, FAIL, SKIPPED = "pass", "fail", "skipped"
+_SHOWN = 3  # problems of a check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,11 @@ class Finding:
 
     @staticmethod
     def of(problems: list[str], figure: str, note: str = "", **values: object) -> "Finding":
-        """Passed if there are no problems; otherwise they are the reason."""
-        return Finding(FAIL if problems else PASS, figure, "; ".join(problems) or note, values)
+        """Passed if there are no problems; otherwise the first ones are the reason."""
+        shown = problems[:_SHOWN]
+        if len(problems) > _SHOWN:
+            shown.append(f"and {len(problems) - _SHOWN} more")
+        return Finding(FAIL if problems else PASS, figure, "; ".join(shown) or note, values)
 
 
 @dataclasses.dataclass(frozen=True)
