@@ -33,7 +33,7 @@ import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from sharding import PREFILL
@@ -190,7 +190,7 @@ class Checks:
         for token in self.tokens[self.length :]:  # the step takes the likeliest: this one
             forced = np.zeros(slots.logits.shape, np.float32)
             forced[:, token] = 1
-            forced = jnp.asarray(forced, device=slots.logits.sharding)
+            forced = jax.device_put(forced, slots.logits.sharding)
             _, slots = self.engine.step(dataclasses.replace(slots, logits=forced))
             logits.append(np.array(slots.logits)[0])
         return self._compared(logits, self.whole[1:], "decoded", "whole")
