@@ -17,7 +17,7 @@ from tests.conftest import GOLDEN, NANO, ROOT
 from v4jax.cli import main
 from v4jax.inference import verify as verifying
 from v4jax.inference import verify_text
-from v4jax.inference.findings import FAIL, PASS, SKIPPED, run_check
+from v4jax.inference.findings import FAIL, PASS, SKIPPED, Finding, run_check
 from v4jax.inference.verify import Checks, Options, needed_room, prompt_length
 from v4jax.inference.verify_text import Vector, check_prompts, check_tokenizer, read_vectors
 from v4jax.text import prompt as prompts
@@ -34,8 +34,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def checks(tokenizer) -> Checks:
     """Its contexts for perplexity are fed in the chunks that the other checks feed."""
-    options = Options(lengths=LENGTHS)
-    return Checks(v4jax.load(NANO), tokenizer, options, None)
+    return Checks(v4jax.load(NANO), tokenizer, Options(lengths=LENGTHS), None)
 
 
 @pytest.fixture
@@ -132,16 +131,13 @@ def test_a_wrong_id_is_found(checks, tokenizer, text, ids, message):
 
 def test_a_vocabulary_that_is_larger_than_the_models_is_found(checks, tokenizer):
     finding = check_tokenizer(tokenizer, dataclasses.replace(checks.cfg, vocab_size=1000))
-
     assert finding.result == FAIL
     assert "1280 ids, more than vocab_size=1000" in finding.reason
 
 
 def test_prompts_are_those_of_the_released_module():
-    golden = {
-        case["name"]: case
-        for case in json.loads((GOLDEN / "encoding_cases.json").read_text(encoding="utf-8"))
-    }
+    cases = json.loads((GOLDEN / "encoding_cases.json").read_text(encoding="utf-8"))
+    golden = {case["name"]: case for case in cases}
     for name, case in verify_text.PROMPT_CASES.items():
         assert case.expected == golden[name]["expected"]
         assert len(case.messages) == len(golden[name]["messages"])
@@ -257,12 +253,10 @@ def test_perplexity_near_that_of_a_guess_is_found(checks, monkeypatch):
         assert "expected at most 35.8, half the bits of a guess" in finding.reason
 
 
-def test_what_the_text_or_the_model_is_too_short_for_is_skipped(checks, monkeypatch):
-    finding = checks.perplexity(100_000)
-    assert finding.result == SKIPPED
-    assert finding.reason == f"the text has {len(checks.text)} tokens"
-
-    assert checks.perplexity(200_000).reason == "max_length=131072"
+def test_what_the_text_or_the_model_is_too_short_for_is_skipped(checks):
+    assert checks.perplexity(200_000) == Finding(SKIPPED, reason="max_length=131072")
+    reason = f"the text has {len(checks.text)} tokens"
+    assert checks.perplexity(100_000) == Finding(SKIPPED, reason=reason)
 
 
 def test_the_text_is_long_enough_for_32768_tokens_of_the_released_vocabulary():
@@ -350,6 +344,6 @@ def test_a_check_that_cannot_run_has_failed():
     row = run_check("batch", refuse)
 
     assert (row.check, row.finding.result) == ("batch", FAIL)
-    assert row.finding.reason == "prompt 0 has token ids in 0..1280"
-    with pytest.raises(TypeError):  # a fault of the program is not hidden
+    assert row.finding.reason.endswith("0..1280")
+    with pytest.raises(TypeError):
         run_check("batch", lambda: len(3))
