@@ -47,9 +47,9 @@ def test_a_step_moves_no_weights(folder, alone, shape):
     assert engine.generate(PROMPTS, GREEDY, stop_ids=[]) == alone[0]
 
     with engine._on_mesh():
-        slots = engine._fill(PROMPTS, [GREEDY, GREEDY], (0,), rows=8)
-        text = engine._decode.lower(engine._leaves, slots).compile().as_text()
-    largest = max(leaf.nbytes for leaf in engine._leaves)
+        slots = engine.fill(PROMPTS, [GREEDY, GREEDY], (0,))
+        text = engine._decode.lower(engine.leaves, slots).compile().as_text()
+    largest = max(leaf.nbytes for leaf in engine.leaves)
     sent = [found.sent_bytes for found in collectives(text)]
     assert sum(sent) < largest / 4, sent
 

@@ -8,6 +8,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "chat": "a conversation in the terminal",
     "score": "logits of given tokens, or the perplexity of a text",
+    "verify": "does this installation compute the right thing with a checkpoint",
     "batch": "a file of requests, restartable",
     "finetune": "train from scratch or from a checkpoint",
     "convert": "checkpoints between formats and names",

@@ -112,7 +112,7 @@ class Engine:
                 static_argnums=(0, 1),
                 out_shardings=self._by_row(),
             )
-            self._leaves = jax.tree.leaves(params)
+            self.leaves = jax.tree.leaves(params)
             self._prefill, self._decode = prefill_step(model), decode_step(model)
 
     def generate(
@@ -201,17 +201,12 @@ class Engine:
         if not prompts:
             return
         requests, stops = self._requests(sampling, len(prompts)), self._stop_ids(stop_ids)
-        rows = _bucket(BATCHES, -(-len(prompts) // self._batch_parts) * self._batch_parts)
-        rows += -rows % self._batch_parts
-        with self._on_mesh():
-            slots = self._fill(prompts, requests, stops, rows)
-            previous, slots = self._decode(self._leaves, slots)
+        previous, slots = self.step(self.fill(prompts, requests, stops))
         left = np.array([request.max_new_tokens for request in requests])
         ended = np.zeros(len(prompts), bool)
         for remaining in range(int(left.max()) - 1, -1, -1):
             if remaining:  # the next step is under way before this one's tokens are read
-                with self._on_mesh():
-                    following, slots = self._decode(self._leaves, slots)
+                following, slots = self.step(slots)
             tokens = np.asarray(previous)[: len(prompts)]
             left -= 1
             ended |= np.isin(tokens, stops) | (left <= 0)
@@ -259,12 +254,14 @@ class Engine:
                     piece = prompt[start : start + size]
                     row[: len(piece)] = piece
                 counts = np.clip(lengths - start, 0, size).astype(np.int32)
-                cache, logits = self._prefill(self._leaves, chunk, counts, cache, logits)
+                cache, logits = self._prefill(self.leaves, chunk, counts, cache, logits)
                 start += size
         return cache, logits
 
-    def _fill(self, prompts, requests, stop_ids, rows: int) -> Slots:
+    def fill(self, prompts: list[list[int]], requests: list[Sampling], stop_ids) -> Slots:
         """Slots with prompts in the first rows; the others have one token and have ended."""
+        rows = _bucket(BATCHES, -(-len(prompts) // self._batch_parts) * self._batch_parts)
+        rows += -rows % self._batch_parts
         padding = rows - len(prompts)
         capacity = max(len(p) + r.max_new_tokens for p, r in zip(prompts, requests))
         requests = [*requests, *[Sampling(max_new_tokens=1)] * padding]
@@ -272,10 +269,16 @@ class Engine:
         cache = self.init_cache(rows, capacity)
         cache, logits = self.prefill([*prompts, *[[0]] * padding], cache)
         done = np.arange(rows) >= len(prompts)
-        place = functools.partial(jnp.asarray, device=self._by_row())
-        steps = place(np.zeros(rows, np.int32))
-        sampling, limits, stops, done = jax.tree.map(place, (sampling, limits, stops, done))
-        return Slots(cache, logits, self._keys(seeds), steps, limits, stops, done, sampling)
+        with self._on_mesh():
+            place = functools.partial(jnp.asarray, device=self._by_row())
+            steps = place(np.zeros(rows, np.int32))
+            sampling, limits, stops, done = jax.tree.map(place, (sampling, limits, stops, done))
+            return Slots(cache, logits, self._keys(seeds), steps, limits, stops, done, sampling)
+
+    def step(self, slots: Slots) -> tuple[jax.Array, Slots]:
+        """One more token of each row [B], -1 if it has ended, and the new slots; donates the old."""
+        with self._on_mesh():
+            return self._decode(self.leaves, slots)
 
     def _chunk_sizes(self, length: int) -> Iterator[int]:
         """Largest chunks first; what is left goes into the smallest that holds it."""

@@ -21,6 +21,7 @@ from flax import nnx
 from sharding import DECODE, PREFILL, AxisRules, collectives
 from v4jax.inference.sampling import Sampling, SamplingRows, sample
 from v4jax.nn.cache import Cache
+from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import specs
 
@@ -105,6 +106,41 @@ def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
 
     step = collectives.per_device(on_device, rules, (leaf_specs, rows), (jax.P(), rows))
     return jax.jit(step, donate_argnums=(1,))
+
+
+def whole_step(model: Transformer, count: int, rules: AxisRules = PREFILL) -> Callable:
+    """Compiled on first use: (leaves, tokens [B, T], first [B]) -> logits [B, count, V].
+
+    Of whole sequences without a cache, after `count` tokens from each row's `first` on.
+    """
+    merged, leaf_specs = _parameters(model, rules)
+    rows = rules.spec("batch")
+
+    def on_device(leaves, tokens, first):
+        model = merged(leaves)
+        streams, _ = model.trunk(tokens)
+        few = [collectives.row_at(streams, first + i, "seq") for i in range(count)]
+        return model.logits(model.hidden(jnp.stack(few, axis=1)))
+
+    return jax.jit(collectives.per_device(on_device, rules, (leaf_specs, rules.tokens, rows), rows))
+
+
+def losses_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
+    """Compiled on first use: (leaves, tokens [B, T], following [B, T], cache) -> losses [B, T].
+
+    -log p of each following token, `tokens` being a chunk after what the cache holds.
+    """
+    merged, leaf_specs = _parameters(model, rules)
+    rows = rules.spec("batch")
+
+    def on_device(leaves, tokens, following, cache):
+        model = merged(leaves)
+        length = collectives.psum(jnp.int32(tokens.shape[1]), "seq")
+        streams, _ = model.extend(tokens, jnp.full(tokens.shape[0], length), cache)
+        return cross_entropy(model, model.hidden(streams), following)
+
+    specs = (leaf_specs, rules.tokens, rules.tokens, rows)
+    return jax.jit(collectives.per_device(on_device, rules, specs, rules.tokens))
 
 
 def _parameters(model: Transformer, rules: AxisRules):
