@@ -166,3 +166,30 @@ def test_the_export_has_the_tokenizer_of_what_it_started_from(run):
 
     assert Checkpoint(run.folder / "o" / "model").config.name == "nano"
     assert Tokenizer(run.folder / "o" / "model").encode("Emma") == Tokenizer(NANO).encode("Emma")
+
+
+def test_a_lora_run_leaves_an_adapter_with_the_tokenizer(run, capsys):
+    np.save(run.folder / "t.npy", np.arange(5000) % 1280)
+
+    run("--trainable", "lora", "--lora-rank", 4, checkpoint=NANO, model=None, steps=1, save=None)
+
+    adapter = run.folder / "o" / "adapter"
+    names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+    assert names <= {path.name for path in adapter.iterdir()}
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
+    assert not (run.folder / "o" / "model").exists()
+    with pytest.raises(SystemExit):
+        run("--save", "adapter", output=run.folder / "p", save=None)
+    assert "expected --trainable lora" in capsys.readouterr().err
+
+
+def test_values_of_fine_tuning_are_those_of_fine_tuning(run, monkeypatch):
+    found = []
+    monkeypatch.setattr(finetune, "make_trainer", lambda args: found.append(args) or 1 / 0)
+    np.save(run.folder / "t.npy", np.arange(5000) % 256)
+    for given in ({"output": run.folder / "a"}, {"checkpoint": NANO, "model": None}):
+        with pytest.raises(ZeroDivisionError):
+            run(**given)
+    scratch, tuning = found
+    assert (scratch.bias_speed, scratch.mtp_weight) == (1e-3, 0.3)
+    assert (tuning.bias_speed, tuning.mtp_weight) == (0.0, 0.1)

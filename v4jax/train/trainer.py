@@ -230,9 +230,9 @@ class Trainer:
             )
         if format == "adapter":
             return save_adapter(self.model, folder)
-        model = self.model if self.lora is None else merge_lora(self.model)
-        model = to_released(model) if format == "released" else to_float(model)
-        return saving.save(model, folder)
+        model = to_float(self.model) if format == "float" else self.model
+        model = model if self.lora is None else merge_lora(model)
+        return saving.save(to_released(model) if format == "released" else model, folder)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return on_mesh(self._mesh)

@@ -1,0 +1,123 @@
+"""What holds a training run: what trains, what stays, going on after a stop, and what is written."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from pallas_kernels.formats.quantize import QuantizedArray
+from sharding import PREFILL, make_mesh
+from tests.models import random_model
+from v4jax import LoRA, checkpoint, tiny
+from v4jax.nn.lora import matrices
+from v4jax.nn.quantization import to_released
+from v4jax.train import TokenStream, Trainer, adamw
+
+SMALL = dataclasses.replace(tiny(), layers=tiny().layers[:1], mtp_layers=())
+LORA = LoRA(rank=2, targets=("attention.wq_b", "moe.w2"))
+DATA = TokenStream(np.arange(5000) % 251 + 2, 30)
+
+
+def _packed():
+    return to_released(random_model(SMALL))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A LoRA run of four steps with its folder, its trainer and its records."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = Trainer(_packed(), adamw(1e-2), trainable=LORA)
+    options = dict(batch_size=2, output=folder, save_every=2, log_every=1, evaluation=DATA)
+    return folder, trainer, trainer.fit(DATA, 4, progress=False, **options)
+
+
+def test_a_lora_learns_beside_packed_weights_that_stay(trained):
+    _, trainer, records = trained
+    assert [record["step"] for record in records] == [1, 2, 3, 4] and trainer.steps == 4
+    assert records[-1]["ce"] < records[0]["ce"] and "heldout_ce" in records[-1]
+    before = {path: matrix.kernel for path, matrix in matrices(_packed())}
+    for path, matrix in matrices(trainer.model):
+        value, old = matrix.kernel.get_value(), before[path].get_value()
+        assert isinstance(value, QuantizedArray) or matrix.kernel.stored == "bf16", path
+        for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(old), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert (matrix.adapter is not None) == path.endswith(LORA.targets)
+        assert matrix.adapter is None or np.abs(matrix.adapter.b[...]).max() > 0
+    # Two moments of what trains and a step, and nothing of what stays.
+    size = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
+    assert sum(leaf.size for leaf in jax.tree.leaves(trainer.state.opt_state)) < 2 * size + 10
+
+
+def test_a_state_on_disk_has_only_what_trains(trained):
+    folder, trainer, _ = trained
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state.fixed))
+    written = sum(f.stat().st_size for f in (folder / "state" / "4").rglob("*") if f.is_file())
+    assert written < held / 4
+
+
+def test_a_run_goes_on_to_the_same_numbers(trained, tmp_path):
+    """Two steps, and then four in all, by another trainer."""
+    _, trainer, records = trained
+    options = dict(batch_size=2, output=tmp_path, save_every=2, log_every=1)
+    Trainer(_packed(), adamw(1e-2), trainable=LORA).fit(DATA, 2, progress=False, **options)
+
+    again = Trainer(_packed(), adamw(1e-2), trainable=LORA)
+    found = list(again.run(DATA, 4, **options))
+
+    assert [record["step"] for record in found] == [3, 4]
+    assert [record["ce"] for record in found] == [record["ce"] for record in records[2:]]
+    for a, b in zip(
+        jax.tree.leaves(again.state.params), jax.tree.leaves(trainer.state.params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_was_trained_is_written_in_each_form(trained, tmp_path):
+    _, trainer, _ = trained
+    trainer.save(tmp_path / "adapter")
+    trainer.save(tmp_path / "float", "float")
+    trainer.save(tmp_path / "released", "released")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    merged = checkpoint.load(tmp_path / "float")
+    tokens = np.arange(40)[None] + 2
+    np.testing.assert_allclose(merged(tokens), trainer.model(tokens), atol=1e-4)
+    assert checkpoint.load(tmp_path / "released").cfg.expert_format == "fp4"
+    with pytest.raises(ValueError, match=r"format='bf16': expected one of 'released'"):
+        trainer.save(tmp_path / "other", "bf16")
+
+
+def test_any_optax_transformation_and_any_filter():
+    trainer = Trainer(
+        random_model(SMALL),
+        optax.chain(optax.scale_by_sign(), optax.scale(-1e-3)),
+        trainable=lambda path, variable: path.endswith("sink"),
+    )
+    assert len(jax.tree.leaves(trainer.state.params)) == 1
+    (before,) = map(np.array, jax.tree.leaves(trainer.state.params))
+    trainer.step(trainer.batch(DATA, 0, 2))
+    (after,) = jax.tree.leaves(trainer.state.params)
+    np.testing.assert_allclose(np.abs(after - before), 1e-3, rtol=1e-3)
+
+
+def test_experts_can_stay_packed():
+    trainer = Trainer(_packed(), adamw(1e-3), trainable="no-experts")
+    packed = [
+        variable
+        for _, variable in nnx.to_flat_state(trainer.state.fixed)
+        if isinstance(variable.get_value(), QuantizedArray)
+    ]
+    assert len(packed) == 3 and all("expert" in variable.axes for variable in packed)
+    floats = jax.tree.leaves(trainer.state.params)
+    assert all(leaf.dtype == np.float32 for leaf in floats)
+
+
+def test_what_cannot_be_trained_is_said():
+    with pytest.raises(ValueError, match=r"trainable='lora': expected one of 'all', 'no-experts'"):
+        Trainer(_packed(), adamw(1e-3), trainable="lora")
+    with jax.set_mesh(make_mesh(fsdp=2, expert=2)):
+        served = random_model(SMALL, rules=PREFILL)
+    with pytest.raises(ValueError, match='use="train"'):
+        Trainer(served, adamw(1e-3), trainable=LORA)
