@@ -64,8 +64,13 @@ class Flops:
         )
 
     def __mul__(self, times: float) -> "Flops":
-        parts = (self.linear, self.wide, self.attention, self.indexer)
-        return Flops(*(times * part for part in parts), self.indexer_weight)
+        return Flops(
+            times * self.linear,
+            times * self.wide,
+            times * self.attention,
+            times * self.indexer,
+            self.indexer_weight,
+        )
 
     @property
     def total(self) -> float:

@@ -61,7 +61,7 @@ def parse_message_from_completion_text(text: str, thinking_mode: str) -> dict[st
     content, stop, position = _read_until(text, position, EOS, CALLS_START)
     if not stop:
         raise EncodingError(f"Neither {EOS} nor tool calls after the content: ...{text[-80:]!r}.")
-    calls = []
+    calls: list[dict[str, object]] = []
     if stop == CALLS_START:
         calls, position = _read_calls(text, position)
         position += len(EOS) if text.startswith(EOS, position) else 0
@@ -184,7 +184,7 @@ def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
 
 def _read_calls(text: str, position: int) -> tuple[list[dict[str, object]], int]:
     """The calls of a block whose opening tag was read, and where the block ends."""
-    calls = []
+    calls: list[dict[str, object]] = []
     while True:
         gap, stop, position = _read_until(text, position, _INVOKE_START, CALLS_END)
         _expect_line_end(gap, stop)
