@@ -236,7 +236,7 @@ def expert_bytes(cfg: V4Config, recipe: Recipe = RELEASED) -> float:
             return size * 2.0
 
 
-def experts_hit(cfg: V4Config, tokens: int) -> float:
+def experts_hit(cfg: V4Config, tokens: float) -> float:
     """Expected number of experts that a layer reads for that many tokens, routed at random."""
     share = cfg.moe.experts_per_token / cfg.moe.num_experts
     return cfg.moe.num_experts * (1 - (1 - share) ** tokens)
