@@ -53,9 +53,9 @@ from pallas_kernels.formats import packed_append
 from pallas_kernels.formats.packed_append import LINE
 from pallas_kernels.formats.quantize import join_codes, split_codes
 from pallas_kernels.formats.quantize_rows import dequantize_rows, quantize_rows
+from pallas_kernels.formats.records import INDEX_KEYS, KV_ROWS
 
-ROW_BLOCK = 64  # channels per scale of a row
-KEY_BLOCK = 32  # of a key
+ROW_BLOCK, KEY_BLOCK = KV_ROWS.block, INDEX_KEYS.block  # channels per scale
 _ALIGNMENT = 8  # bytes a row is padded to
 _TILE = 8  # lines
 

@@ -35,12 +35,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.formats.records import ACTIVATIONS, FP4_PLANES, FP4_WEIGHTS, FP8_WEIGHTS
+
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
-FP8_WEIGHT_BLOCK = (128, 128)
-FP4_WEIGHT_BLOCK = (32, 1)
-FP4_PLANES_BLOCK = 256  # inputs whose codes share bytes
-FP8_ACTIVATION_BLOCK = 128
+FP8_WEIGHT_BLOCK = (FP8_WEIGHTS.block, FP8_WEIGHTS.outputs)
+FP4_WEIGHT_BLOCK = (FP4_WEIGHTS.block, FP4_WEIGHTS.outputs)
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP8_AMAX_FLOOR = 1e-4
 FP4_AMAX_FLOOR = 6.0 * 2.0**-126
@@ -105,7 +105,7 @@ class QuantizedArray:
 
 def fp4_block(num_inputs: int) -> int:
     """Inputs of a block of packed FP4: byte row r has inputs r and r + block / 2 of its block."""
-    return FP4_PLANES_BLOCK if num_inputs % FP4_PLANES_BLOCK == 0 else num_inputs
+    return FP4_PLANES if num_inputs % FP4_PLANES == 0 else num_inputs
 
 
 def join_codes(first, second):
@@ -245,7 +245,7 @@ def _scale(blocks: jax.Array, axes: int | tuple[int, ...], largest: float, floor
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def round_fp8(x: jax.Array, block: int = FP8_ACTIVATION_BLOCK) -> jax.Array:
+def round_fp8(x: jax.Array, block: int = ACTIVATIONS.block) -> jax.Array:
     """`x` rounded to e4m3 with a power-of-two scale per `block` channels of the last axis.
 
     The gradient is that of the identity (straight-through).

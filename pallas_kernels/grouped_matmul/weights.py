@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats import tpu_formats
 from pallas_kernels.formats.quantize import (
+    FP4_WEIGHT_BLOCK,
     FP8_WEIGHT_BLOCK,
     QuantizedArray,
     float32_scale,
@@ -40,7 +41,9 @@ class Format:
     @property
     def group(self) -> int:
         """Inputs of a scale (of a float weight all of them)."""
-        return {"float": self.num_inputs, "fp4": 32, "fp8": FP8_WEIGHT_BLOCK[0]}[self.kind]
+        return {"float": self.num_inputs, "fp4": FP4_WEIGHT_BLOCK[0], "fp8": FP8_WEIGHT_BLOCK[0]}[
+            self.kind
+        ]
 
     @property
     def block(self) -> int:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from pallas_kernels.formats.records import FP8_WEIGHTS
 from v4jax import stores
 from v4jax.checkpoint.errors import ConfigError, read_json
 from v4jax.config import (
@@ -76,7 +77,7 @@ _QUANTIZATION = {
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
     "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
+    "weight_block_size": [FP8_WEIGHTS.block, FP8_WEIGHTS.outputs],
 }
 
 

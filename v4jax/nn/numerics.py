@@ -29,14 +29,12 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.formats.quantize import QuantizedArray, cast, hadamard
 from pallas_kernels.formats.quantize_rows import round_rows
+from pallas_kernels.formats.records import ACTIVATIONS, INDEX_KEYS, KV_ROWS, Format
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.linear import linear
 from sharding import collectives
 
-KV_BLOCK = 64
-INDEXER_BLOCK = 32
-INPUT_BLOCK = 128
 RECIPES = ("released", "bf16", "fp8")
 
 
@@ -76,7 +74,7 @@ class Numerics:
         """Rounds the first `nope_dim` channels of key-value rows [..., H]."""
         if not self.is_released:
             return kv
-        nope = self._round(kv[..., :nope_dim], "fp8", KV_BLOCK)
+        nope = self._round(kv[..., :nope_dim], KV_ROWS)
         return jnp.concatenate([nope, kv[..., nope_dim:]], axis=-1)
 
     def round_indexer(self, x: jax.Array) -> jax.Array:
@@ -84,14 +82,14 @@ class Numerics:
 
         Without rounding the transform cancels in the dot product, so `plain` leaves it out.
         """
-        return self._round(hadamard(x), "fp4", INDEXER_BLOCK) if self.is_released else x
+        return self._round(hadamard(x), INDEX_KEYS) if self.is_released else x
 
     def round_input(self, x: jax.Array) -> jax.Array:
         """Rounds the input [..., D] of a linear that is stored in FP8 or FP4.
 
         With recipe "fp8" the product does that, which needs the codes.
         """
-        return self._round(x, "fp8", INPUT_BLOCK) if self.recipe == "released" else x
+        return self._round(x, ACTIVATIONS) if self.recipe == "released" else x
 
     def normalize_query(self, q: jax.Array, eps: float) -> jax.Array:
         """q / rms(q) of each head [..., H]; `released` rounds every step to `dtype`."""
@@ -137,8 +135,8 @@ class Numerics:
     def _products(self) -> dict:
         return dict(in_fp8=self.recipe == "fp8", implementation=self.implementation)
 
-    def _round(self, x: jax.Array, fmt: str, block: int) -> jax.Array:
-        return round_rows(x, fmt, block, implementation=self.implementation)
+    def _round(self, x: jax.Array, to: Format) -> jax.Array:
+        return round_rows(x, to.values, to.block, implementation=self.implementation)
 
 
 def plain(

@@ -8,10 +8,11 @@ from flax import nnx
 from jax import P
 
 from pallas_kernels.formats.quantize import QuantizedArray, fp4_block
+from pallas_kernels.formats.records import FP4_PLANES, FP8_WEIGHTS
 from sharding import AxisRules, collectives, fitting, kept_axis
 from v4jax.config import V4Config
 
-FP8_BLOCK, FP4_BLOCK = 128, 256  # what a device's part of a quantised axis must be a multiple of
+FP8_BLOCK, FP4_BLOCK = FP8_WEIGHTS.block, FP4_PLANES  # a device's part of an axis has whole ones
 
 
 def _is_variable(x) -> bool:

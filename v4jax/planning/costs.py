@@ -17,11 +17,10 @@ Source of V3.2's sizes: its report (arXiv 2512.02556) and released config.
 
 import dataclasses
 
+from pallas_kernels.formats.records import FP4_WEIGHTS, FP8_WEIGHTS, INDEX_KEYS, KV_ROWS
 from v4jax.config import IndexerSpec, LayerSpec, V4Config
 
-# Bytes of a packed cache row: FP8 channels, bfloat16 rotated channels, a scale per 64 FP8 channels.
-_KV_SCALE_BLOCK = 64
-_FP4_SCALE_BLOCK = 32
+_FP8_WEIGHT = 1 + 1 / (FP8_WEIGHTS.block * FP8_WEIGHTS.outputs)  # bytes, with its share of a scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Recipe:
     `experts=None` takes the config's own storage format, `channel=None` the packed layouts.
     """
 
-    linears: float = 1 + 1 / 128**2  # attention projections and shared expert
+    linears: float = _FP8_WEIGHT  # attention projections and shared expert
     wide: float = 2.0  # compressors, router, head
     streams: float = 4.0  # hyper-connections
     experts: float | None = None
@@ -130,7 +129,7 @@ def kv_row_bytes(cfg: V4Config) -> int:
     Rounded up to 8 bytes, as in the released kernels' layout (584 for 512 channels).
     """
     nope = cfg.nope_head_dim
-    return -(-(nope + 2 * cfg.rope_head_dim + -(-nope // _KV_SCALE_BLOCK)) // 8) * 8
+    return -(-(nope + 2 * cfg.rope_head_dim + -(-nope // KV_ROWS.block)) // 8) * 8
 
 
 def index_key_bytes(indexer: IndexerSpec | None) -> int:
@@ -141,7 +140,7 @@ def index_key_bytes(indexer: IndexerSpec | None) -> int:
     if indexer is None:
         return 0
     width = indexer.head_dim
-    return -(-(width // 2 + width // _FP4_SCALE_BLOCK) // 4) * 4
+    return -(-(width // 2 + width // INDEX_KEYS.block) // 4) * 4
 
 
 def cache_bytes_per_token(cfg: V4Config) -> float:
@@ -229,9 +228,9 @@ def expert_bytes(cfg: V4Config, recipe: Recipe = RELEASED) -> float:
         return size * recipe.experts
     match cfg.expert_format:
         case "fp4":
-            return size * (0.5 + 1 / _FP4_SCALE_BLOCK)
+            return size * (0.5 + 1 / FP4_WEIGHTS.block)
         case "fp8":
-            return size * (1 + 1 / 128**2)
+            return size * _FP8_WEIGHT
         case _:
             return size * 2.0
 
