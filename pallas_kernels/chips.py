@@ -11,6 +11,7 @@ links together; `ici` is one of them.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 GiB, MiB = 2**30, 2**20
 
@@ -57,14 +58,14 @@ def _slices(prefix: str, *shapes: str) -> tuple[str, ...]:
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-_LARGE_VMEM = dict(
+_LARGE_VMEM: dict[str, Any] = dict(
     vmem=128 * MiB,
     attention_vmem=100 * MiB,
     grouped_budget=96 * MiB,
     grouped_vmem=112 * MiB,
     hyper_connections_vmem=100 * MiB,
 )
-_SMALL_VMEM = dict(
+_SMALL_VMEM: dict[str, Any] = dict(
     vmem=64 * MiB,
     attention_vmem=56 * MiB,
     grouped_budget=46 * MiB,
@@ -178,6 +179,6 @@ class _Column(Mapping):
         return len(CHIPS)
 
 
-def table(field: str) -> Mapping[str, object]:
+def table(field: str) -> Mapping[str, Any]:
     """Chip name -> one field of its record."""
     return _Column(field)

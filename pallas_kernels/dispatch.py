@@ -97,8 +97,10 @@ def choose(implementation: Implementation, *, unsupported: str | None = None) ->
             f'implementation="tpu" cannot run on {target_platform()}: use "xla", or "interpret" '
             "to run the kernel in the Pallas interpreter."
         )
-    if implementation == "tpu" and chips.of_kind(_tpu_kind()) is None:
-        raise ValueError(f'implementation="tpu": {_unknown(_tpu_kind())}')
+    if implementation == "tpu":
+        kind = _tpu_kind()
+        if kind is not None and chips.of_kind(kind) is None:
+            raise ValueError(f'implementation="tpu": {_unknown(kind)}')
     return implementation
 
 

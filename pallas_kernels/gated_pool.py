@@ -23,6 +23,7 @@ Grid: (windows / block, F / block). The backward pass recomputes the weights, in
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +177,8 @@ def _pool_kernel(value, gate, bias, valid, interpret):
 
 def _strided_kernel(value_ref, gate_ref, bias_ref, *refs, masked):
     """Windows of few rows: row r of a group of windows is one strided load."""
-    valid_ref, (peak_ref, weight_ref, total_ref) = (refs[0] if masked else None), refs[-3:]
+    valid_ref: Any = refs[0] if masked else None
+    peak_ref, weight_ref, total_ref = refs[-3:]
     num_rows = bias_ref.shape[0]
     group = GROUP_WINDOWS
 
@@ -203,7 +205,8 @@ def _strided_kernel(value_ref, gate_ref, bias_ref, *refs, masked):
 
 def _tiled_kernel(value_ref, gate_ref, bias_ref, *refs, masked):
     """Windows of whole tiles, one after the other."""
-    valid_ref, out_refs = (refs[0] if masked else None), refs[-3:]
+    valid_ref: Any = refs[0] if masked else None
+    out_refs = refs[-3:]
     num_rows = bias_ref.shape[0]
     for i in range(out_refs[0].shape[0]):
         rows = pl.ds(i * num_rows, num_rows)
@@ -227,7 +230,7 @@ def _fwd(value, gate, bias, valid, interpret):
 
 def _bwd(interpret, residuals, cotangents):
     value, gate, bias, valid = residuals
-    _, vjp = jax.vjp(lambda *args: _pool_xla(*args, valid), value, gate, bias)
+    _, vjp = jax.vjp(lambda v, g, b: _pool_xla(v, g, b, valid), value, gate, bias)
     return (*vjp(cotangents), None)
 
 

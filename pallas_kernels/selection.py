@@ -65,13 +65,21 @@ class Selection:
     @property
     def shape(self) -> tuple[int, int]:
         """B and T."""
-        return (self.bits if self.indices is None else self.indices).shape[:2]
+        batch, num_queries = self._array.shape[:2]
+        return batch, num_queries
+
+    @property
+    def _array(self) -> jax.Array:
+        """The one that is set."""
+        array = self.bits if self.indices is None else self.indices
+        assert array is not None
+        return array
 
     def mask(self) -> jax.Array:
         """[B, T, S] bool. For small shapes."""
         if self.bits is not None:
             return _expand(self.bits, self.num_entries)
-        return jnp.any(self.indices[..., None] == jnp.arange(self.num_entries), axis=-2)
+        return jnp.any(self._array[..., None] == jnp.arange(self.num_entries), axis=-2)
 
     def to_indices(self) -> jax.Array:
         """[B, T, K] int32, as given, or from bits K = min(topk, S) in ascending order, then -1."""
@@ -83,7 +91,7 @@ class Selection:
         block = min(BLOCK_QUERIES, num_queries)
         num_blocks = -(-num_queries // block)
         padding = num_blocks * block - num_queries
-        bits = jnp.pad(self.bits, [(0, 0), (0, padding), (0, 0), (0, 0)])
+        bits = jnp.pad(self._array, [(0, 0), (0, padding), (0, 0), (0, 0)])
 
         def first(i):
             words = jax.lax.dynamic_slice_in_dim(bits, i * block, block, axis=1)

@@ -18,12 +18,14 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from sharding.rules import AxisRules
 
+_Tree = TypeVar("_Tree")
 _rules: contextvars.ContextVar[AxisRules | None] = contextvars.ContextVar("rules", default=None)
 
 
@@ -120,15 +122,15 @@ def pmax(x: jax.Array, *names: str) -> jax.Array:
     return jax.lax.pmax(x, axes) if axes else x
 
 
-def copy_to(x: jax.Array, *names: str) -> jax.Array:
-    """Marks where a value that devices share enters work that is cut over them. x itself.
+def copy_to(x: _Tree, *names: str) -> _Tree:
+    """Marks where arrays that devices share enter work that is cut over them. x itself.
 
     The gradient is the sum of the devices' parts.
     """
     return copy_to_over(x, mesh_axes(*names))
 
 
-def copy_to_over(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def copy_to_over(x: _Tree, axes: tuple[str, ...]) -> _Tree:
     """`copy_to` over mesh axes."""
     return _enter(x, axes) if axes else x
 
@@ -238,12 +240,6 @@ def _gather_as(x, axes, axis, dtype):
     return jax.lax.all_gather(x.astype(dtype), axes, axis=axis, tiled=True)
 
 
-_gather_as.defvjp(
-    lambda x, axes, axis, dtype: (_gather_as(x, axes, axis, dtype), jnp.zeros((), x.dtype)),
-    lambda axes, axis, dtype, like, d: (_scatter_sum(d.astype(like.dtype), axes, axis),),
-)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _scatter_sum(x, axes, axis):
     return jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True)
@@ -252,6 +248,10 @@ def _scatter_sum(x, axes, axis):
 _gather.defvjp(
     lambda x, axes, axis: (_gather(x, axes, axis), None),
     lambda axes, axis, _, d: (_scatter_sum(d, axes, axis),),
+)
+_gather_as.defvjp(
+    lambda x, axes, axis, dtype: (_gather_as(x, axes, axis, dtype), jnp.zeros((), x.dtype)),
+    lambda axes, axis, dtype, like, d: (_scatter_sum(d.astype(like.dtype), axes, axis),),
 )
 _scatter_sum.defvjp(
     lambda x, axes, axis: (_scatter_sum(x, axes, axis), None),

@@ -322,8 +322,7 @@ def _split_floats(params):
     def rebuild(floats, zero: bool = False):
         others = iter(floats)
         frozen = [None if zero else leaf for leaf in leaves]
-        return tree.unflatten(
-            [next(others) if learns else leaf for learns, leaf in zip(trained, frozen)]
-        )
+        parts = [next(others) if learns else leaf for learns, leaf in zip(trained, frozen)]
+        return jax.tree.unflatten(tree, parts)
 
     return [leaf for leaf, learns in zip(leaves, trained) if learns], rebuild

@@ -210,7 +210,11 @@ class V4Config:
 
 def _layers(kinds: str, indexer: IndexerSpec, num_hash: int) -> tuple[LayerSpec, ...]:
     """Layers by letter, W(indow), C(SA) or H(CA), of which the first `num_hash` are hash-routed."""
-    make = {"W": window_layer, "C": functools.partial(csa_layer, indexer), "H": hca_layer}
+    make: dict[str, Callable[..., LayerSpec]] = {
+        "W": window_layer,
+        "C": functools.partial(csa_layer, indexer),
+        "H": hca_layer,
+    }
     return tuple(make[kind](hash_routed=i < num_hash) for i, kind in enumerate(kinds))
 
 

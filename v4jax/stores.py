@@ -180,7 +180,7 @@ class LocalFile:
 
     def drop_pages(self) -> None:
         """Gives the memory of pages read so far back to the system; views stay valid."""
-        if hasattr(mmap, "MADV_DONTNEED") and self.size:
+        if hasattr(mmap, "MADV_DONTNEED") and isinstance(self._map, mmap.mmap):
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -322,12 +322,12 @@ def _ask(url: str, what: str, ask: Callable[[Any, str], _Found]) -> _Found:
     for attempt in range(TRIES):
         try:
             return ask(*_store_of(protocol)(url))
-        except ImportError as error:
+        except ImportError as missing:
             extra = _EXTRAS.get(protocol)
-            hint = f"pip install '{extra}'" if extra else str(error)
+            hint = f"pip install '{extra}'" if extra else str(missing)
             raise CheckpointError(
                 f"{url}: {protocol}:// needs a package that is not installed: {hint}"
-            ) from error
+            ) from missing
         except Exception as found:
             error = _behind(found)
             if isinstance(error, FileNotFoundError):
@@ -350,7 +350,7 @@ def _behind(error: Exception) -> Exception:
 
 def _status(error: Exception) -> int | None:
     """The HTTP status behind an error of aiohttp, gcsfs, s3fs (botocore) or requests."""
-    response = getattr(error, "response", None)
+    response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if hasattr(response, "status_code"):
@@ -358,7 +358,7 @@ def _status(error: Exception) -> int | None:
     if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):  # gcsfs's OSError
         return 403
     value = error.status if hasattr(error, "status") else getattr(error, "code", None)
-    return int(value) if str(value).isdecimal() else None
+    return int(str(value)) if str(value).isdecimal() else None
 
 
 def _is_permanent(error: Exception) -> bool:

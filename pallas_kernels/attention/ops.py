@@ -10,6 +10,8 @@ its last token on. All of them take one KV head shared by all query heads.
 Source: report section 2.3; visibility and sink as in the released `inference/model.py`.
 """
 
+from typing import Any
+
 import jax
 
 from pallas_kernels import checks, dispatch
@@ -46,7 +48,7 @@ def window_attention(
     """
     _check(q, window, entries, sink, positions)
     chosen = dispatch.choose(implementation, unsupported=tpu.unsupported(q, window, entries))
-    static = dict(ratio=max(ratio, 1), scale=scale)
+    static: dict[str, Any] = dict(ratio=max(ratio, 1), scale=scale)
     if chosen in ("tpu", "interpret"):
         static["interpret"] = chosen == "interpret"
         return tpu.attention(q, window, entries, None, sink, positions, **static)
@@ -87,7 +89,7 @@ def selected_attention(
     if selection.indices is not None:
         checks.check_indices(selection.indices, entries.shape[1])
     chosen = dispatch.choose(implementation, unsupported=tpu.unsupported(q, window, entries))
-    static = dict(ratio=1, scale=scale)
+    static: dict[str, Any] = dict(ratio=1, scale=scale)
     if chosen in ("tpu", "interpret"):
         bits, interpret = selection.to_bits(), chosen == "interpret"
         args = (q, window, entries, bits, sink, positions)

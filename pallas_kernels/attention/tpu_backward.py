@@ -19,6 +19,7 @@ into a row of equal lanes, shifted by each lane's query, is the mask of 32 queri
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,13 +118,13 @@ def _query_kernel(
     lse_ref,
     delta_ref,
     window_ref,
-    *refs,
+    *all_refs,
     mask,
     scale,
     has_entries,
     has_bits,
 ):
-    refs = list(refs)
+    refs = list(all_refs)
     entries_ref = refs.pop(0) if has_entries else None
     bits_ref = refs.pop(0) if has_bits else None
     d_q_ref, lse, delta, total, *stream = refs
@@ -265,7 +266,8 @@ def _key_kernel(
     blocks,
     has_bits,
 ):
-    bits_ref, (d_keys_ref, total) = (refs[0], refs[1:]) if has_bits else (None, refs)
+    bits_ref: Any = refs[0] if has_bits else None
+    d_keys_ref, total = refs[-2:]
     b, k, n = (pl.program_id(axis) for axis in range(3))
     i = ranges_ref[b, k, 0] + n
     num_keys, rows = keys_ref.shape[1], blocks.chunk * num_heads
@@ -279,7 +281,7 @@ def _key_kernel(
         keys = keys_ref[0]
         key = jax.lax.broadcasted_iota(jnp.int32, (num_keys, rows), 0) + k * num_keys
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1)
-        words = None
+        words: Any = None
         if has_bits:  # word of each key, in all lanes
             words = jnp.broadcast_to(bits_ref[0, 0], (128, num_keys)).T
             words = repeat_lanes(words, rows)

@@ -28,6 +28,7 @@ ones when gathered), out.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +212,7 @@ def _call(q, window, sink, entries, indices, lengths, *, block, scale, interpret
 class _Softmax:
     """The running softmax of a sequence's heads, in VMEM. Scores are in units of log 2."""
 
-    def __init__(self, q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale):
+    def __init__(self, q_ref, sink_ref, peak_ref, weight_ref, total_ref, *, scale):
         self.q_ref, self.sink_ref, self.scale = q_ref, sink_ref, scale
         self.peak, self.weight, self.total = peak_ref, weight_ref, total_ref  # [N, 128], [N, H]
 
@@ -277,7 +278,7 @@ def _below(limit, size: int, start=0):
 
 
 def _ring_kernel(ring_rows, q_ref, sink_ref, ring_ref, out_ref, *state, scale):
-    softmax = _Softmax(q_ref, sink_ref, *state, scale)
+    softmax = _Softmax(q_ref, sink_ref, *state, scale=scale)
     softmax.start()
     softmax.visit_ring(ring_ref, ring_rows[pl.program_id(0)])
     softmax.finish(out_ref)
@@ -296,14 +297,14 @@ def _stream_kernel(
     is_packed: bool,
     masked: bool = False,
 ):
-    indices_ref, refs = (refs[0], refs[1:]) if masked else (None, refs)
-    out_ref, *state = refs
-    mask_ref = state.pop() if masked else None
+    indices_ref: Any = refs[0] if masked else None
+    out_ref, *state = refs[1:] if masked else refs
+    mask_ref: Any = state.pop() if masked else None
     b, k = pl.program_id(0), pl.program_id(1)
     block = entries_ref.shape[0]
     if is_packed:
         block = block // tpu_packed.WORDS * LANES
-    softmax = _Softmax(q_ref, sink_ref, *state, scale)
+    softmax = _Softmax(q_ref, sink_ref, *state, scale=scale)
 
     @pl.when(k == 0)
     def _():
@@ -337,11 +338,11 @@ def _mask_of(indices, num_words: int):
     """[1, K] indices -> bias [S / 128, 128]: zero for the entries among them."""
     word = jax.lax.broadcasted_iota(jnp.int32, (num_words, indices.shape[1]), 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, (LANES, indices.shape[1]), 0)
-    one_hot = [
+    words, lanes = (
         jnp.where(place == index, 1.0, 0.0).astype(jnp.bfloat16)
         for place, index in ((word, indices >> 7), (lane, indices & (LANES - 1)))
-    ]
-    return jnp.where(_dot(*one_hot, 1) > 0, 0.0, _LOWEST)
+    )
+    return jnp.where(_dot(words, lanes, 1) > 0, 0.0, _LOWEST)
 
 
 def _gather_kernel(
@@ -357,8 +358,8 @@ def _gather_kernel(
     scale: float,
     is_packed: bool,
 ):
-    offset_ref, refs = (refs[0], refs[1:]) if is_packed else (None, refs)
-    out_ref, *state, rows_ref, arrived = refs
+    offset_ref: Any = refs[0] if is_packed else None
+    out_ref, *state, rows_ref, arrived = refs[1:] if is_packed else refs
     b = pl.program_id(0)
     source = (entries_ref if is_packed else entries_ref.bitcast(jnp.uint32)).at[b]
     turns = LANES // GATHER_UNROLL
@@ -375,7 +376,7 @@ def _gather_kernel(
                     arrived.at[c],
                 ).start()
 
-    softmax = _Softmax(q_ref, sink_ref, *state, scale)
+    softmax = _Softmax(q_ref, sink_ref, *state, scale=scale)
     softmax.start()
     softmax.visit_ring(ring_ref, ring_rows[b])
     group = picked_ref.shape[1] // copies_ref.shape[0]

@@ -34,8 +34,8 @@ def keys_of_copies(lines: list[jax.Array], offset: jax.Array, dtype) -> jax.Arra
     """Keys [R, 512] of R rows: lines [R, 128] and offset [R, 128] of `where_rows_are`."""
     first, second, third = lines
     is_late = offset >= LINE  # at the end of the cache
-    lines = jnp.where(is_late, second, first), jnp.where(is_late, third, second), third
-    planes = _planes(*lines, offset & (LINE - 1))
+    first, second = jnp.where(is_late, second, first), jnp.where(is_late, third, second)
+    planes = _planes(first, second, third, offset & (LINE - 1))
     return jnp.concatenate([p.astype(jnp.bfloat16) for p in planes], axis=1).astype(dtype)
 
 

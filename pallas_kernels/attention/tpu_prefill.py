@@ -18,6 +18,7 @@ p is kept lane by lane and reduced at the end. The log of the denominator leaves
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ def forward(
         args.append(entries)
     if is_streamed:
         in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
+        assert entries is not None
         args.append(in_hbm(entries, interpret))
     if bits is not None:
         in_specs.append(bits_spec(bits, blocks))
@@ -115,15 +117,15 @@ def _kernel(
     counts_ref,
     q_ref,
     window_ref,
-    *refs,
+    *all_refs,
     mask,
     scale,
     has_entries,
     is_streamed,
     has_bits,
 ):
-    refs = list(refs)
-    first_entries_ref = refs.pop(0) if has_entries else None
+    refs = list(all_refs)
+    first_entries_ref: Any = refs.pop(0) if has_entries else None
     entries_ref = refs.pop(0) if is_streamed else None
     bits_ref = refs.pop(0) if has_bits else None
     sink_ref, out_ref, lse_ref, peak, weight, total, *stream = refs
@@ -142,12 +144,13 @@ def _kernel(
         for r in range(num_chunks):
             formed, following = following, scores(r + 1) if r + 1 < num_chunks else None
             mine = slice(r * rows, (r + 1) * rows)
-            s = [mask.add(scale * LOG2_E * x, bias(r)) for x, (_, bias) in zip(formed, parts)]
-            s = s[0] if len(s) == 1 else jnp.concatenate(s, axis=1)
+            added = [mask.add(scale * LOG2_E * x, bias(r)) for x, (_, bias) in zip(formed, parts)]
+            s = added[0] if len(added) == 1 else jnp.concatenate(added, axis=1)
             old = mask.per_head(sink_ref[...]) if is_first else peak[mine]
             new = jnp.maximum(old, jnp.max(fold_lanes(s, jnp.maximum), axis=1, keepdims=True))
             p = jnp.exp2(s - repeat_lanes(new, s.shape[1]))
-            product, at = 0.0, 0
+            product: Any = 0.0
+            at = 0
             for keys, _ in parts:
                 product += dot(p[:, at : at + keys.shape[0]].astype(keys.dtype), keys, "nn")
                 at += keys.shape[0]

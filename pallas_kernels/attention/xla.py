@@ -10,6 +10,7 @@ The backward pass saves only `out` and the log-sum-exp, and recomputes probabili
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,8 @@ class _Softmax:
     @staticmethod
     def of(*parts: _Part) -> "_Softmax":
         peak = functools.reduce(jnp.maximum, [jnp.max(p.scores, axis=-1) for p in parts])
-        weight = total = 0.0
+        weight: Any = 0.0
+        total: Any = 0.0
         for part in parts:
             p = jnp.exp(part.scores - peak[..., None])
             weight += jnp.sum(p, axis=-1)

@@ -161,7 +161,7 @@ def _in_order(old, new, offset, words: int):
     lines += [jnp.where(lane < shift, *pair) for pair in itertools.pairwise(turned)]
     lines.append(turned[-1])
     later = [lines[0], *lines[:-1]]
-    lines = jnp.where(offset >= LINE, jnp.concatenate(later), jnp.concatenate(lines))
+    placed = jnp.where(offset >= LINE, jnp.concatenate(later), jnp.concatenate(lines))
     word = LINE * jax.lax.broadcasted_iota(jnp.int32, old.shape, 0) - offset
     word += jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
-    return jnp.where((word >= 0) & (word < words), lines, old)
+    return jnp.where((word >= 0) & (word < words), placed, old)

@@ -45,6 +45,7 @@ bytes are 128 consecutive ones, in the lanes they are wanted in.
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +61,34 @@ _ALIGNMENT = 8  # bytes a row is padded to
 _TILE = 8  # lines
 
 
-class _KeyValueRows:
-    """Key-value rows: what `PackedRows` and `PackedColumns` have in common."""
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """Words of rows or keys."""
 
     data: jax.Array  # uint32 [..., lines, 128]
     length: int  # S
+
+    @property
+    def num_words(self) -> int:
+        """W."""
+        raise NotImplementedError
+
+    def holding(self, words: jax.Array) -> Self:
+        """Like these, of other words [..., S, W]."""
+        raise NotImplementedError
+
+    def words_of(self, x: jax.Array) -> jax.Array:
+        """Rows or keys in this format: [..., n, W] uint32."""
+        raise NotImplementedError
+
+    def _from_words(self, words: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeyValueRows(_Packed):
+    """Key-value rows: what `PackedRows` and `PackedColumns` have in common."""
+
     nope_dim: int  # channels in e4m3
     rope_dim: int  # channels in bfloat16, the last ones
 
@@ -79,7 +103,12 @@ class _KeyValueRows:
         return row_bytes(self.nope_dim, self.rope_dim) // 4
 
     @classmethod
-    def pack(cls, rows: jax.Array, rope_dim: int):
+    def zeros(cls, shape: tuple[int, ...], rope_dim: int) -> Self:
+        """Rows [..., S, H] of zeros."""
+        raise NotImplementedError
+
+    @classmethod
+    def pack(cls, rows: jax.Array, rope_dim: int) -> Self:
         """Rows [..., S, H], float32 or bfloat16.
 
         Raises:
@@ -108,8 +137,8 @@ class PackedRows(_KeyValueRows):
         """Number of axes of the rows."""
         return self.data.ndim
 
-    @staticmethod
-    def zeros(shape: tuple[int, ...], rope_dim: int) -> "PackedRows":
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], rope_dim: int) -> Self:
         """Rows [..., S, H] of zeros.
 
         Raises:
@@ -118,7 +147,7 @@ class PackedRows(_KeyValueRows):
         *batch, length, width = shape
         nope_dim = _nope_dim(width, rope_dim)
         lines = -(-length * row_bytes(nope_dim, rope_dim) // (4 * LINE))
-        return PackedRows(_no_words(batch, lines), length, nope_dim, rope_dim)
+        return cls(_no_words(batch, lines), length, nope_dim, rope_dim)
 
     def unpack(self, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
         """Rows [..., S, H]."""
@@ -130,7 +159,7 @@ class PackedRows(_KeyValueRows):
         words = flat[..., : self.length * self.num_words]
         return words.reshape(*words.shape[:-1], self.length, self.num_words)
 
-    def holding(self, words: jax.Array) -> "PackedRows":
+    def holding(self, words: jax.Array) -> Self:
         """Like these, of other words [..., S, W]."""
         flat = words.reshape(*words.shape[:-2], -1)
         space = self.data.shape[-2] * LINE
@@ -153,7 +182,7 @@ class PackedRows(_KeyValueRows):
         sections = (jnp.concatenate([values, high], axis=-1), low, scale)
         return jnp.concatenate([_join(x) for x in sections], axis=-1)
 
-    def append(self, words: jax.Array, start: jax.Array, counts: jax.Array) -> "PackedRows":
+    def append(self, words: jax.Array, start: jax.Array, counts: jax.Array) -> Self:
         """The first `counts` [B] of rows [B, n, W], as words, put at `start` [B]; none past S."""
         counts = jnp.clip(counts, 0, self.length - start)
         data = packed_append.append(self.data, words, start, counts, on_lanes=False)
@@ -173,18 +202,19 @@ def row_bytes(nope_dim: int, rope_dim: int) -> int:
     return -(-used // _ALIGNMENT) * _ALIGNMENT
 
 
-class _OnLanes:
-    """Items on lanes: what `PackedColumns` and `PackedKeys` have in common."""
+@dataclasses.dataclass(frozen=True)
+class _OnLanes(_Packed):
+    """Items on lanes: what `PackedColumns` and `PackedKeys` have in common.
 
-    data: jax.Array  # uint32 [..., lines, 128], of which ceil(S / 128) * W are used
-    length: int  # S
+    Of the lines ceil(S / 128) * W are used.
+    """
 
     @property
     def ndim(self) -> int:
         """Number of axes of what is held."""
         return self.data.ndim
 
-    def holding(self, words: jax.Array):
+    def holding(self, words: jax.Array) -> Self:
         """Like these, of other words [..., S, W]."""
         nothing = [(0, 0)] * (words.ndim - 2)
         words = jnp.pad(words, [*nothing, (0, -self.length % LINE), (0, 0)])
@@ -192,7 +222,7 @@ class _OnLanes:
         padding = self.data.shape[-2] - data.shape[-2]
         return dataclasses.replace(self, data=jnp.pad(data, [*nothing, (0, padding), (0, 0)]))
 
-    def append(self, words: jax.Array, start: jax.Array, counts: jax.Array):
+    def append(self, words: jax.Array, start: jax.Array, counts: jax.Array) -> Self:
         """The first `counts` [B] of items [B, n, W], as words, put at `start` [B]; none past S."""
         counts = jnp.clip(counts, 0, self.length - start)
         data = packed_append.append(self.data, words, start, counts, on_lanes=True)
@@ -227,8 +257,8 @@ class PackedColumns(_KeyValueRows, _OnLanes):
     nope_dim: int  # channels in e4m3
     rope_dim: int  # channels in bfloat16, the last ones
 
-    @staticmethod
-    def zeros(shape: tuple[int, ...], rope_dim: int) -> "PackedColumns":
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], rope_dim: int) -> Self:
         """Rows [..., S, H] of zeros.
 
         Raises:
@@ -237,7 +267,7 @@ class PackedColumns(_KeyValueRows, _OnLanes):
         *batch, length, width = shape
         nope_dim = _nope_dim(width, rope_dim)
         lines = -(-length // LINE) * row_bytes(nope_dim, rope_dim) // 4
-        return PackedColumns(_no_words(batch, lines), length, nope_dim, rope_dim)
+        return cls(_no_words(batch, lines), length, nope_dim, rope_dim)
 
     def words_of(self, rows: jax.Array) -> jax.Array:
         """Rows [..., n, H] in this format: [..., n, W] uint32."""

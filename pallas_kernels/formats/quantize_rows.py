@@ -218,8 +218,8 @@ def _kernel(x_ref, values_ref, *scale_ref, fmt, block, group, transposed):
                 values *= jax.lax.bitcast_convert_type(spread, jnp.float32)
             values_ref[rows, tile] = values.astype(values_ref.dtype)
         if scale_ref:
-            scales = jnp.concatenate(scales, axis=0) >> 23
-            scale_ref[0][rows] = scales.T.astype(jnp.uint8)
+            exponents = jnp.concatenate(scales, axis=0) >> 23
+            scale_ref[0][rows] = exponents.T.astype(jnp.uint8)
 
 
 def _block_max(magnitude, block):

@@ -76,6 +76,7 @@ def grouped_product(
     num_rows, num_inputs = x.shape
     num_columns = ws[0].shape[2]
     sizes = sizes_for(chip, rows, formats, num_rows)
+    assert sizes is not None  # the caller has asked
     depth = block_sizes.MXU_DEPTH[chip]
     padded = _padded(num_rows, rows)
     row_values = [jnp.broadcast_to(a, (num_rows, 128)) for a in row_values]
@@ -130,8 +131,8 @@ def _parts(fmt: Format, depth: int) -> int:
     return math.gcd(depth // fmt.group, fmt.num_inputs // fmt.group) if fmt.is_packed else 1
 
 
-def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values, *refs):
-    count, expert, tile, start, end, x_ref, *refs = refs
+def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values, *all_refs):
+    count, expert, tile, start, end, x_ref, *refs = all_refs
     del expert, start
     row_refs, refs = refs[:num_row_values], refs[num_row_values:]
     *refs, out_ref, spread_ref, sums_ref = refs
@@ -204,12 +205,11 @@ def _product(fmt: Format, spread_ref, w_refs, columns, depth, rows) -> jax.Array
     if dtype == jnp.float32:
         values = [value.astype(jnp.float32) for value in values]
     parts = _parts(fmt, depth)
-    total = None
+    terms = []
     for group in range(0, len(values), parts):
         inputs = slice(group * fmt.group, (group + parts) * fmt.group)
         partial = dot(spread_ref[:, inputs], jnp.concatenate(values[group : group + parts]))
         for part in range(parts):
             own = partial[part * rows : (part + 1) * rows]
-            term = own * scale[group + part : group + part + 1]
-            total = term if total is None else total + term
-    return total
+            terms.append(own * scale[group + part : group + part + 1])
+    return functools.reduce(jnp.add, terms)

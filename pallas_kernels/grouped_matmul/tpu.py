@@ -20,6 +20,7 @@ gradient of SwiGLU computes gate and up again. `gradients.py` has that of the we
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,7 @@ def grouped_product(
     """Runs the kernel; the blocks must exist (`sizes_for`)."""
     formats = [format_of(w, xs[0].dtype, chip) for w in ws]
     sizes = sizes_for(product, chip, rows, formats, len(column_values))
+    assert sizes is not None  # the caller has asked
     num_rows, contracted = xs[0].shape
     num_columns = ws[0].shape[1 if product.transposed else 2]
     num_blocks = num_columns // sizes.columns
@@ -129,11 +131,12 @@ def grouped_product(
         )
         out_shape.append(jax.ShapeDtypeStruct((num_blocks, num_rows, LANES), jnp.float32))
 
-    kept = [pltpu.VMEM(spec.block_shape[-2:], s.dtype) for spec, s in zip(out_specs, out_shape)]
+    kept = [pltpu.VMEM((rows, sizes.columns), s.dtype) for s in out_shape]
+    if product.has_row_sums:
+        kept[-1] = pltpu.VMEM((rows, LANES), jnp.float32)
+    num_extras = len(row_values) + len(column_values)
     results = pl.pallas_call(
-        functools.partial(
-            *(_kernel, product, formats, sizes, len(xs), len(row_values) + len(column_values))
-        ),
+        functools.partial(_kernel, product, formats, sizes, len(xs), num_extras),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(num_blocks, visits.count),
@@ -160,8 +163,8 @@ def grouped_product(
     return results
 
 
-def _kernel(product: Product, formats, sizes: BlockSizes, num_x, num_extras, *refs):
-    expert, tile, start, end, *refs = refs
+def _kernel(product: Product, formats, sizes: BlockSizes, num_x, num_extras, *all_refs):
+    expert, tile, start, end, *refs = all_refs
     x_refs, refs = refs[:num_x], refs[num_x:]
     weight_refs = []
     for fmt in formats:
@@ -222,7 +225,8 @@ def _kernel(product: Product, formats, sizes: BlockSizes, num_x, num_extras, *re
             x = x_refs[min(i, num_x - 1)][...]
             products.append(dot(x, w, (1, 1) if product.transposed else (1, 0)))
         if product.transposed:
-            products = [sum(products)]
+            total: Any = sum(products)
+            products = [total]
         extras = [ref[...] if ref.shape[1] == 1 else ref[:, columns] for ref in extra_refs]
         values = product.epilogue(products, extras)
         for ref, value in zip(out_refs, values[: len(product.result_dtypes)]):

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 class Visits(NamedTuple):
     """Scalars the kernels prefetch; `count` is the bound of their grid."""
 
-    count: jax.Array  # [] how many visits there are
+    # [] how many visits there are; takes the place of a tuple's method.
+    count: jax.Array  # type: ignore[assignment]
     expert: jax.Array  # [V] whose weights
     tile: jax.Array  # [V] which rows of x
     start: jax.Array  # [V] first row of the expert

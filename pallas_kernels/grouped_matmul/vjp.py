@@ -34,7 +34,8 @@ def unsupported(
         return "gate and up must have one shape and format"
     chip, rows = target_chip(), block_sizes.MAX_ROW_TILE
     formats = [weights.format_of(w, x.dtype, chip) for w in ws]
-    again = tpu.Product("", None, (x.dtype,) * len(ws), has_row_sums=True)  # of the gradient
+    dtypes = (x.dtype,) * len(ws)
+    again = tpu.Product("", lambda products, _: products, dtypes, has_row_sums=True)  # gradient's
     for product in products or (again, transposed(x.dtype)):
         if tpu.sizes_for(product, chip, rows, formats, 1) is None:
             return f"a row of {ws[0].shape} weights is too long for the VMEM of {chip}"
@@ -85,7 +86,8 @@ def _swiglu_bwd(limit, interpret, residuals, d_out):
     def epilogue(products, extras):
         weight, d_rows = extras
         d_rows = d_rows.astype(jnp.float32)
-        hidden, d_gate, d_up = _swiglu_with_gradients(*products, limit)
+        gate, up = products
+        hidden, d_gate, d_up = _swiglu_with_gradients(gate, up, limit)
         d_hidden = weight * d_rows
         return d_hidden * d_gate, d_hidden * d_up, hidden * d_rows
 

@@ -68,14 +68,17 @@ class Format:
 def format_of(w: jax.Array | QuantizedArray, dtype, chip: str) -> Format:
     """The format of a weight [E, in, out] that meets rows of `dtype`."""
     dtype = jnp.dtype(dtype)
+    _, num_inputs, num_outputs = w.shape
     if not isinstance(w, QuantizedArray):
-        return Format("float", *w.shape[1:], dtype, w.dtype.itemsize)
+        return Format("float", num_inputs, num_outputs, dtype, w.dtype.itemsize)
     powers = w.scale.dtype == jnp.float8_e8m0fnu
     fits_bf16 = powers and dtype == jnp.bfloat16
-    scale_dtype = jnp.dtype(tpu_formats.PRODUCTS[chip] if fits_bf16 else jnp.float32)
+    scale_dtype = tpu_formats.product_dtype(chip) if fits_bf16 else jnp.dtype(jnp.float32)
     if w.is_fp4:
-        return Format("fp4", *w.shape[1:], dtype, 0.5, tpu_formats.E5M2, scale_dtype)
-    return Format("fp8", *w.shape[1:], dtype, 1, tpu_formats.best_e4m3(chip), scale_dtype)
+        read_as = tpu_formats.E5M2
+        return Format("fp4", num_inputs, num_outputs, dtype, 0.5, read_as, scale_dtype)
+    read_as = tpu_formats.best_e4m3(chip)
+    return Format("fp8", num_inputs, num_outputs, dtype, 1, read_as, scale_dtype)
 
 
 def unsupported(w: jax.Array | QuantizedArray) -> str | None:
@@ -116,6 +119,7 @@ def rows_of_operands(fmt: Format, num_inputs: int) -> list[int]:
 
 def scale_rows(fmt: Format, scale: jax.Array) -> jax.Array:
     """Scales [groups, out] as the 32-bit rows that `unpack` takes."""
+    assert fmt.read_as is not None and fmt.scale_dtype is not None  # it is packed
     bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
     return tpu_formats.scale_words(bits, fmt.read_as, fmt.scale_dtype)
 
@@ -127,6 +131,7 @@ def unpack(fmt: Format, values_ref, rows_ref, first, num_inputs: int, columns) -
       rows_ref: what `scale_rows` gave.
       first: a multiple of `fmt.block`; may be traced.
     """
+    assert fmt.scale_dtype is not None  # it is packed
     parts = []
     num_groups = num_inputs // fmt.group
     rows = rows_ref[
@@ -142,6 +147,7 @@ def codes(fmt: Format, values_ref, first, num_inputs: int, columns) -> list[jax.
     """The values of `unpack` as FP8, before scaling, group by group."""
     if fmt.kind == "fp8":
         block = values_ref[pl.ds(_aligned(first, fmt.block), num_inputs), columns]
+        assert fmt.read_as is not None
         blocks = [tpu_formats.read_e4m3(block, fmt.read_as)]
     else:
         half, blocks = fmt.block // 2, []

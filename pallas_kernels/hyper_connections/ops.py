@@ -14,6 +14,8 @@ in the released `inference/model.py` (the softmax counts as the first row step, 
 is a column step).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -46,7 +48,7 @@ def hc_pre(
     m = num_streams
     _check_site(streams, fn, base, scale, m)
     chosen = dispatch.choose(implementation, unsupported=_unsupported(streams, m))
-    options = dict(num_streams=m, sinkhorn_iters=sinkhorn_iters, eps=eps)
+    options: dict[str, Any] = dict(num_streams=m, sinkhorn_iters=sinkhorn_iters, eps=eps)
     if chosen == "reference":
         return reference.hc_pre(streams, fn, base, scale, norm_eps=norm_eps, **options)
     if chosen == "xla":

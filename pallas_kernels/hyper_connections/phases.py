@@ -6,7 +6,7 @@ thousand channels, wide enough for the compiler to fill the vector unit.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,8 @@ def tile(spread: jax.Array, size: int) -> jax.Array:
 
 def fold(x: jax.Array) -> jax.Array:
     """[16, size] -> [16, 128]: the sum of its registers."""
-    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+    folded: Any = sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+    return folded
 
 
 def loader(tokens: int, num_tokens: int) -> Callable:
@@ -177,8 +178,8 @@ def mapped(maps_ref, rows, streams: Sequence[jax.Array], num_out: int) -> list[j
     token = jax.lax.broadcasted_iota(jnp.int32, (GROUP, width), 0)
     is_own = jax.lax.broadcasted_iota(jnp.int32, (GROUP, width), 1) % GROUP == token
     row = maps_ref[pl.ds(rows.start // GROUP, 1), :]
-    left = [jnp.where(is_own, row[:, i * width : (i + 1) * width], 0.0) for i in range(num_out)]
-    left = jnp.concatenate(left).astype(right.dtype)[:, : right.shape[0]]
+    own = [jnp.where(is_own, row[:, i * width : (i + 1) * width], 0.0) for i in range(num_out)]
+    left = jnp.concatenate(own).astype(right.dtype)[:, : right.shape[0]]
     out = dot(left, right, 1, 0)
     return [out[i * GROUP : (i + 1) * GROUP] for i in range(num_out)]
 
@@ -280,7 +281,7 @@ def collapse(spread_ref, x_ref, u_ref, *, m: int, worked: int) -> None:
     d = u_ref.shape[1]
 
     def body(rows, start, size):
-        u = sum(
+        u: Any = sum(
             tile(spread_ref[k, rows], size) * read(x_ref, rows, k * d + start, size)
             for k in range(m)
         )

@@ -173,7 +173,9 @@ def _collapse_fwd(streams, fn, affine, static):
 
 
 def _collapse_bwd(static, saved, d_out):
-    return tpu_backward.collapse(*saved, None, *d_out, static)
+    streams, fn, affine, raw = saved
+    d_u, d_raw = d_out
+    return tpu_backward.collapse(streams, fn, affine, raw, None, d_u, d_raw, static)
 
 
 def _mix_fwd(f, streams, coefficients, static):
@@ -181,7 +183,8 @@ def _mix_fwd(f, streams, coefficients, static):
 
 
 def _mix_bwd(static, saved, d_mixed):
-    return tpu_backward.mix(*saved, d_mixed, static)
+    f, streams, coefficients = saved
+    return tpu_backward.mix(f, streams, coefficients, d_mixed, static)
 
 
 def _mix_collapse_fwd(f, streams, coefficients, fn, affine, static):
@@ -190,8 +193,11 @@ def _mix_collapse_fwd(f, streams, coefficients, fn, affine, static):
 
 
 def _mix_collapse_bwd(static, saved, d_out):
-    f, streams, coefficients, *of_collapse = saved
-    d_mixed, d_fn, d_affine = tpu_backward.collapse(*of_collapse, *d_out, static)
+    f, streams, coefficients, mixed, fn, affine, raw = saved
+    d_mixed, d_u, d_raw = d_out
+    d_mixed, d_fn, d_affine = tpu_backward.collapse(
+        mixed, fn, affine, raw, d_mixed, d_u, d_raw, static
+    )
     return *tpu_backward.mix(f, streams, coefficients, d_mixed, static), d_fn, d_affine
 
 

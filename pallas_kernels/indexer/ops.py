@@ -64,12 +64,14 @@ def index_topk(
     implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
     if isinstance(keys, PackedKeys) and not _reads_packed(implementation, q, keys):
         keys = keys.unpack(q.dtype)
-    q, weights, keys = map(jax.lax.stop_gradient, (q, weights, keys))
+    q, weights = jax.lax.stop_gradient(q), jax.lax.stop_gradient(weights)
+    keys = jax.lax.stop_gradient(keys)
     num_visible = jnp.minimum((positions + 1) // ratio, num_entries)
     if not num_entries or (num_entries == topk and num_queries == 1):
         return Selection.of_indices(xla.all_visible(num_visible, num_entries), num_entries)
     match implementation:
         case "reference":
+            assert not isinstance(keys, PackedKeys)  # unpacked above
             indices = reference.index_topk(q, weights, keys, num_visible, topk)
         case "xla":
             indices = xla.index_topk(q, weights, keys, num_visible, topk)
@@ -80,6 +82,7 @@ def index_topk(
                 interpret=implementation == "interpret",
             )[:, None]
         case _:
+            assert not isinstance(keys, PackedKeys)
             bits = tpu_prefill.index_bits(
                 *(q, weights, keys, num_visible),
                 topk=topk,

@@ -103,11 +103,12 @@ def select(
     few = num_values <= topk
     low = jnp.where(few, LOWEST, low)
     high = jnp.where(few, LOWEST, high) + 1
-    _, low, _, num_low = jax.lax.while_loop(
+    found = jax.lax.while_loop(
         lambda state: jnp.max(jnp.where(state[1] + 1 < state[2], 1.0, 0.0)) > 0,
         halve,
         (jnp.int32(0), low, high, num_values),
     )
+    low, num_low = found[1], found[3]
 
     @pl.when(jnp.max(jnp.where(num_low > topk, 1.0, 0.0)) > 0)
     def _():

@@ -65,10 +65,12 @@ def index_list(
     num_rows = -(-num_entries // (pair * LANES)) * pair
 
     is_packed = isinstance(keys, PackedKeys)
-    words = keys.data if is_packed else keys
-    if is_packed and not interpret:  # or XLA moves short ones to VMEM, and all of them back
-        words = pltpu.with_memory_space_constraint(words, pltpu.HBM)
-    lines = block // LANES * keys.num_words if is_packed else block
+    if isinstance(keys, PackedKeys):
+        words, lines = keys.data, block // LANES * keys.num_words
+        if not interpret:  # or XLA moves short ones to VMEM, and all of them back
+            words = pltpu.with_memory_space_constraint(words, pltpu.HBM)
+    else:
+        words, lines = keys, block
 
     def key_index(b, k, visible):
         return b, jnp.minimum(k, jnp.maximum(pl.cdiv(visible[b], block) - 1, 0)), 0

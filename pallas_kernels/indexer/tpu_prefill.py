@@ -148,14 +148,15 @@ def _are_e5m2(keys: jax.Array, block: int) -> jax.Array:
 
 def _kernel(
     last_ref,  # [B, blocks] int32: entries that some query of a block sees
-    *refs,
+    *all_refs,
     in_fp8: bool,
     topk: int,
     groups: int,
     num_entries: int,
 ):
+    refs = list(all_refs)
     if in_fp8:
-        exact_keys, *refs = refs  # [B, key blocks] int32: 1 where they are e5m2 values
+        exact_keys = refs.pop(0)  # [B, key blocks] int32: 1 where they are e5m2 values
     (
         q_ref,  # [block, A, I]
         weights_ref,  # [A / F, 128] float32

@@ -49,7 +49,7 @@ def index_topk(
 
         def fill(c, scores):
             at = jnp.minimum(c * chunk, length - chunk)  # the last one may begin inside another
-            if is_packed:
+            if isinstance(keys, PackedKeys):
                 keys_c = keys.unpack_groups(at // LINE, chunk // LINE, q.dtype)
             else:
                 keys_c = jax.lax.dynamic_slice_in_dim(keys, at, chunk, axis=1)

@@ -39,7 +39,8 @@ def save_adapter(model: Transformer, folder: str | os.PathLike, *, base: str | N
         raise ValueError(
             "the model has no adapter: v4jax.nn.lora.add_lora(model, LoRA()) adds some."
         )
-    lora, tensors = found[0][1].lora, []
+    lora = found[0][1].lora
+    tensors: list[NewTensor] = []
     for leaf, adapter in found:
         if adapter.groups > 1:
             raise ValueError(
@@ -48,7 +49,7 @@ def save_adapter(model: Transformer, folder: str | os.PathLike, *, base: str | N
             )
         tensors += _tensors(leaf, adapter)
     modules = {tensor.name.removeprefix(_PREFIX).rsplit(".", 2)[0] for tensor in tensors}
-    config = {
+    config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -125,9 +126,9 @@ def load_adapter(model: Transformer, folder: str | os.PathLike) -> Transformer:
 
 def _adapters(model: Transformer) -> Iterator[tuple[Leaf, LowRank]]:
     for leaf in leaves(model):
-        module = leaf.module
-        if isinstance(getattr(module, "adapter", None), LowRank):
-            yield leaf, module.adapter
+        adapter = getattr(leaf.module, "adapter", None)
+        if isinstance(adapter, LowRank):
+            yield leaf, adapter
 
 
 def _modules(leaf: Leaf) -> np.ndarray:

@@ -145,8 +145,9 @@ def expand_fp4(matrix: Matrix) -> tuple[Matrix, int]:
     Raises:
       ValueError: the scales are not E8M0.
     """
-    if matrix.scale.dtype != E8M0:
-        raise ValueError(f"scales are {matrix.scale.dtype}: expected {E8M0}.")
+    if matrix.scale is None or matrix.scale.dtype != E8M0:
+        found = None if matrix.scale is None else matrix.scale.dtype
+        raise ValueError(f"scales are {found}: expected {E8M0}.")
     rows = len(matrix.data)
     exponent = matrix.scale.view(np.uint8).astype(np.int16)  # [out, in / 32]
     groups = (TILE, TILE // _GROUP)

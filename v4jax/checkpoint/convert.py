@@ -286,34 +286,32 @@ class Conversion:
         name: str,
         rows: list[Row] | None = None,
         pool: concurrent.futures.Executor | None = None,
-        progress: Callable[[int], object] | None = None,
+        progress: Callable[[int], object] = lambda num_bytes: None,
     ) -> Iterator[NewTensor]:
         """The tensors of a file of the target. Reading them appends to `rows`."""
         scales: dict[str, np.ndarray] = {}  # of the weight converted last
+        rows = [] if rows is None else rows
 
-        def read(entry: _Planned, is_scale: bool, tensor_bytes: int) -> np.ndarray:
+        def read(entry: _Planned, is_scale: bool) -> np.ndarray:
             if is_scale and not entry.is_kept:
                 data = scales.pop(entry.name)
-            elif is_scale:
+            elif is_scale and entry.scale is not None:
                 data = self._view(names.scale_name(entry.name), entry.scale)
             else:
                 data, scale, row = self._convert(entry, pool)
                 rows.append(row)
                 if not entry.is_kept and scale is not None:
                     scales[entry.name] = scale
-            progress(tensor_bytes)
+            progress(data.nbytes)
             return data.view(np.int8) if data.dtype == np.uint8 else data
 
         for entry, is_scale in self._files[name]:
-            if is_scale:
+            new, tag = entry.name, entry.target.tag
+            shape = entry.target.data_shape(entry.shape)
+            if is_scale and entry.target.scale_tag is not None:
                 new, tag = names.scale_name(entry.name), entry.target.scale_tag
                 shape = entry.target.scale_shape(entry.shape)
-            else:
-                new, tag = entry.name, entry.target.tag
-                shape = entry.target.data_shape(entry.shape)
-            tensor = NewTensor(self._rename(new), tag, shape, lambda: None)
-            call = functools.partial(read, entry, is_scale, tensor.nbytes)
-            yield dataclasses.replace(tensor, read=call)
+            yield NewTensor(self._rename(new), tag, shape, functools.partial(read, entry, is_scale))
 
     def _view(self, name: str, tensor: Tensor) -> np.ndarray:
         data = tensor.view()
@@ -321,9 +319,9 @@ class Conversion:
         return data
 
     def _convert(
-        self, entry: _Planned, pool: concurrent.futures.Executor
+        self, entry: _Planned, pool: concurrent.futures.Executor | None
     ) -> tuple[np.ndarray, np.ndarray | None, Row]:
-        """Data and scale of a tensor in its target format."""
+        """Data and scale of a tensor in its target format, by the threads of a pool."""
         data, scale = self._view(entry.name, entry.tensor), None
         if entry.scale is not None:
             scale = self._view(names.scale_name(entry.name), entry.scale)
@@ -331,7 +329,8 @@ class Conversion:
         if entry.is_kept:
             return data, scale, row
         convert = functools.partial(_recode_part, entry)
-        result = join(list(pool.map(convert, parts(Matrix(data, scale)))))
+        pieces = parts(Matrix(data, scale))
+        result = join(list(map(convert, pieces) if pool is None else pool.map(convert, pieces)))
         row.max_error, row.saturated = result.max_error, result.saturated
         row.relative_error = result.max_error / result.largest if result.max_error else 0.0
         if result.rounded:

@@ -192,9 +192,9 @@ def _open_files(path: str) -> list[SafetensorsFile]:
             return str(error)
 
     listed = sorted(set(weight_map.values()))
-    found = dict(zip(listed, readers(stores.is_url(path)).map(opened, listed)))
-    problems = [problem for problem in found.values() if isinstance(problem, str)]
-    files = {name: file for name, file in found.items() if not isinstance(file, str)}
+    tried = dict(zip(listed, readers(stores.is_url(path)).map(opened, listed)))
+    problems = [problem for problem in tried.values() if isinstance(problem, str)]
+    files = {name: file for name, file in tried.items() if not isinstance(file, str)}
     for tensor, name in weight_map.items():
         if name in files and tensor not in files[name].tensors:
             problems.append(f"{tensor} is not in {name}, where {INDEX_NAME} says it is")

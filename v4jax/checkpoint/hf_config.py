@@ -283,7 +283,7 @@ class _Reader:
                     f"or {rates[_HCA]} (HCA). With layer_types, compress_rates may name other ratios."
                 )
         if types is None:
-            types = [by_ratio[ratio] for ratio in ratios]
+            types = [by_ratio[ratio] for ratio in ratios or ()]
         if len(types) < num_layers:
             raise ConfigError(
                 f"compress_ratios/layer_types has {len(types)} layers: expected at least "

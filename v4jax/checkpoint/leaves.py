@@ -74,6 +74,6 @@ def leaves(model: Transformer) -> Iterator[Leaf]:
             prefixes = tuple(f"layers.{layer}." for layer in layers)
             yield from of(block, names.BLOCK, prefixes, stage.repeats > 1)
         first += period * stage.repeats
-    for depth, block in enumerate(model.mtp):
-        yield from of(block, names.MTP, (f"mtp.{depth}.",))
+    for depth, mtp in enumerate(model.mtp):
+        yield from of(mtp, names.MTP, (f"mtp.{depth}.",))
     yield from of(model, names.TOP, ("",))

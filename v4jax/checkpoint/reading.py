@@ -57,7 +57,8 @@ class Reading:
         arrays = [buffers.finish() for buffers in self._buffers]
         if self._block is None:
             return arrays[0]
-        weight = QuantizedArray(*arrays, self._block)
+        values, scale = arrays
+        weight = QuantizedArray(values, scale, self._block)
         is_expanded = weight.is_fp4 and self._leaf.stored == "fp8"
         return _expand(self._leaf, weight) if is_expanded else weight
 
@@ -109,17 +110,17 @@ class _Buffers:
     def start(self) -> int:
         """Makes the buffers and lets threads fill them; returns their bytes."""
         whole = tuple(slice(None) for _ in self._shape)
-        indices = [whole]
+        indices: list[tuple[slice, ...] | None] = [whole]
         if self._sharding is not None:
             indices = list(self._sharding.addressable_devices_indices_map(self._shape).values())
-        bounds = {self._bounds(index): None for index in indices}  # each once
+        bounds = {self._bounds(index): None for index in indices if index is not None}  # each once
         self._parts = {
             key: np.empty([stop - start for start, stop in key], self._dtype) for key in bounds
         }
         for tensor, first, last, targets in self._pieces():
             pool = readers(tensor.file.is_remote)
-            copy = (_copy, self._checkpoint, tensor, first, last, targets)
-            self._futures.append(pool.submit(*copy))
+            copying = pool.submit(_copy, self._checkpoint, tensor, first, last, targets)
+            self._futures.append(copying)
         return sum(part.nbytes for part in self._parts.values())
 
     def finish(self) -> jax.Array:
@@ -154,7 +155,7 @@ class _Buffers:
                         out, inner = out.T, inner[::-1]
                     cols = tuple(slice(*limits) for limits in inner[1:])
                     by_rows.setdefault(inner[0], []).append((cols, out))
-            tensor = self._checkpoint.tensors[self._table[position]]
+            tensor = self._checkpoint.tensors[self._table.item(position)]
             for (start, stop), targets in by_rows.items():
                 step = _rows_at_once(tensor)
                 for first in range(start, stop, step):

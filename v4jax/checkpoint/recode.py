@@ -57,14 +57,16 @@ def recode(old: Matrix, source: Storage, target: Storage) -> Recoded:
     Raises:
       OverflowError: values that float32, or the target, cannot hold.
     """
-    new, saturated, is_exact = None, 0, False
-    scale = _as_e8m0(old.scale) if source.scale_tag and target.scale_tag else None
+    new: Matrix | None = None
+    saturated, is_exact, scale = 0, False, None
+    if old.scale is not None and source.scale_tag and target.scale_tag:
+        scale = _as_e8m0(old.scale)
     if scale is not None and source.tag == target.tag:
         new, is_exact = Matrix(old.data, scale), True
     elif scale is not None and (source.tag, target.tag) == ("I8", "F8_E4M3"):
         new, lossy_tiles = expand_fp4(Matrix(old.data, scale))
         is_exact = lossy_tiles == 0
-    if not is_exact:
+    if new is None or not is_exact:
         with np.errstate(over="ignore", invalid="ignore"):
             values = old.decode()
             if new is None and target.scale_tag:
@@ -74,7 +76,7 @@ def recode(old: Matrix, source: Storage, target: Storage) -> Recoded:
                 new = Matrix(values.astype(DTYPES[target.tag]))
             decoded = new.decode()
         _require_finite(decoded, target.tag)
-    if target.scale_tag == "F32":
+    if target.scale_tag == "F32" and new.scale is not None:
         new = dataclasses.replace(new, scale=new.scale.astype(np.float32))
     if is_exact:
         return Recoded(new)
@@ -128,9 +130,9 @@ def join(results: Sequence[Recoded]) -> Recoded:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     data = together([r.matrix.data for r in results])
-    scales = [r.matrix.scale for r in results]
+    scales = [r.matrix.scale for r in results if r.matrix.scale is not None]
     return Recoded(
-        Matrix(data, None if scales[0] is None else together(scales)),
+        Matrix(data, together(scales) if scales else None),
         max_error=max(r.max_error for r in results),
         largest=max(r.largest for r in results),
         saturated=sum(r.saturated for r in results),

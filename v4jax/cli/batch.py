@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -87,7 +88,8 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         "mesh": args.mesh,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    leads, together, devices = True, {}, jax.local_devices()
+    together: dict[str, Any] = {}
+    leads, devices = True, jax.local_devices()
     if spans_processes(args.mesh):
         leads, devices = process == 0, jax.devices()
         together = dict(leads=leads, agree=from_first)
@@ -159,8 +161,8 @@ def main() -> None:
             f"batch: {left} requests are still to do: their process has ended or was not started. "
             "Run the same command again."
         )
-    if (errors := errors_path(args.output)).exists():
-        print(f"errors are in {errors}", file=sys.stderr)
+    if (path := errors_path(args.output)).exists():
+        print(f"errors are in {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ _FREE = (
     "tokenizer",
     "save",
     "mesh",
+    *("distributed", "coordinator", "num_processes", "process_id"),
 )
-_FREE += ("distributed", "coordinator", "num_processes", "process_id")
 # Left out, it depends on where training starts: pre-training's values, or what fine-tuning takes.
 _BY_START = {"bias_speed": (1e-3, 0.0), "mtp_weight": (0.3, 0.1)}
 

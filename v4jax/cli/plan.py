@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -122,9 +124,7 @@ def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
         if axis not in sizes or not size.isdigit() or int(size) < 1:
             raise ValueError(f"--mesh {part!r}: expected AXIS=SIZE with an axis of {AXES}.")
         sizes[axis] = int(size)
-    product = 1
-    for size in sizes.values():
-        product *= size
+    product = math.prod(sizes.values())
     if product != num_devices:
         raise ValueError(f"--mesh {text}: {product} devices, but there are {num_devices}.")
     return sizes
@@ -132,15 +132,17 @@ def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
 
 def peak_of(compiled: jax.stages.Compiled) -> float:
     """Bytes of memory that a device needs."""
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return kept + stats.temp_size_in_bytes
 
 
 def memory_of(peak: float, held: dict[str, float], chip: Chip) -> Memory:
     """What a device holds at a peak that the compiler says."""
-    known = [held.get(name, 0.0) for name in ("parameters", "optimizer", "cache")]
-    return Memory(*known, max(peak - sum(known), 0.0), peak, chip.hbm)
+    parameters, optimizer = held.get("parameters", 0.0), held.get("optimizer", 0.0)
+    cache = held.get("cache", 0.0)
+    temp = max(peak - (parameters + optimizer + cache), 0.0)
+    return Memory(parameters, optimizer, cache, temp, peak, chip.hbm)
 
 
 def memory_of_error(message: str, held: dict[str, float], chip: Chip) -> Memory:
@@ -168,7 +170,8 @@ def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options = COMPILER_OPTIONS | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiling = ThreadPoolExecutor(1).submit(lowered.compile, options)
-        text, reports = "", []
+        text = ""
+        reports: list[Path] = []
         while not (reports and is_whole(text)):
             with contextlib.suppress(TimeoutError):
                 compiling.result(timeout=1)  # raises what the compiler does
@@ -185,7 +188,7 @@ def is_whole(text: str) -> bool:
 
 def memory_of_report(report: str) -> float:
     """Bytes of HBM in the compiler's memory report."""
-    return float(re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report)[1])
+    return float(re.findall(r"Memory Space: default .*\nTotal bytes: (\d+)", report)[0])
 
 
 def plan(
@@ -216,7 +219,7 @@ def plan(
     try:
         if has_code:
             compiled = lowered.compile(COMPILER_OPTIONS)
-            text, peak = compiled.as_text(), peak_of(compiled)
+            text, peak = compiled.as_text() or "", peak_of(compiled)
         else:
             text, peak = schedule(lowered)
         memory = memory_of(peak, planned.held, chip)
@@ -274,7 +277,8 @@ def describe(report: Report, cfg: V4Config) -> str:
             per_chip = f"   per chip {size * chip.devices_per_chip / GiB:9.2f}"
         lines += [f"  {name:18} {size / GiB:9.2f}{per_chip}"] if size else []
     lines.append("fits" if report.fits else "DOES NOT FIT")
-    if report.error:
+    bound = report.roofline
+    if bound is None:  # the program was not compiled to its end
         return "\n".join([*lines, report.error.split("\n")[0]])
     lines.append("collectives per device and step: kind, devices together, count, MB sent, result")
     for c in report.collectives[:16]:
@@ -287,15 +291,14 @@ def describe(report: Report, cfg: V4Config) -> str:
         lines.append(
             f"  {len(rest)} others          {sum(c.count for c in rest)} {sent / 1e6:12.2f}"
         )
-    if rows := [c for c in report.collectives if c.kind == "ragged-all-to-all"]:
+    if moved := [c for c in report.collectives if c.kind == "ragged-all-to-all"]:
         beside = [one for one in report.exchanges if one.work]
         covered = sum(one.count * array_bytes(one.result) for one in beside)
-        share = covered / sum(c.count * array_bytes(c.result) for c in rows)
+        share = covered / sum(c.count * array_bytes(c.result) for c in moved)
         lines.append(
-            f"rows of experts: {sum(one.count for one in beside)} of {sum(c.count for c in rows)} "
+            f"rows of experts: {sum(one.count for one in beside)} of {sum(c.count for c in moved)} "
             f"exchanges, {share:.0%} of their bytes, run beside kernels or matrix products"
         )
-    bound = report.roofline
     lines += [
         "roofline of a step, per device (assumptions: v4jax/planning/roofline.py)",
         f"  compute {bound.flops / 1e12:10.3f} TFLOP {bound.compute * 1e3:10.3f} ms",

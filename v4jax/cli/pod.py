@@ -94,7 +94,7 @@ def spans_processes(sizes: dict[str, int] | str) -> bool:
     Raises:
       ValueError: more devices than this host has, but not all there are.
     """
-    if sizes == "auto":
+    if isinstance(sizes, str):  # "auto"
         return False
     devices, own, found = math.prod(sizes.values()), jax.local_device_count(), jax.device_count()
     if devices > own and devices != found:

@@ -87,8 +87,8 @@ def main() -> None:
     from v4jax.text.tokenizer import Tokenizer
 
     text = args.text.read_text(encoding="utf-8-sig")  # without a byte-order mark
-    tokens = Tokenizer(args.checkpoint).encode(with_bos(text))
-    perplexity, count = scorer.perplexity(tokens, context=args.context)
+    ids = Tokenizer(args.checkpoint).encode(with_bos(text))
+    perplexity, count = scorer.perplexity(ids, context=args.context)
     bits = math.log2(perplexity) * count / len(text.encode())
     print(f"perplexity {perplexity:.4f} per token over {count} tokens, {bits:.4f} bits per byte")
 

@@ -9,7 +9,8 @@ import jax
 
 from sharding import make_mesh
 from v4jax import checkpoint
-from v4jax.nn.compilation import keep_programs
+from v4jax.nn.cache import CacheFormat
+from v4jax.nn.compilation import jax_folder, keep_programs
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import Numerics
 from v4jax.planning.devices import serving_mesh
@@ -40,10 +41,10 @@ def load_for_serving(
     weight_bytes = sum(file.size for file in opened.files)
     keep_programs()
     devices = jax.devices() if devices is None else list(devices)
-    reasons = ("as given",)
+    reasons: tuple[str, ...] = ("as given",)
     sizes = args.mesh
     if sizes == "auto":
-        cache = args.cache if numerics.is_released else "float"
+        cache: CacheFormat = args.cache if numerics.is_released else "float"
         choice = serving_mesh(
             *(opened.config, devices),
             weight_bytes=weight_bytes,
@@ -70,7 +71,7 @@ def load_for_serving(
 
 
 def _kept_programs() -> str:
-    folder = jax.config.jax_compilation_cache_dir
+    folder = jax_folder()
     return f"compiled ones are kept in {folder}" if folder else "compiled ones are not kept"
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class Reply:
     @property
     def message(self) -> dict:
         """The turn as a message, to be put behind the others."""
-        message = {"role": "assistant", "content": self.content}
+        message: dict[str, object] = {"role": "assistant", "content": self.content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
@@ -115,9 +116,27 @@ class Engine:
             self.leaves = jax.tree.leaves(params)
             self._prefill, self._decode = prefill_step(model), decode_step(model)
 
+    @overload  # a text is a sequence of texts too
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompts: str,
+        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        *,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Completion: ...
+
+    @overload
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        *,
+        stop_ids: Sequence[int] | None = None,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         *,
         stop_ids: Sequence[int] | None = None,
@@ -135,9 +154,9 @@ class Engine:
         Raises:
           ValueError: see `stream`.
         """
-        is_one = isinstance(prompts, str)
+        several = [prompts] if isinstance(prompts, str) else prompts
         stops = self._stop_ids(stop_ids)
-        steps = list(self.stream([prompts] if is_one else prompts, sampling, stop_ids=stops))
+        steps = list(self.stream(several, sampling, stop_ids=stops))
         completions = []
         for row in np.stack(steps, axis=1) if steps else ():
             tokens = tuple(int(token) for token in row[row >= 0])
@@ -146,7 +165,7 @@ class Engine:
             if self.tokenizer is not None:
                 text = self.tokenizer.decode(tokens[:-1] if is_stopped else tokens)
             completions.append(Completion(tokens, "stop" if is_stopped else "length", text))
-        return completions[0] if is_one else completions
+        return completions[0] if isinstance(prompts, str) else completions
 
     def chat(
         self,
@@ -172,7 +191,8 @@ class Engine:
             messages = [{"role": "user", "content": messages}]
         prompt = self.tokenizer.render(messages, mode, tools=tools)
         (completion,) = self.generate([self.tokenizer.encode(prompt.text)], sampling)
-        message = parse_partial_completion(completion.text, prompt.thinking_mode, is_complete=True)
+        text = completion.text or ""
+        message = parse_partial_completion(text, prompt.thinking_mode, is_complete=True)
         return Reply(
             message["content"],
             message.get("reasoning_content") or "",

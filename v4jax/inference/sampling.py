@@ -83,10 +83,10 @@ def _is_integer(value) -> bool:
 class SamplingRows:
     """The options of every row of a batch, as arrays [B]: a new value is no new program."""
 
-    temperature: jax.Array  # float32; 0: greedy
-    top_k: jax.Array  # int32; 2**31 - 1: all
-    top_p: jax.Array  # float32; 1: all
-    min_p: jax.Array  # float32; 0: all
+    temperature: jax.Array | np.ndarray  # float32; 0: greedy
+    top_k: jax.Array | np.ndarray  # int32; 2**31 - 1: all
+    top_p: jax.Array | np.ndarray  # float32; 1: all
+    min_p: jax.Array | np.ndarray  # float32; 0: all
 
     @classmethod
     def of(cls, requests: Sequence[Sampling]) -> "SamplingRows":

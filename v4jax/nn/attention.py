@@ -62,12 +62,12 @@ class Attention(nnx.Module):
         self.sink = context.param(
             (cfg.num_heads,), ("heads",), stored="f32", init=nnx.initializers.zeros
         )
-        width = cfg.head_dim
-        self.compressor = spec.compressor and Compressor(context, spec.compressor, width)
-        self.indexer = spec.indexer and Indexer(context, spec)
+        compressor, indexer, width = spec.compressor, spec.indexer, cfg.head_dim
+        self.compressor = Compressor(context, compressor, width) if compressor else None
+        self.indexer = Indexer(context, indexer, compressor) if indexer and compressor else None
         self.cfg, self.spec, self.numerics = cfg, spec, context.numerics
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | float]:
         """Whole sequences x [B, T, D] from position 0, or this device's part of them.
 
         Returns:
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         entries = None
         if self.compressor:
             entries = self.compressor.gather(self.round_rows(self.compressor(x)), length)
-        if self.indexer is None:
+        if entries is None or self.indexer is None:
             return self._output(self._attend_dense(q, window, entries, positions), positions), 0.0
         x, latent = jax.lax.stop_gradient((x, latent))
         queries, weights = self.indexer.queries(x, latent, positions)
@@ -101,15 +101,17 @@ class Attention(nnx.Module):
         latent, q, kv = self.project(x, chunk.positions)
         new = dataclasses.replace(cache, window=write_window(cache.window, kv, chunk))
         if self.compressor:
+            assert cache.entries is not None and cache.pool is not None  # of such a layer
             first = chunk.start // self.spec.ratio
-            entries, counts, pool = self.compressor.extend(x, chunk, cache.pool)
-            entries = append_entries(cache.entries, self.round_rows(entries), first, counts)
+            rows, counts, pool = self.compressor.extend(x, chunk, cache.pool)
+            entries = append_entries(cache.entries, self.round_rows(rows), first, counts)
             new = dataclasses.replace(new, entries=entries, pool=pool)
         selection = None
         if self.indexer:
-            keys, counts, pool = self.indexer.compressor.extend(x, chunk, cache.index_pool)
+            assert cache.index_keys is not None and cache.index_pool is not None
+            rows, counts, pool = self.indexer.compressor.extend(x, chunk, cache.index_pool)
             keys = append_entries(
-                cache.index_keys, self.numerics.round_indexer(keys), first, counts
+                cache.index_keys, self.numerics.round_indexer(rows), first, counts
             )
             new = dataclasses.replace(new, index_keys=keys, index_pool=pool)
             queries, weights = self.indexer.queries(x, latent, chunk.positions)
@@ -119,11 +121,11 @@ class Attention(nnx.Module):
             out = self._attend_decode(q, new, selection, chunk.positions)
         else:
             window = window_rows(cache.window, kv, chunk)
-            entries = None if new.entries is None else unpacked(new.entries, kv.dtype)
+            floats = None if new.entries is None else unpacked(new.entries, kv.dtype)
             if selection is None:
-                out = self._attend_dense(q, window, entries, chunk.positions)
+                out = self._attend_dense(q, window, floats, chunk.positions)
             else:
-                out, _ = self._attend_selected(q, window, entries, selection, chunk.positions)
+                out, _ = self._attend_selected(q, window, floats, selection, chunk.positions)
         return self._output(out, chunk.positions), new
 
     @property

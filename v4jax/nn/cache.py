@@ -16,7 +16,7 @@ Rows and keys are float arrays, or packed in the formats that `released` numeric
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from v4jax.nn.numerics import Numerics
 # activations' dtype. None: packed where that changes no number, else float.
 CacheFormat = Literal["packed", "float"] | None
 Rows = jax.Array | PackedRows | PackedColumns | PackedKeys  # [B, S, W]
+_Rows = TypeVar("_Rows", bound=Rows)
+_Packing = TypeVar("_Packing", PackedRows, PackedColumns)
 
 
 class CacheFullError(ValueError):
@@ -153,7 +155,7 @@ def init_cache(
         raise ValueError(f"capacity={capacity}: expected 1..{cfg.max_length} (max_length).")
     is_packed = _is_packed(format, numerics)
 
-    def rows(length: int, packing=PackedColumns) -> Rows:
+    def rows(length: int, packing: type[_Packing]) -> jax.Array | _Packing:
         shape = (batch, length, cfg.head_dim)
         if is_packed:
             return packing.zeros(shape, cfg.rope_head_dim)
@@ -164,14 +166,14 @@ def init_cache(
         return PackedKeys.zeros(shape) if is_packed else jnp.zeros(shape, numerics.dtype)
 
     def layer(spec: LayerSpec) -> LayerCache:
-        window = rows(cfg.window)
+        window = rows(cfg.window, PackedColumns)
         if spec.compressor is None:
             return LayerCache(window)
         count, overlap = -(-capacity // spec.ratio), spec.compressor.overlap
-        entries = rows(count, PackedRows if spec.indexer else PackedColumns)  # picked, or all
         pool = init_pool(batch, cfg.head_dim, overlap=overlap)
         if spec.indexer is None:
-            return LayerCache(window, entries, pool)
+            return LayerCache(window, rows(count, PackedColumns), pool)  # all are read
+        entries = rows(count, PackedRows)  # some are picked
         width = spec.indexer.head_dim
         index_pool = init_pool(batch, width, overlap=overlap)
         return LayerCache(window, entries, pool, keys(count, width), index_pool)
@@ -200,20 +202,21 @@ def init_pool(batch: int, width: int, *, overlap: bool) -> OpenPool:
 
 
 def append_entries(
-    entries: Rows,  # [B, S, W]
+    entries: _Rows,  # [B, S, W]
     new: jax.Array,  # [B, n, W], of which the first `counts` are complete
     start: jax.Array,  # [B] int32 row of the first new entry
     counts: jax.Array,  # [B] int32
-) -> Rows:
+) -> _Rows:
     """Writes the complete new entries behind the old ones, all devices'; never past the end."""
     if not isinstance(entries, jax.Array):
         parts = jax.tree.map(
             lambda x: collectives.all_gather(x[None], "seq", axis=0),
             (entries.words_of(new), start, counts),
         )
+        packed: Any = entries  # stays what it is
         for device in range(collectives.axis_size("seq")):
-            entries = entries.append(*jax.tree.map(lambda x, d=device: x[d], parts))
-        return entries
+            packed = packed.append(*jax.tree.map(lambda x, d=device: x[d], parts))
+        return packed
     index = jnp.arange(new.shape[1])
     rows = jnp.where(index < counts[:, None], start[:, None] + index, entries.shape[1])
     new, rows = (

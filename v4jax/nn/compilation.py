@@ -14,6 +14,11 @@ VARIABLE = "V4JAX_CACHE"
 _LEAST_SECONDS = 0.05  # of compiling, for a program to be kept
 
 
+def jax_folder() -> str | None:
+    """Where jax keeps programs, None if nowhere."""
+    return jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # made at run time
+
+
 def keep_programs() -> pathlib.Path | None:
     """Turns the cache on, unless there is one. Commands, engines and trainers call it.
 
@@ -21,7 +26,7 @@ def keep_programs() -> pathlib.Path | None:
       the folder, None if nothing is kept or jax's own settings hold.
     """
     chosen = os.environ.get(VARIABLE, "")
-    if chosen == "off" or jax.config.jax_compilation_cache_dir is not None:
+    if chosen == "off" or jax_folder() is not None:
         return None
     folder = pathlib.Path(chosen) if chosen else pathlib.Path.home() / ".cache" / "v4jax"
     try:

@@ -60,7 +60,7 @@ class Compressor(nnx.Module):
             value, gate, self.ape[...], implementation=self.numerics.implementation
         )
         if self.overlap:
-            pooled = self._overlap(pooled, init_pool(batch, self.width, overlap=True).previous)
+            pooled = self._overlap(pooled, Pool.empty((batch, self.width)))
         return self._finish(pooled, jnp.zeros(batch, jnp.int32))
 
     def extend(
@@ -80,7 +80,7 @@ class Compressor(nnx.Module):
             state, end = self._across_devices(pools, counts, state)
         first = state.current.join(jax.tree.map(lambda p: p[:, 0], pools))
         pools = jax.tree.map(lambda p, f: p.at[:, 0].set(f), pools, first)
-        joined = self._overlap(pools, state.previous) if self.overlap else pools
+        joined = pools if state.previous is None else self._overlap(pools, state.previous)
         end = self._end(state, pools, counts) if end is None else end
         return self._finish(joined, chunk.start), counts, end
 

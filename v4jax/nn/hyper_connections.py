@@ -22,7 +22,7 @@ class HyperConnection(nnx.Module):
         m = cfg.num_streams
         width = (2 + m) * m
 
-        def init_base(key, shape, dtype, out_sharding=None):
+        def init_base(key, shape, dtype=jnp.float32, out_sharding=None):
             pre = jnp.full((m,), -jnp.log(m - 1.0))  # sigmoid gives 1 / m
             comb = jnp.where(jnp.eye(m) > 0, 0.0, _INIT_OFF_DIAGONAL).reshape(-1)
             return jnp.concatenate([pre, jnp.zeros(m), comb]).astype(dtype)

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.formats.packed_rows import PackedKeys
 from pallas_kernels.indexer import index_topk, selected_scores
 from pallas_kernels.selection import Selection
 from sharding import collectives
-from v4jax.config import LayerSpec
+from v4jax.config import CompressorSpec, IndexerSpec
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.layers import Linear, ModelContext, WideLinear, rope_frequencies, rotate
 
@@ -27,9 +28,9 @@ from v4jax.nn.layers import Linear, ModelContext, WideLinear, rope_frequencies, 
 class Indexer(nnx.Module):
     """Which compressed entries each query attends to."""
 
-    def __init__(self, context: ModelContext, spec: LayerSpec):
+    def __init__(self, context: ModelContext, spec: IndexerSpec, compressor: CompressorSpec):
         cfg, numerics = context.cfg, context.numerics
-        heads, width = spec.indexer.num_heads, spec.indexer.head_dim
+        heads, width = spec.num_heads, spec.head_dim
         if numerics.is_released and width & (width - 1):
             raise ValueError(
                 f"indexer.head_dim={width} with released numerics: expected a power of two, which "
@@ -37,8 +38,8 @@ class Indexer(nnx.Module):
             )
         self.wq_b = Linear(context, cfg.q_lora_rank, heads * width, ("embed", None))
         self.weights_proj = WideLinear(context, cfg.embed_dim, heads)
-        self.compressor = Compressor(context, spec.compressor, width)
-        self.cfg, self.spec, self.numerics = cfg, spec.indexer, numerics
+        self.compressor = Compressor(context, compressor, width)
+        self.cfg, self.spec, self.numerics = cfg, spec, numerics
 
     def queries(
         self,
@@ -54,7 +55,11 @@ class Indexer(nnx.Module):
         return self.numerics.round_indexer(q), weights
 
     def select(
-        self, queries: jax.Array, weights: jax.Array, keys: jax.Array, positions: jax.Array
+        self,
+        queries: jax.Array,
+        weights: jax.Array,
+        keys: jax.Array | PackedKeys,
+        positions: jax.Array,
     ) -> Selection:
         """The entries each query attends to: all that are visible where there are few."""
         return index_topk(

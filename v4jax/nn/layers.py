@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ class Matrix(nnx.Module):
         stored: str,
     ):
         self.kernel = context.param(shape, axes, stored=stored)
-        self.adapter = nnx.data(None)
+        self.adapter: Callable[..., jax.Array] | None = nnx.data(None)
         self.numerics = context.numerics
 
     def _adapted(self, x: jax.Array, out: jax.Array, *sizes: jax.Array) -> jax.Array:

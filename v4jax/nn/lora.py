@@ -62,6 +62,7 @@ class LoRA:
     @property
     def scale(self) -> float:
         """Factor of the adapter's product."""
+        assert self.alpha is not None  # a default was put in its place
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 

@@ -390,7 +390,7 @@ class Transformer(nnx.Module):
         at = np.arange(length) if queries is None else np.asarray(queries, np.int32)
         if ((at < -length) | (at >= length)).any():
             raise ValueError(
-                f"queries={list(queries)}: expected positions in {-length}..{length - 1}."
+                f"queries={at.tolist()}: expected positions in {-length}..{length - 1}."
             )
         streams, views = self.streams(self.embedding(tokens)), []
         for block in (block for stage in self.stages for block in stage.layers()):

@@ -75,6 +75,7 @@ class Router(nnx.Module):
         if self.table is not None:
             experts = jnp.take(self.table[...], tokens, axis=0)
         else:
+            assert self.bias is not None  # a router has a table or biases
             biased = jax.lax.stop_gradient(scores) + self.bias[...]
             _, experts = jax.lax.top_k(biased, self.moe.experts_per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)

@@ -63,8 +63,13 @@ class Flops:
         )
 
     def __mul__(self, times: float) -> "Flops":
-        parts = (self.linear, self.wide, self.attention, self.indexer)
-        return Flops(*(times * part for part in parts), self.indexer_weight)
+        return Flops(
+            times * self.linear,
+            times * self.wide,
+            times * self.attention,
+            times * self.indexer,
+            self.indexer_weight,
+        )
 
     @property
     def total(self) -> float:
@@ -230,7 +235,7 @@ def expert_bytes(cfg: V4Config, recipe: Recipe = RELEASED) -> float:
             return size * 2.0
 
 
-def experts_hit(cfg: V4Config, tokens: int) -> float:
+def experts_hit(cfg: V4Config, tokens: float) -> float:
     """Expected number of experts that a layer reads for that many tokens, routed at random."""
     share = cfg.moe.experts_per_token / cfg.moe.num_experts
     return cfg.moe.num_experts * (1 - (1 - share) ** tokens)

@@ -107,7 +107,7 @@ def memory_by_part(model: Transformer) -> dict[str, Part]:
         value = variable.get_value()
         names = ("mtp",) if path[0] == "mtp" else path
         key = next((k for k in ("indexer", *_PARTS) if k in names), None)
-        name = _PARTS.get(key, "norms and hyper-connections")
+        name = _PARTS.get(key or "", "norms and hyper-connections")
         size = value.size
         if isinstance(variable, HashTable):
             name, size = _HASH_TABLES, 0

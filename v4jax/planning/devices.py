@@ -72,7 +72,8 @@ def serving_mesh(
     Raises:
       ValueError: it does not fit; names what would.
     """
-    first, alone = devices[0], None if len(devices) == 1 else {}
+    first = devices[0]
+    alone: dict[str, int] | None = None if len(devices) == 1 else {}
     there = f"{len(devices)} x {first.device_kind}"
     memory = device_memory(first)
     if memory is None:

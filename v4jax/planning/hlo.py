@@ -57,24 +57,23 @@ def collectives(text: str) -> list[Collective]:
     """The collectives in compiled HLO, those that send most first."""
     bodies, entry = _computations(text)
     times = _executions(bodies, entry)
-    counts: dict[tuple, int] = collections.Counter()
+    counts: dict[tuple[str, str, int], int] = collections.Counter()
     for name, lines in bodies.items():
         for line in lines:
             if times[name] and (match := _COLLECTIVE.search(line)):
                 result = _result(match["kind"], match["result"])
                 counts[match["kind"], result, _group_size(line)] += times[name]
     found = [
-        Collective(*key, count, count * _sent(key[0], array_bytes(key[1]), key[2]))
-        for key, count in counts.items()
+        Collective(kind, result, group, count, count * _sent(kind, array_bytes(result), group))
+        for (kind, result, group), count in counts.items()
     ]
     return sorted(found, key=lambda c: -c.sent_bytes)
 
 
 def array_bytes(shape: str) -> float:
     """Bytes of an array by its HLO type: `array_bytes("bf16[16,4096]") == 131072`."""
-    match = _ARRAY.match(shape)
-    dtype, dims = match[1], match[2]
-    width = _BITS[dtype] if dtype in _BITS else int(re.search(r"\d+", dtype)[0])
+    ((dtype, dims),) = _ARRAY.findall(shape)
+    width = _BITS[dtype] if dtype in _BITS else int(re.findall(r"\d+", dtype)[0])
     return math.prod(int(n) for n in dims.split(",") if n) * width / 8
 
 
@@ -126,7 +125,8 @@ def _scope(line: str) -> str:
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Lines of each computation, and the name of the one that is run."""
-    bodies, entry, current = {}, "", None
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", None
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             current = bodies.setdefault(match[1], [])
@@ -142,13 +142,14 @@ def _unwrapped(lines: list[str], bodies: dict[str, list[str]]) -> list[str]:
     `async-start(...), calls=%c` becomes what `%c` does: the HLO that the compiler writes before it
     makes code has the one form, a compiled program the other.
     """
-    kinds, out = {}, []
+    kinds: dict[str, str] = {}
+    out = []
     for line in lines:
         if " async-start(" in line and (start := _ASYNC.search(line)):
             inner = _collective_in(start["called"], bodies)
             if inner is not None:
-                kinds[start["name"]] = _COLLECTIVE.search(inner)["kind"]
-                groups = re.search(r"replica_groups=[^ ]*", inner)
+                kinds[start["name"]] = inner["kind"]
+                groups = re.search(r"replica_groups=[^ ]*", inner.string)
                 line = line.replace(f"calls=%{start['called']}", groups[0] if groups else "")
                 line = line.replace(" async-start(", f" {kinds[start['name']]}-start(")
         elif (done := _ASYNC_DONE.search(line)) and done[1] in kinds:
@@ -157,11 +158,11 @@ def _unwrapped(lines: list[str], bodies: dict[str, list[str]]) -> list[str]:
     return out
 
 
-def _collective_in(name: str, bodies: dict[str, list[str]]) -> str | None:
+def _collective_in(name: str, bodies: dict[str, list[str]]) -> re.Match[str] | None:
     """The collective of a computation that was made for one; a SparseCore's calls another in turn."""
     for line in bodies.get(name, []):
-        if _COLLECTIVE.search(line):
-            return line
+        if found := _COLLECTIVE.search(line):
+            return found
         for called, _ in _CALLED.findall(line):
             if found := _collective_in(called, bodies):
                 return found
@@ -170,7 +171,7 @@ def _collective_in(name: str, bodies: dict[str, list[str]]) -> str | None:
 
 def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     """How often each computation runs."""
-    calls = {name: [] for name in bodies}
+    calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
     for name, lines in bodies.items():
         for line in lines:
             trips = _trips(line, bodies)

@@ -11,20 +11,20 @@ Nothing of a model is allocated: arrays are shapes with shardings.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.chips import Chip
 from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import AXES, DECODE, PREFILL, TRAIN, AxisRules, kept_axis
 from v4jax.config import V4Config
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.steps import Slots, decode_step, prefill_step, request_rows
 from v4jax.nn.cache import CacheFormat, init_cache
-from v4jax.nn.model import Transformer
+from v4jax.nn.model import Stage, Transformer
 from v4jax.nn.numerics import plain, released
 from v4jax.nn.placement import FP4_BLOCK, check_mesh, is_rounded, specs
 from v4jax.nn.quantization import everything, is_expert, not_expert, to_float, to_released
@@ -136,7 +136,7 @@ def abstract_model(cfg: V4Config, job: Job, *, scan_layers: bool) -> Transformer
 class Program:
     """A jitted step and its abstract arguments, for a mesh."""
 
-    step: Callable
+    step: jax.stages.Wrapped
     arguments: tuple
     mesh: jax.sharding.Mesh
     held: dict[str, float]  # bytes on one device: "parameters", "optimizer", "cache"
@@ -172,20 +172,21 @@ def _train(model, job, mesh):
         is_leaf=lambda x: isinstance(x, nnx.State),
     )
     tokens = jax.ShapeDtypeStruct((job.batch, job.context), jnp.int32)
-    tokens = [_placed(tokens, job.rules.tokens, mesh)] * 3
+    tokens = _placed(tokens, job.rules.tokens, mesh)
     held = {"parameters": (state.params, state.fixed), "optimizer": state.opt_state}
-    return train.compiled_step, (state, *tokens), held
+    return train.compiled_step, (state, tokens, tokens, tokens), held
 
 
 def _decode(model, job, mesh):
     leaves, rows = _leaves(model, job, mesh), job.rules.spec("batch")
 
     requests = [Sampling()] * job.batch
-    sampling, seeds, limits, stops = request_rows(requests, [model.cfg.eos_id])
+    sampling, seeds, *rows_of_requests = request_rows(requests, [model.cfg.eos_id])
 
     def make() -> Slots:
         cache, logits = _cache_and_logits(model, job)
         keys = jax.vmap(jax.random.key)(seeds)
+        limits, stops = map(jnp.asarray, rows_of_requests)
         steps, done = jnp.zeros(job.batch, jnp.int32), jnp.zeros(job.batch, bool)
         return Slots(cache, logits, keys, steps, limits, stops, done, sampling)
 
@@ -219,7 +220,8 @@ def _leaves(model, job, mesh) -> list[jax.ShapeDtypeStruct]:
 def _place_variables(state: nnx.State, rules: AxisRules, mesh) -> nnx.State:
     where = jax.tree.leaves(specs(state, rules), is_leaf=lambda s: isinstance(s, jax.P))
     leaves, tree = jax.tree.flatten(state)
-    return tree.unflatten([_placed(x, spec, mesh) for x, spec in zip(leaves, where, strict=True)])
+    placed = [_placed(x, spec, mesh) for x, spec in zip(leaves, where, strict=True)]
+    return jax.tree.unflatten(tree, placed)
 
 
 def _placed(x, spec: jax.P, mesh) -> jax.ShapeDtypeStruct:
@@ -261,7 +263,15 @@ class MeshChoice:
     reasons: tuple[str, ...]
 
 
-def choose_mesh(cfg: V4Config, chip: Chip, num_devices: int, job: Job) -> MeshChoice:
+class WithMemory(Protocol):
+    """A chip, or another kind of device of which this is known."""
+
+    @property
+    def hbm(self) -> float:
+        """Bytes of a device's memory."""
+
+
+def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> MeshChoice:
     """The mesh of `num_devices` devices for a job: of those that fit, the one it prefers.
 
     Serving prefers few copies of a sequence's work (tensor, then context), training what sends
@@ -352,6 +362,9 @@ class _Parts:
 def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]) -> _Parts:
     held = trained = gathered = scattered = 0.0
     bodies: dict[tuple, float] = {}
+    stages: dict[tuple, Stage] = {
+        ("stages", index): stage for index, stage in enumerate(model.stages)
+    }
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         axes = [axis for name in variable.axes if name for axis in rules.mesh_axes(name)]
         local = _nbytes(variable.get_value()) / math.prod(sizes[axis] for axis in axes)
@@ -366,8 +379,8 @@ def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]
             sent = whole / 2 if is_trained and is_rounded(variable) else whole
             returned = whole if is_trained else 0
             gathered, scattered = gathered + sent, scattered + returned
-            layer = path[:4] if path[0] == "stages" else path[:2]
-            repeats = model.stages[path[1]].repeats if path[0] == "stages" else 1
+            stage = stages.get(path[:2])
+            layer, repeats = (path[:4], stage.repeats) if stage else (path[:2], 1)
             bodies[layer] = bodies.get(layer, 0) + (sent + returned) / repeats
     return _Parts(held, trained, gathered, scattered, max(bodies.values(), default=0.0))
 

@@ -45,7 +45,7 @@ class Roofline:
     def bound(self) -> str:
         """Which of them that is."""
         terms = {"compute": self.compute, "HBM": self.memory, "ICI": self.links}
-        return max(terms, key=terms.get)
+        return max(terms, key=lambda name: terms[name])
 
     @property
     def tokens_per_second(self) -> float:

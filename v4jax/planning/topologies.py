@@ -17,7 +17,7 @@ from pallas_kernels.chips import CHIPS, Chip
 
 # Rows travel to experts while others are computed; libtpu does not do that by itself. Where a TPU is,
 # the commands set the same in LIBTPU_INIT_ARGS (`v4jax.cli.LIBTPU_FLAGS`).
-COMPILER_OPTIONS = {"xla_tpu_enable_async_ragged_all_to_all": True}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_ragged_all_to_all": True}
 
 
 def chip_of(topology: str) -> Chip:

@@ -7,6 +7,7 @@ results `parse_message_from_completion_text` gives.
 import functools
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from v4jax.text.format import (
     BOS,
@@ -40,7 +41,7 @@ _LOOSE_PARAMETER_START = re.compile(
 _LOOSE_PARAMETER_END = re.compile(rf"</{DSML}parameter\s*>")
 
 
-def parse_message_from_completion_text(text: str, thinking_mode: str) -> dict[str, object]:
+def parse_message_from_completion_text(text: str, thinking_mode: str) -> dict[str, Any]:
     """The assistant message in a complete completion: its text after the prompt, with EOS.
 
     Calls have no id, that is for the server to give. Their arguments are assembled as text: a
@@ -61,7 +62,7 @@ def parse_message_from_completion_text(text: str, thinking_mode: str) -> dict[st
     content, stop, position = _read_until(text, position, EOS, CALLS_START)
     if not stop:
         raise EncodingError(f"Neither {EOS} nor tool calls after the content: ...{text[-80:]!r}.")
-    calls = []
+    calls: list[dict[str, Any]] = []
     if stop == CALLS_START:
         calls, position = _read_calls(text, position)
         position += len(EOS) if text.startswith(EOS, position) else 0
@@ -75,7 +76,7 @@ def parse_message_from_completion_text(text: str, thinking_mode: str) -> dict[st
 
 def parse_partial_completion(
     text: str, thinking_mode: str, *, is_complete: bool = False
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The assistant message as far as it can be read from any text: cut off, or malformed.
 
     Equal to `parse_message_from_completion_text` where that accepts the text. Otherwise text after
@@ -136,7 +137,7 @@ def answer_span(text: str, thinking_mode: str) -> tuple[int, int] | None:
 _ENDS = (THINK_END, EOS, CALLS_START, CALLS_START[1:], CALLS_START[2:])
 
 
-def _loose_calls(text: str, position: int) -> list[dict[str, object]]:
+def _loose_calls(text: str, position: int) -> list[dict[str, Any]]:
     """The closed calls after a position, as a model may garble them."""
     calls = []
     for call, body in _elements(text[position:], _LOOSE_INVOKE_START, _LOOSE_INVOKE_END):
@@ -182,9 +183,9 @@ def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)))
 
 
-def _read_calls(text: str, position: int) -> tuple[list[dict[str, object]], int]:
+def _read_calls(text: str, position: int) -> tuple[list[dict[str, Any]], int]:
     """The calls of a block whose opening tag was read, and where the block ends."""
-    calls = []
+    calls: list[dict[str, Any]] = []
     while True:
         gap, stop, position = _read_until(text, position, _INVOKE_START, CALLS_END)
         _expect_line_end(gap, stop)
@@ -217,7 +218,7 @@ def _expect_line_end(gap: str, stop: str) -> None:
         raise EncodingError(f"{shown(gap)} between the tags of a tool call: expected '>\\n'.")
 
 
-def _tool_call(name: str, arguments: Mapping[str, tuple[str, str]]) -> dict[str, object]:
+def _tool_call(name: str, arguments: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """A call from the (string flag, value) of each parameter."""
     items = (
         f"{to_json(key)}: {value if flag == 'false' else to_json(value)}"
@@ -227,7 +228,7 @@ def _tool_call(name: str, arguments: Mapping[str, tuple[str, str]]) -> dict[str,
     return {"type": "function", "function": {"name": name, "arguments": text}}
 
 
-def _assistant_message(content: str, reasoning: str, calls: list) -> dict[str, object]:
+def _assistant_message(content: str, reasoning: str, calls: list) -> dict[str, Any]:
     return {
         "role": "assistant",
         "content": content,

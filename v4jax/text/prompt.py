@@ -27,6 +27,7 @@ output this module reproduces byte for byte; DeepSeek-V4 report (arXiv 2606.1934
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from v4jax.text.format import (
     ASSISTANT,
@@ -57,7 +58,7 @@ class _Call:
 
     name: str
     arguments: Mapping[str, object]
-    id: str | None
+    id: str | int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class _Block:
 
     text: str
     is_result: bool = False
-    call_id: str | None = None
+    call_id: str | int | None = None
 
 
 @dataclasses.dataclass
@@ -231,7 +232,7 @@ def _effort_prompt(effort: str | None, release: str) -> str:
     return prompts[effort]
 
 
-def _turns(messages: Sequence[Mapping[str, object]], is_context: bool) -> list[_Turn]:
+def _turns(messages: Sequence[Mapping[str, Any]], is_context: bool) -> list[_Turn]:
     """One turn per message, where runs of user and tool messages share a user turn.
 
     A user message does not join a turn that has a `task`; a tool message does. A message that joins
@@ -267,8 +268,8 @@ def _turns(messages: Sequence[Mapping[str, object]], is_context: bool) -> list[_
     return turns
 
 
-def _field(message: Mapping[str, object], name: str, kinds: tuple[type, ...]) -> object:
-    """A field that may be missing or null.
+def _field(message: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> Any:
+    """A field of one of these `kinds`, that may be missing or null.
 
     Raises:
         EncodingError: it has a value of another kind.
@@ -299,7 +300,7 @@ def _content(message: Mapping[str, object]) -> str:
     return content
 
 
-def _part_text(part: object) -> str:
+def _part_text(part: Any) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str) or (kind == "text" and not isinstance(part.get("text"), str)):
         raise EncodingError(
@@ -308,8 +309,8 @@ def _part_text(part: object) -> str:
     return part["text"] if kind == "text" else f"[Unsupported {kind}]"
 
 
-def _call(call: object) -> _Call:
-    function = call.get("function") if isinstance(call, Mapping) else None
+def _call(call: Any) -> _Call:
+    function: Any = call.get("function") if isinstance(call, Mapping) else None
     text = function.get("arguments") if isinstance(function, Mapping) else None
     if not isinstance(text, str) or not isinstance(function.get("name"), str):
         raise EncodingError(
@@ -331,7 +332,7 @@ def _call(call: object) -> _Call:
 
 def _sort_tool_results(turns: list[_Turn]) -> None:
     """Puts the results in each user turn in the order of the calls they answer, text untouched."""
-    order: dict[str, int] = {}
+    order: dict[str | int | None, int] = {}
     for turn in turns:
         if turn.calls:
             order = {call.id: i for i, call in enumerate(turn.calls) if call.id}

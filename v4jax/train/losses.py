@@ -78,8 +78,9 @@ def training_loss(
     balance = sum(jnp.sum(b.router.balance_loss) for b in blocks) / max(num_scored, 1)
     loss = ce + weights.mtp * mtp_ce + weights.balance * balance + weights.indexer * indexer
     counts = tuple(tuple(block.router.counts for block in stage) for stage in stats)
-    terms = collectives.reduce_from(jnp.stack([loss, ce, mtp_ce, indexer, balance]), "batch", "seq")
-    return loss, Metrics(*terms, counts)
+    terms = jnp.stack([loss, ce, mtp_ce, indexer, balance])
+    total, ce, mtp_ce, indexer, balance = collectives.reduce_from(terms, "batch", "seq")
+    return loss, Metrics(total, ce, mtp_ce, indexer, balance, counts)
 
 
 def mean_share(losses: jax.Array) -> jax.Array:

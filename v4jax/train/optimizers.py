@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from v4jax.nn.layers import RoutingBias
 from v4jax.nn.model import Transformer
 
 
@@ -63,7 +62,7 @@ def update_routing_bias(model: Transformer, counts, speed: float) -> None:
     blocks += [mtp.block for mtp in model.mtp]
     flat = [count for stage in counts for count in stage]  # [repeats, E] each
     for block, count in zip(blocks, flat, strict=True):
-        bias: RoutingBias | None = block.moe.router.bias
+        bias = block.moe.router.bias
         if bias is None:
             continue
         count = count.astype(jnp.float32)

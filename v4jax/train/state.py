@@ -20,9 +20,13 @@ class Saver:
     Args:
       folder: where checkpoints go; made if missing.
       keep: how many to keep.
+
+    Attributes:
+      folder: as given.
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
+        self.folder = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(os.path.abspath(folder), options=options)
 

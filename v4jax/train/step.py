@@ -75,8 +75,9 @@ class TrainStep:
             )
         self.cfg, self.rules = model.cfg, rules
         is_trained = trained_by(trainable)
-        self.graphdef, self._params, self._fixed = nnx.split(model, is_trained, ...)
-        _require_floats(self._params)
+        self.graphdef, *states = nnx.split(model, is_trained, ...)
+        self._states = states  # what trains and what does not, until `init`
+        _require_floats(states[0])
         self.optimizer = optimizer
         self.computed = round_to_released if qat else lambda params: params
         self.compiled_step = jax.jit(
@@ -97,8 +98,8 @@ class TrainStep:
 
     def init(self) -> TrainState:
         """The state before the first step. The model's arrays are moved into it."""
-        params, fixed = self._params, self._fixed
-        self._params = self._fixed = None
+        params, fixed = self._states
+        self._states = []
         return TrainState(params, fixed, self.optimizer.init(params))
 
     def batch(self, stream: TokenStream, step: int, batch_size: int) -> tuple[jax.Array, ...]:
@@ -158,10 +159,10 @@ def _require_floats(params: nnx.State) -> None:
 def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: bool = True):
     """A function (params, fixed, inputs, following, after) -> gradients and metrics, over a mesh."""
 
-    def on_device(params, fixed, *tokens):
+    def on_device(params, fixed, inputs, following, after):
         def loss_fn(params):
             model = nnx.merge(graphdef, params, fixed)
-            return training_loss(model, *tokens, weights, remat=remat)
+            return training_loss(model, inputs, following, after, weights, remat=remat)
 
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
         return reduce_gradients(gradients), metrics
@@ -203,5 +204,6 @@ def _train_step(
     model = nnx.merge(graphdef, params, state.fixed)
     if bias_speed:
         update_routing_bias(model, metrics.expert_counts, bias_speed)
-    _, params, fixed = nnx.split(model, is_trained, ...)
+    _, *states = nnx.split(model, is_trained, ...)
+    params, fixed = states
     return TrainState(params, fixed, opt_state), metrics

@@ -77,19 +77,22 @@ class Trainer:
                 "a function of path and variable."
             )
         self._mesh, self.steps = mesh_of(model), 0
-        self.lora = trainable if isinstance(trainable, LoRA) else None
-        if isinstance(trainable, str):
-            trainable = TRAINABLE[trainable]
+        self.lora: LoRA | None = None
+        chosen: Chosen
+        if isinstance(trainable, LoRA):
+            self.lora, chosen = trainable, _is_adapter
+        else:
+            chosen = TRAINABLE[trainable] if isinstance(trainable, str) else trainable
         with self._on_mesh():
             require_placed(nnx.state(model), TRAIN)
             if self.lora is not None:
-                model, trainable = add_lora(model, self.lora, seed=seed), _is_adapter
-            model = to_float(model, only=lambda path, v: _trains(trainable, path, v))
+                model = add_lora(model, self.lora, seed=seed)
+            model = to_float(model, only=lambda path, v: _trains(chosen, path, v))
             self._step = TrainStep(
                 model,
                 optimizer,
                 weights,
-                trainable=trainable,
+                trainable=chosen,
                 qat=qat,
                 remat=remat,
                 bias_speed=bias_speed,
@@ -170,10 +173,10 @@ class Trainer:
             for number in range(first, steps):
                 metrics = self.step(self.batch(data, number, batch_size))
                 done, is_last = number + 1, number + 1 == steps
-                is_eval = evaluation and (done % eval_every == 0 or is_last)
+                is_eval = evaluation is not None and (done % eval_every == 0 or is_last)
                 if done % log_every == 0 or is_last or is_eval:
                     record = _record(done, metrics)
-                    if is_eval:
+                    if evaluation is not None and is_eval:
                         record["heldout_ce"] = round(self.evaluate(evaluation, batch_size), 5)
                     log.write(json.dumps(record) + "\n")
                     log.flush()
@@ -181,7 +184,7 @@ class Trainer:
                     rate = (done - first) * batch_size * data.seq_len / seconds
                     yield {**record, "tokens_per_second": rate}
                 if saver is not None and (done % save_every == 0 or is_last):
-                    self._require_finite(metrics, done, folder)
+                    self._require_finite(metrics, done, saver)
                     saver.save(done, self._state)
                     saver.wait()
 
@@ -193,7 +196,8 @@ class Trainer:
         Returns:
           the records.
         """
-        records, shown = [], progress and jax.process_index() == 0
+        records: list[Record] = []
+        shown = progress and jax.process_index() == 0
         with tqdm(total=steps, unit="step", disable=not shown) as bar:
             for record in self.run(data, steps, **options):
                 if not records:
@@ -241,13 +245,13 @@ class Trainer:
         with self._on_mesh():
             return saver.restore(self._state)
 
-    def _require_finite(self, metrics: Metrics, step: int, folder: pathlib.Path) -> None:
+    def _require_finite(self, metrics: Metrics, step: int, saver: Saver) -> None:
         """A state with NaN never takes the place of a good one."""
         if math.isfinite(float(metrics.loss)) and self._step.is_finite(self._state):
             return
         raise ValueError(
             f"step {step}: the loss is {float(metrics.loss)}, or a parameter is not finite. Nothing was "
-            f"saved; the last good state, if any, is in {folder / 'state'}. Try a lower learning rate or "
+            f"saved; the last good state, if any, is in {saver.folder}. Try a lower learning rate or "
             "a longer warm-up, in another output folder."
         )
 

@@ -304,12 +304,13 @@ def merge_files(output: str | os.PathLike) -> tuple[int, int, int]:
         header = sidecar.header()
         if header is None:
             raise JobError(f"{sidecar.path} is empty: the job was stopped before its first result.")
-        if not isinstance(header.get("requests"), int):
+        requests = header.get("requests")
+        if not isinstance(requests, int):
             raise JobError(
                 f"{sidecar.path} does not say how many requests there are: it is damaged."
             )
         results, errors = merge_all(output)
-        return results, errors, header["requests"] - results - errors
+        return results, errors, requests - results - errors
 
 
 def _sync(file) -> None:

@@ -84,36 +84,34 @@ class Job:
         if not 0 <= process < count:
             raise ValueError(f"process={process}: expected 0..{count - 1}.")
         self.output = pathlib.Path(output)
-        self._leads, self._agree, self._sidecar = leads, agree, None
+        self._leads, self._agree = leads, agree
+        self._sidecar: Sidecar | None = None  # of the process that leads
         self._results_path = part_path(self.output, process, count)
         try:
-            done = b""
+            done = bytearray()
             if leads:
-                self._take_share(process, count)
+                self._sidecar = Sidecar(self.output)
+                # Before the first pass over the input: others' passes take as long.
+                self._sidecar.lock_share(process, count)
                 self.plan = Plan(input, settings, batch_size, release)
-                done = self._open_files(identity, process, count)
+                self._sidecar.claim(self._header(identity), process, count)
+                done = self._open_files(process, count)
         except BaseException:
             self.close()
-            agree(np.int32(-1))  # the others wait for it
+            agree(np.array(-1, np.int32))  # the others wait for it
             raise
-        size = int(agree(np.int32(len(done))))
+        size = int(agree(np.array(len(done), np.int32)))
         if size < 0:
             raise JobError(f"the process that leads this one could not open {self.output}.")
         if not leads:
-            self.plan, done = Plan(input, settings, batch_size, release), bytes(size)
+            self.plan, done = Plan(input, settings, batch_size, release), bytearray(size)
         self._done = bytearray(agree(np.frombuffer(done, np.uint8)))
         self._batches = self.plan.batches[process::count]
         self.total = sum(end - start for start, end in self._batches)
         self.remaining = sum(len(self._open(*batch)) for batch in self._batches)
 
-    def _take_share(self, process: int, count: int) -> None:
-        """Locks the share, before the first pass over the input: others' passes take as long."""
-        self._sidecar = Sidecar(self.output)
-        self._sidecar.lock_share(process, count)
-
-    def _open_files(self, identity: Mapping[str, object], process: int, count: int) -> bytearray:
-        """Claims the output and opens its files; a flag for every line that is done."""
-        self._sidecar.claim(self._header(identity), process, count)
+    def _open_files(self, process: int, count: int) -> bytearray:
+        """Opens the files of the output; a flag for every line that is done."""
         self._results = Journal(self._results_path)
         self._errors = Journal(part_path(errors_path(self.output), process, count))
         done = self._read_done()
@@ -218,7 +216,8 @@ class Job:
           how many requests have neither a result nor an error, because their process died or was
           not started. The parts are not joined then.
         """
-        return int(self._agree(np.int32(self._finish() if self._leads else 0)))
+        left = 0 if self._sidecar is None else self._finish(self._sidecar)
+        return int(self._agree(np.array(left, np.int32)))
 
     def _write_malformed(self) -> None:
         """Reports the lines that are no requests, once."""
@@ -226,11 +225,11 @@ class Job:
             self._errors.append(self._malformed)
             self._malformed = []
 
-    def _finish(self) -> int:
+    def _finish(self, sidecar: Sidecar) -> int:
         self._write_malformed()
         is_part = self._results_path != self.output and self._results_path.exists()
-        self._sidecar.unlock()
-        while not self._sidecar.lock_all():
+        sidecar.unlock()
+        while not sidecar.lock_all():
             time.sleep(0.5)
         try:
             if is_part and not self._results_path.exists():
@@ -241,7 +240,7 @@ class Job:
                 self.output.touch()  # there may be no result at all
             return left
         finally:
-            self._sidecar.unlock()
+            sidecar.unlock()
 
 
 class _Row:
@@ -271,7 +270,7 @@ class _Row:
 
     def _stop_at(self, text: str) -> int | None:
         """Where the first stop text of an answer begins: one met in the reasoning is none."""
-        span = (0, len(text))
+        span: tuple[int, int] | None = (0, len(text))
         if self.request.thinking_mode is not None:
             span = answer_span(text, self.request.thinking_mode)
         if span is None:

@@ -3,6 +3,7 @@
 import array
 import hashlib
 import os
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class Plan:
         resolve_mode(settings.mode, release)
         self.path, self.settings = path, settings
         self.batch_size, self.release = batch_size, release
-        self.malformed: list[dict[str, object]] = []
+        self.malformed: list[dict[str, Any]] = []
         lines, offsets, limits, lengths, marks = (array.array(code) for code in "qqqqQ")
         ids: set[str] = set()
         sha, self.size = hashlib.sha256(), 0

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from v4jax.inference.sampling import Sampling
 from v4jax.text.format import DEEPEST, MODES, is_too_deep, shown
@@ -58,7 +59,7 @@ class Settings:
         names = [field.name for field in dataclasses.fields(Sampling)]
         return Sampling(**{name: getattr(self, name) for name in names})
 
-    def updated(self, given: Mapping[str, object]) -> "Settings":
+    def updated(self, given: Mapping[str, Any]) -> "Settings":
         """With the settings that a line gives."""
         return dataclasses.replace(self, **given)
 
@@ -140,7 +141,7 @@ def _read_json(text: bytes) -> tuple[object, list[str]]:
 
 
 def _request(
-    fields: Mapping[str, object], id: str, line: int, defaults: Settings, release: str
+    fields: Mapping[str, Any], id: str, line: int, defaults: Settings, release: str
 ) -> Request:
     if unknown := sorted(set(fields) - set(KEYS)):
         names = ", ".join(key if key.isidentifier() else shown(key) for key in unknown)
