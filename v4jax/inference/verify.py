@@ -71,11 +71,11 @@ _HCA = 128  # tokens of an entry of the compressed layers
 def prompt_length(cfg: V4Config, most: int = MAX_PROMPT) -> int:
     """Tokens of the prompt of prefill and decode, an odd number.
 
-    More than the window, and more than an indexer selects (`4 * topk`), so that it has to choose; ends
+    More than the window, and more than indexers select (`ratio * topk`), so that they have to choose; ends
     shortly before an entry of 128 tokens is complete, which the decoded tokens then are the last of.
     """
-    has_indexer = any(spec.is_csa for spec in cfg.layers)
-    needed = max(cfg.window, 4 * cfg.indexer.topk if has_indexer else 0, _HCA)
+    picked = [spec.ratio * spec.indexer.topk for spec in cfg.layers if spec.indexer]
+    needed = max(cfg.window, *picked, _HCA)
     room = min(most, cfg.max_length - DECODED)
     periods = min(-(-needed // _HCA) + 1, (room - (_HCA - 3)) // _HCA)
     return periods * _HCA + _HCA - 3 if periods >= 0 else (room - 1) | 1
@@ -231,7 +231,7 @@ class Checks:
         losses = self._losses(inputs[:-SCORED], inputs[-SCORED:], self.text[-SCORED:])
         found = float(np.exp(losses.mean()))
         shorter = max(self._perplexities, default=None)
-        before = self._perplexities.get(shorter)
+        before = None if shorter is None else self._perplexities[shorter]
         self._perplexities[length] = found
         problems, limit = [], math.sqrt(self.cfg.vocab_size)
         if not found <= limit:
