@@ -100,7 +100,7 @@ def quantize_rows(
     values = _round_to_grid(blocks, exponent, fmt).reshape(padded.shape)[..., :width]
     scale = (exponent[..., 0] >> 23).astype(jnp.uint8)
     if fmt == "fp8":
-        return values.astype(jnp.float8_e4m3fn), scale
+        return quantize.encode_e4m3(values), scale
     codes = _e2m1_codes(values)
     low, high = codes[..., : width // 2], codes[..., width // 2 :]
     return (low | high << 4).astype(jnp.uint8), scale
@@ -122,9 +122,10 @@ def dequantize_rows(
     if fmt == "fp4":
         codes = jnp.concatenate([values & 0xF, values >> 4], axis=-1)
         values = quantize.decode_e2m1(codes)
-    scale = jax.lax.bitcast_convert_type(scale.astype(jnp.int32) << 23, jnp.float32)
-    scale = jnp.repeat(scale, block, axis=-1)[..., : values.shape[-1]]
-    return (values.astype(jnp.float32) * scale).astype(dtype)
+    else:
+        values = quantize.decode_e4m3(values)
+    scale = jnp.repeat(quantize.scale_of_exponent(scale), block, axis=-1)
+    return (values * scale[..., : values.shape[-1]]).astype(dtype)
 
 
 def _check(fmt, block):

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import compact
 from pallas_kernels.formats.quantize import cast
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -129,7 +130,7 @@ def sinkhorn(logits: jax.Array, iters: int, eps: float) -> jax.Array:
 
 
 def _product(x: jax.Array, fn: jax.Array) -> jax.Array:
-    return jnp.matmul(x, fn, precision=_HIGHEST)
+    return compact.matmul(x, fn, precision=_HIGHEST)
 
 
 def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
