@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target_platform
 
+_STEP = 32  # values of an axis that XLA reduces in one step
+
 
 def matmul(x: jax.Array, w: jax.Array, **options) -> jax.Array:
     """`jnp.matmul` of x [..., in] and w [in, out], or [..., g, in] and [g, in, out] with an axis g.
@@ -30,3 +32,15 @@ def running_sum(x: jax.Array) -> jax.Array:
     """`jnp.cumsum` over the last axis of integers, which is short: one sum in place of several."""
     place = jnp.arange(x.shape[-1])
     return jnp.sum(jnp.where(place <= place[:, None], x[..., None, :], 0), axis=-1, dtype=x.dtype)
+
+
+def largest(x: jax.Array) -> jax.Array:
+    """`jnp.max` over the last axis.
+
+    XLA on a CPU takes maxima of more than 32 values in two steps, neither of which is joined with
+    what comes before it. Maxima over two short axes are one step, joined.
+    """
+    width = x.shape[-1]
+    if target_platform() != "cpu" or width <= _STEP or width % _STEP or width > _STEP**2:
+        return jnp.max(x, axis=-1)
+    return jnp.max(x.reshape(*x.shape[:-1], width // _STEP, _STEP), axis=(-2, -1))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compact
+from pallas_kernels.dispatch import target_platform
 from pallas_kernels.formats.quantize import cast
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -72,8 +73,13 @@ def mix(
 ) -> jax.Array:  # [B, T, M * D]
     """streams'[k] = post[k] * f + sum_j comb[j, k] * streams[j]."""
     m = post.shape[-1]
-    parts = _split(streams, m)
     f = f.astype(jnp.float32)
+    if target_platform() == "cpu":  # one loop over the new streams in place of M
+        x = _apart(streams, m).astype(jnp.float32)
+        mixed = sum(comb[..., j, :, None] * x[:, :, j, None] for j in range(m))
+        mixed = post[..., None] * f[:, :, None] + mixed
+        return cast(mixed.reshape(streams.shape), streams.dtype)
+    parts = _split(streams, m)
     mixed = [
         post[..., k, None] * f + sum(comb[..., j, k, None] * parts[j] for j in range(m))
         for k in range(m)
