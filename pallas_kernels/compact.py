@@ -4,7 +4,9 @@ A program of many small operations takes a CPU longer to compile than to run, an
 decided by how many different kernels there are. docs/measurements/compile_time.md has the figures.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +14,28 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import target_platform
 
 _STEP = 32  # values of an axis that XLA reduces in one step
+_PARTS = 8  # of so many values, that meet first
 
 
 def matmul(x: jax.Array, w: jax.Array, **options) -> jax.Array:
-    """`jnp.matmul` of x [..., in] and w [in, out], or [..., g, in] and [g, in, out] with an axis g.
+    """`jnp.matmul` of x [..., in] and w [in, out], see `einsum`."""
+    return einsum("...i,io->...o", x, w, **options)
+
+
+def einsum(formula: str, x: jax.Array, w: jax.Array, **options) -> jax.Array:
+    """`jnp.einsum` of rows x [..., in] or [..., groups, in], whose axes come first in the result too.
 
     On a CPU, a row alone times a matrix becomes a loop of its own, which LLVM takes 25 to 50 ms to
-    compile for every product of a program; two rows or more go to Eigen, which is there already.
+    compile for every product of a program; two rows or more go to a library, which is there already.
     So a row goes twice.
     """
-    if target_platform() != "cpu" or w.ndim != 2 or math.prod(x.shape[:-1]) != 1:
-        return jnp.matmul(x, w, **options)
-    row = x.reshape(1, -1)
-    out = jnp.matmul(jnp.concatenate([row, row]), w, **options)
-    return out[:1].reshape(*x.shape[:-1], w.shape[-1])
+    ends = formula.split(",")[0].replace("...", "")
+    lead = x.shape[: x.ndim - len(ends)]
+    if target_platform() != "cpu" or not lead or math.prod(lead) != 1:
+        return jnp.einsum(formula, x, w, **options)
+    row = x.reshape(1, *x.shape[len(lead) :])
+    out = jnp.einsum(formula, jnp.concatenate([row, row]), w, **options)[:1]
+    return out.reshape(*lead, *out.shape[1:])
 
 
 def running_sum(x: jax.Array) -> jax.Array:
@@ -37,10 +47,19 @@ def running_sum(x: jax.Array) -> jax.Array:
 def largest(x: jax.Array) -> jax.Array:
     """`jnp.max` over the last axis.
 
-    XLA on a CPU takes maxima of more than 32 values in two steps, neither of which is joined with
-    what comes before it. Maxima over two short axes are one step, joined.
+    XLA on a CPU reduces more than 32 values in two steps, neither of which is joined with what comes
+    before it. So parts of 32 meet first, which is joined, and one step is left.
     """
-    width = x.shape[-1]
-    if target_platform() != "cpu" or width <= _STEP or width % _STEP or width > _STEP**2:
-        return jnp.max(x, axis=-1)
-    return jnp.max(x.reshape(*x.shape[:-1], width // _STEP, _STEP), axis=(-2, -1))
+    return jnp.max(_meet(jnp.maximum, x), axis=-1)
+
+
+def total(x: jax.Array) -> jax.Array:
+    """`jnp.sum` over the last axis; see `largest`."""
+    return jnp.sum(_meet(jnp.add, x), axis=-1)
+
+
+def _meet(combine: Callable, x: jax.Array) -> jax.Array:
+    count = x.shape[-1] // _STEP
+    if target_platform() != "cpu" or x.shape[-1] % _STEP or not 1 < count <= _PARTS:
+        return x
+    return functools.reduce(combine, jnp.split(x, count, axis=-1))

@@ -60,7 +60,7 @@ def _xla(x: jax.Array, w: jax.Array, groups: int) -> jax.Array:
     if groups == 1:
         return compact.matmul(x, w, **options)
     x, w = x.reshape(*x.shape[:-1], groups, -1), w.reshape(w.shape[0], groups, -1)
-    out = jnp.einsum("...gi,igo->...go", x, w, **options)
+    out = compact.einsum("...gi,igo->...go", x, w, **options)
     return out.reshape(*out.shape[:-2], -1)
 
 
