@@ -6,7 +6,6 @@ decided by how many different kernels there are. docs/measurements/compile_time.
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import target_platform
 
 _STEP = 32  # values of an axis that XLA reduces in one step
-_PARTS = 8  # of so many values, that meet first
+_FEW = 1024  # values; of more, parts would be kernels of their own
 
 
 def matmul(x: jax.Array, w: jax.Array, **options) -> jax.Array:
@@ -48,18 +47,10 @@ def largest(x: jax.Array) -> jax.Array:
     """`jnp.max` over the last axis.
 
     XLA on a CPU reduces more than 32 values in two steps, neither of which is joined with what comes
-    before it. So parts of 32 meet first, which is joined, and one step is left.
+    before it. Where values are few, parts of 32 meet first, which is joined, and one step is left.
     """
-    return jnp.max(_meet(jnp.maximum, x), axis=-1)
-
-
-def total(x: jax.Array) -> jax.Array:
-    """`jnp.sum` over the last axis; see `largest`."""
-    return jnp.sum(_meet(jnp.add, x), axis=-1)
-
-
-def _meet(combine: Callable, x: jax.Array) -> jax.Array:
     count = x.shape[-1] // _STEP
-    if target_platform() != "cpu" or x.shape[-1] % _STEP or not 1 < count <= _PARTS:
-        return x
-    return functools.reduce(combine, jnp.split(x, count, axis=-1))
+    few = x.size <= _FEW and x.shape[-1] % _STEP == 0 and count > 1
+    if target_platform() == "cpu" and few:
+        x = functools.reduce(jnp.maximum, jnp.split(x, count, axis=-1))
+    return jnp.max(x, axis=-1)

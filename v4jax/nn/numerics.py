@@ -26,7 +26,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compact
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.formats.quantize import QuantizedArray, cast, hadamard
 from pallas_kernels.formats.quantize_rows import round_rows
@@ -99,7 +98,7 @@ class Numerics:
         if not self.is_released:
             return cast(rms_normalize(q, eps), q.dtype)
         square = cast(jnp.square(q.astype(jnp.float32)), q.dtype).astype(jnp.float32)
-        mean = cast(compact.total(square)[..., None] / q.shape[-1], q.dtype).astype(jnp.float32)
+        mean = cast(jnp.mean(square, axis=-1, keepdims=True), q.dtype).astype(jnp.float32)
         inverse = cast(jax.lax.rsqrt(cast(mean + eps, q.dtype).astype(jnp.float32)), q.dtype)
         return cast(q.astype(jnp.float32) * inverse.astype(jnp.float32), q.dtype)
 
@@ -162,4 +161,4 @@ def released(
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) over the last axis, in float32."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(compact.total(jnp.square(x))[..., None] / x.shape[-1] + eps)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
