@@ -163,9 +163,9 @@ def decode_e4m3(values: jax.Array) -> jax.Array:
     if target_platform() != "cpu":
         return values.astype(jnp.float32)
     code = jax.lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint16)
+    bits = (code & 0x7F) << 7 | (code & 0x80) << 8
     is_nan = code & 0x7F == 0x7F
-    wide = _float_of_half((code & 0x7F) << 7 | (code & 0x80) << 8, 8)
-    return jnp.where(is_nan, jnp.nan, wide)
+    return _float_of_half(jnp.where(is_nan, bits | 0x7C00, bits), 8)
 
 
 def encode_e4m3(values: jax.Array) -> jax.Array:
@@ -174,7 +174,7 @@ def encode_e4m3(values: jax.Array) -> jax.Array:
         return values.astype(jnp.float8_e4m3fn)
     half = (values * 2.0**-8).astype(jnp.float16)
     bits = jax.lax.bitcast_convert_type(half, jnp.uint16)
-    code = (bits >> 7 & 0x7F | bits >> 8 & 0x80).astype(jnp.uint8)
+    code = jnp.where(jnp.isnan(values), 0x7F, bits >> 7 & 0x7F | bits >> 8 & 0x80).astype(jnp.uint8)
     return jax.lax.bitcast_convert_type(code, jnp.float8_e4m3fn)
 
 
