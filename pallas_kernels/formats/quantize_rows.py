@@ -97,8 +97,7 @@ def quantize_rows(
     if chosen in ("tpu", "interpret"):
         return _call(x, fmt, block, chosen == "interpret", stored=True)
     values, exponent = _rounded_blocks(x, fmt, block)
-    values = values.reshape(*x.shape[:-1], -1)[..., :width]
-    scale = (exponent[..., 0] >> 23).astype(jnp.uint8)
+    scale = (exponent >> 23).astype(jnp.uint8)
     if fmt == "fp8":
         return quantize.encode_e4m3(values), scale
     codes = _e2m1_codes(values)
@@ -175,8 +174,8 @@ def _round_jvp(fmt, block, interpret, primals, tangents):
 def _round_on_cpu(x, fmt, block):
     """`quantize.round_fp8` and `round_fp4` in two loops over the values, without a division."""
     values, exponent = _rounded_blocks(x, fmt, block)
-    values *= jax.lax.bitcast_convert_type(exponent, jnp.float32)
-    return quantize.cast(values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], x.dtype)
+    scale = jnp.repeat(jax.lax.bitcast_convert_type(exponent, jnp.float32), block, axis=-1)
+    return quantize.cast(values * scale[..., : x.shape[-1]], x.dtype)
 
 
 @_round_on_cpu.defjvp
@@ -185,11 +184,13 @@ def _round_on_cpu_jvp(fmt, block, primals, tangents):
 
 
 def _rounded_blocks(x, fmt, block):
-    """x / scale, rounded, float32 [..., blocks, block], and the bits of the scales [..., blocks, 1]."""
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)])
+    """x / scale, rounded to the format, float32 [..., D], and the bits of the scales [..., blocks]."""
+    width = x.shape[-1]
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % block)])
     blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block).astype(jnp.float32)
     exponent = _scale_bits(compact.largest(jnp.abs(blocks))[..., None], fmt)
-    return _round_to_grid(blocks, exponent, fmt), exponent
+    values = _round_to_grid(blocks, exponent, fmt)
+    return values.reshape(padded.shape)[..., :width], exponent[..., 0]
 
 
 def _call(x, fmt, block, interpret, *, stored: bool):
