@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import compact
 from pallas_kernels.dispatch import Implementation, choose, operation
 from pallas_kernels.formats.quantize import QuantizedArray
 from pallas_kernels.grouped_matmul import vjp
@@ -58,9 +59,9 @@ def _xla(x: jax.Array, w: jax.Array, groups: int) -> jax.Array:
         preferred_element_type=jnp.float32,
     )
     if groups == 1:
-        return jnp.matmul(x, w, **options)
+        return compact.matmul(x, w, **options)
     x, w = x.reshape(*x.shape[:-1], groups, -1), w.reshape(w.shape[0], groups, -1)
-    out = jnp.einsum("...gi,igo->...go", x, w, **options)
+    out = compact.einsum("...gi,igo->...go", x, w, **options)
     return out.reshape(*out.shape[:-2], -1)
 
 

@@ -35,6 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import compact
+from pallas_kernels.dispatch import target_platform
 from pallas_kernels.formats.records import ACTIVATIONS, FP4_PLANES, FP4_WEIGHTS, FP8_WEIGHTS
 
 E4M3_MAX = 448.0
@@ -119,7 +121,7 @@ def split_codes(packed):
 
 
 def _dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
-    values = unpack_fp4(w.values) if w.is_fp4 else w.values.astype(jnp.float32)
+    values = unpack_fp4(w.values) if w.is_fp4 else decode_e4m3(w.values)
     *_, rows, cols = values.shape
     scale = float32_scale(w)
     # Along outputs first, while there are few: on a TPU that is a copy in memory, the other is not.
@@ -130,6 +132,8 @@ def _dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def float32_scale(w: QuantizedArray) -> jax.Array:
     """The block scales. In two steps: libtpu 0.0.42 aborts for v5p on e8m0 [32, 64] -> float32."""
+    if w.scale.dtype == jnp.float8_e8m0fnu and target_platform() == "cpu":
+        return scale_of_exponent(jax.lax.bitcast_convert_type(w.scale, jnp.uint8))
     scale = w.scale.astype(jnp.bfloat16) if w.scale.dtype == jnp.float8_e8m0fnu else w.scale
     return scale.astype(jnp.float32)
 
@@ -139,8 +143,49 @@ def unpack_fp4(packed: jax.Array) -> jax.Array:
     *batch, rows, cols = packed.shape
     half = fp4_block(2 * rows) // 2
     packed = packed.reshape(*batch, rows // half, half, cols)
+    if target_platform() == "cpu":
+        packed = packed.astype(jnp.uint16)
+        first = (packed & 0x0E) << 8 | (packed & 0x80) << 8
+        second = (packed & 0x70) << 5 | packed << 15
+        values = _float_of_half(jnp.concatenate([first, second], axis=-2), 14)
+        return values.reshape(*batch, rows * 2, cols)
     codes = jnp.concatenate(split_codes(packed), axis=-2)
     return decode_e2m1(codes.reshape(*batch, rows * 2, cols))
+
+
+def decode_e4m3(values: jax.Array) -> jax.Array:
+    """float8_e4m3fn -> float32.
+
+    On a CPU by moving bits into a float16, whose exponent is 8 less: XLA's own conversion is some
+    20 operations, and LLVM makes slow code of it.
+    """
+    if target_platform() != "cpu":
+        return values.astype(jnp.float32)
+    code = jax.lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint16)
+    bits = (code & 0x7F) << 7 | (code & 0x80) << 8
+    is_nan = code & 0x7F == 0x7F
+    return _float_of_half(jnp.where(is_nan, bits | 0x7C00, bits), 8)
+
+
+def encode_e4m3(values: jax.Array) -> jax.Array:
+    """float32 values on the e4m3 grid -> float8_e4m3fn; the inverse of `decode_e4m3`."""
+    if target_platform() != "cpu":
+        return values.astype(jnp.float8_e4m3fn)
+    half = (values * 2.0**-8).astype(jnp.float16)
+    bits = jax.lax.bitcast_convert_type(half, jnp.uint16)
+    code = jnp.where(jnp.isnan(values), 0x7F, bits >> 7 & 0x7F | bits >> 8 & 0x80).astype(jnp.uint8)
+    return jax.lax.bitcast_convert_type(code, jnp.float8_e4m3fn)
+
+
+def scale_of_exponent(exponent: jax.Array) -> jax.Array:
+    """E8M0 bytes, the exponent fields of float32 powers of two -> float32."""
+    return jax.lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32)
+
+
+def _float_of_half(bits: jax.Array, exponent: int) -> jax.Array:
+    """The bits of float16 values, uint16 -> float32, times 2**exponent; subnormals are exact."""
+    half = jax.lax.bitcast_convert_type(bits, jnp.float16)
+    return half.astype(jnp.float32) * 2.0**exponent
 
 
 def pack_planes(interleaved: np.ndarray) -> np.ndarray:
@@ -176,6 +221,9 @@ def decode_e2m1(code: jax.Array) -> jax.Array:
     Exponent and mantissa bits `eem` of e2m1 become the top exponent and mantissa bits of a float32
     whose value is 2**-126 times too small; 0.5 (code 1) would be a denormal, so it is added as one.
     """
+    if target_platform() == "cpu":
+        code = code.astype(jnp.uint16)
+        return _float_of_half((code & 7) << 9 | (code & 8) << 12, 14)
     code = code.astype(jnp.int32)
     magnitude = code & 7
     normal = ((magnitude >> 1) + 126) << 23 | (magnitude & 1) << 22
@@ -431,5 +479,5 @@ def hadamard(x: jax.Array) -> jax.Array:
     index = jnp.arange(width, dtype=jnp.uint32)
     parity = jax.lax.population_count(index[:, None] & index[None, :]) & 1
     matrix = jnp.where(parity == 1, -1.0, 1.0) * width**-0.5
-    out = jnp.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
+    out = compact.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
     return cast(out, x.dtype)

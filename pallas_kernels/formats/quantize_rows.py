@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import compact, dispatch
 from pallas_kernels.formats import quantize
 
 LANES = 128
@@ -67,6 +67,8 @@ def round_rows(
     """
     _check(fmt, block)
     chosen = dispatch.choose(implementation, unsupported=_unsupported(x, block))
+    if chosen == "xla" and dispatch.target_platform() == "cpu":
+        return _round_on_cpu(x, fmt, block)
     if chosen in ("reference", "xla"):
         rounding = quantize.round_fp8 if fmt == "fp8" else quantize.round_fp4
         return rounding(x, block)
@@ -95,13 +97,10 @@ def quantize_rows(
     chosen = dispatch.choose(implementation, unsupported=reason)
     if chosen in ("tpu", "interpret"):
         return _call(x, fmt, block, chosen == "interpret", stored=True)
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % block)])
-    blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block).astype(jnp.float32)
-    exponent = _scale_bits(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True), fmt)
-    values = _round_to_grid(blocks, exponent, fmt).reshape(padded.shape)[..., :width]
-    scale = (exponent[..., 0] >> 23).astype(jnp.uint8)
+    values, exponent = _rounded_blocks(x, fmt, block)
+    scale = (exponent >> 23).astype(jnp.uint8)
     if fmt == "fp8":
-        return values.astype(jnp.float8_e4m3fn), scale
+        return quantize.encode_e4m3(values), scale
     codes = _e2m1_codes(values)
     low, high = codes[..., : width // 2], codes[..., width // 2 :]
     return (low | high << 4).astype(jnp.uint8), scale
@@ -123,9 +122,10 @@ def dequantize_rows(
     if fmt == "fp4":
         codes = jnp.concatenate([values & 0xF, values >> 4], axis=-1)
         values = quantize.decode_e2m1(codes)
-    scale = jax.lax.bitcast_convert_type(scale.astype(jnp.int32) << 23, jnp.float32)
-    scale = jnp.repeat(scale, block, axis=-1)[..., : values.shape[-1]]
-    return (values.astype(jnp.float32) * scale).astype(dtype)
+    else:
+        values = quantize.decode_e4m3(values)
+    scale = jnp.repeat(quantize.scale_of_exponent(scale), block, axis=-1)
+    return (values * scale[..., : values.shape[-1]]).astype(dtype)
 
 
 def _check(fmt, block):
@@ -169,6 +169,29 @@ def _round(x, fmt, block, interpret):
 @_round.defjvp
 def _round_jvp(fmt, block, interpret, primals, tangents):
     return _round(primals[0], fmt, block, interpret), tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _round_on_cpu(x, fmt, block):
+    """`quantize.round_fp8` and `round_fp4` in two loops over the values, without a division."""
+    values, exponent = _rounded_blocks(x, fmt, block)
+    scale = jnp.repeat(jax.lax.bitcast_convert_type(exponent, jnp.float32), block, axis=-1)
+    return quantize.cast(values * scale[..., : x.shape[-1]], x.dtype)
+
+
+@_round_on_cpu.defjvp
+def _round_on_cpu_jvp(fmt, block, primals, tangents):
+    return _round_on_cpu(primals[0], fmt, block), tangents[0]
+
+
+def _rounded_blocks(x, fmt, block):
+    """x / scale, rounded to the format, float32 [..., D], and the bits of the scales [..., blocks]."""
+    width = x.shape[-1]
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % block)])
+    blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block).astype(jnp.float32)
+    exponent = _scale_bits(compact.largest(jnp.abs(blocks))[..., None], fmt)
+    values = _round_to_grid(blocks, exponent, fmt)
+    return values.reshape(padded.shape)[..., :width], exponent[..., 0]
 
 
 def _call(x, fmt, block, interpret, *, stored: bool):

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import compact
 from pallas_kernels.formats.quantize import QuantizedArray, cast
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul.reference import swiglu
@@ -112,14 +113,14 @@ class _Tiles:
         size = min(MAX_TILE, max(MIN_TILE, 1 << (mean - 1).bit_length()))
         self.size = min(size, num_rows)
         per_group = -(-group_sizes // max(self.size, 1))
-        last_tile, last_row = jnp.cumsum(per_group), jnp.cumsum(group_sizes)
+        last_tile, last_row = compact.running_sum(jnp.stack([per_group, group_sizes]))
         self.count = last_tile[-1]
         index = jnp.arange(-(-num_rows // max(self.size, 1)) + num_groups)
-        expert = jnp.searchsorted(last_tile, index, side="right")
+        expert = jnp.sum(last_tile <= index[:, None], axis=1, dtype=jnp.int32)
         self.expert = jnp.minimum(expert, num_groups - 1)
-        nth = index - (last_tile - per_group)[self.expert]
-        self.own = (last_row - group_sizes)[self.expert] + nth * self.size
-        self.end = last_row[self.expert]
+        firsts = jnp.stack([last_tile - per_group, last_row - group_sizes, last_row])
+        first_tile, first_row, self.end = jnp.take(firsts, self.expert, axis=1, mode="clip")
+        self.own = first_row + (index - first_tile) * self.size
         self.start = jnp.minimum(self.own, num_rows - self.size)
 
     def rows(self, x, i):

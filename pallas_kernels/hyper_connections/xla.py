@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import compact
+from pallas_kernels.dispatch import target_platform
 from pallas_kernels.formats.quantize import cast
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -71,8 +73,13 @@ def mix(
 ) -> jax.Array:  # [B, T, M * D]
     """streams'[k] = post[k] * f + sum_j comb[j, k] * streams[j]."""
     m = post.shape[-1]
-    parts = _split(streams, m)
     f = f.astype(jnp.float32)
+    if target_platform() == "cpu":  # one loop over the new streams in place of M
+        x = _apart(streams, m).astype(jnp.float32)
+        joined = sum(comb[..., j, :, None] * x[:, :, j, None] for j in range(m))
+        joined = post[..., None] * f[:, :, None] + joined
+        return cast(joined.reshape(streams.shape), streams.dtype)
+    parts = _split(streams, m)
     mixed = [
         post[..., k, None] * f + sum(comb[..., j, k, None] * parts[j] for j in range(m))
         for k in range(m)
@@ -129,7 +136,7 @@ def sinkhorn(logits: jax.Array, iters: int, eps: float) -> jax.Array:
 
 
 def _product(x: jax.Array, fn: jax.Array) -> jax.Array:
-    return jnp.matmul(x, fn, precision=_HIGHEST)
+    return compact.matmul(x, fn, precision=_HIGHEST)
 
 
 def _einsum(formula: str, *operands: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ one the block can see, so memory is [block, S] and never [T, S].
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import target_platform
 from pallas_kernels.formats.packed_rows import LINE, PackedKeys
 
 BLOCK_QUERIES = 128
@@ -86,5 +87,9 @@ def scores_of(q: jax.Array, weights: jax.Array, keys: jax.Array, axes: str) -> j
     dots = jnp.einsum(
         f"btai,{axes}->btas", q, keys, precision=wide, preferred_element_type=jnp.float32
     )
-    scores = jnp.einsum("btas,bta->bts", jax.nn.relu(dots), weights.astype(jnp.float32))
+    dots, weights = jax.nn.relu(dots), weights.astype(jnp.float32)
+    if target_platform() == "cpu":  # a loop; as a product, one that LLVM takes long to compile
+        scores = jnp.sum(dots * weights[..., None], axis=2)
+    else:
+        scores = jnp.einsum("btas,bta->bts", dots, weights)
     return jnp.where(scores == 0.0, 0.0, scores)  # lax.top_k puts 0 before -0

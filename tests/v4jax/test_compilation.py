@@ -1,10 +1,18 @@
-"""Programs of one process are there for the next."""
+"""Programs of one process are there for the next, are few, and small."""
 
 import os
 import subprocess
 import sys
 
+import pytest
+
+import v4jax
+from benchmarks import operations
 from tests.conftest import ROOT, environment
+from v4jax import Engine, Sampling, Transformer
+
+# Instructions of nano's optimised programs per layer, those in fusions included.
+MOST_PREFILL, MOST_DECODE = 5300, 5100
 
 PROGRAM = """
 import jax, sys
@@ -47,3 +55,31 @@ def test_the_place_is_under_home_and_can_be_turned_off(tmp_path):
 
 def test_a_cache_of_jax_stays(tmp_path):
     assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path)) == ["None", "0", str(tmp_path)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    """nano as a notebook has it."""
+    return v4jax.load("nano", v4jax.released())
+
+
+def test_a_session_compiles_four_programs(model):
+    engine = Engine(model, v4jax.Tokenizer(v4jax.nano_path()))
+    words = "She was happy to see him, and he was not sorry to be seen. "
+    for prompt in ("Emma was", words, 6 * words):
+        for temperature in (0.0, 0.7):
+            engine.generate(prompt, Sampling(temperature=temperature, max_new_tokens=2))
+    engine.chat("Who is Emma?", "think-high", Sampling(top_k=5, max_new_tokens=2))
+    engine.generate(["Emma was", words], Sampling(top_p=0.9, min_p=0.1, max_new_tokens=2))
+
+    # One of each for a single prompt, and one of each for several.
+    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == (2, 2)
+
+
+@pytest.mark.parametrize(("step", "most"), [("prefill", MOST_PREFILL), ("decode", MOST_DECODE)])
+def test_a_layer_is_so_many_operations(model, step, most):
+    """What a program takes to compile grows with them (docs/measurements/compile_time.md)."""
+    make_step, arguments = operations.programs(model)[step]
+    text = make_step().lower(*arguments).compile().as_text()
+
+    assert sum(1 for _ in operations.operations(text)) / len(model.cfg.layers) <= most

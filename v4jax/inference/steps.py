@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.dispatch import target_platform
 from sharding import DECODE, PREFILL, AxisRules, collectives
 from v4jax.inference.sampling import Sampling, SamplingRows, sample
 from v4jax.nn.cache import Cache
@@ -79,7 +80,7 @@ def prefill_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
     step = collectives.per_device(
         on_device, rules, (leaf_specs, rules.tokens, rows, rows, rows), (rows, rows)
     )
-    return jax.jit(step, donate_argnums=(3, 4))
+    return jax.jit(step, donate_argnums=(3, 4), compiler_options=_compiler_options())
 
 
 def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
@@ -105,7 +106,17 @@ def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
         return collectives.all_gather(tokens, "batch", axis=0), new
 
     step = collectives.per_device(on_device, rules, (leaf_specs, rows), (jax.P(), rows))
-    return jax.jit(step, donate_argnums=(1,))
+    return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
+
+
+def _compiler_options() -> dict[str, int] | None:
+    """Of XLA, on a CPU: LLVM's second level, whose programs take half as long as those of the third.
+
+    docs/measurements/compile_time.md has the figures. None where jax asks for less anyway.
+    """
+    if target_platform() != "cpu" or jax.config.values["jax_disable_most_optimizations"]:
+        return None
+    return {"xla_backend_optimization_level": 2}
 
 
 def whole_step(model: Transformer, count: int, rules: AxisRules = PREFILL) -> Callable:
