@@ -1,5 +1,7 @@
 """The training loss, its gradients, the step, and resuming. Sequences pass HCA's window (128)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,7 +212,8 @@ def test_adamw_is_the_published_rule():
     tx = adamw(schedule, clip_norm=1e9)
     state, moments = tx.init(params), {k: (0.0, 0.0) for k in params}
     expected = {k: np.asarray(v.get_value(), np.float64) for k, v in params.items()}
-    for t, (grad, lr) in enumerate(zip(grads, (0.0, 0.1)), start=1):
+    rates = (0.1, 0.01 + 0.09 * (1 + np.cos(np.pi / 9)) / 2)
+    for t, (grad, lr) in enumerate(zip(grads, rates), start=1):
         updates, state = tx.update(grad, state, params)
         params = jax.tree.map(jnp.add, params, updates)
         for k in params:
@@ -266,6 +269,14 @@ def test_restore_finds_nothing_in_a_new_folder(tmp_path, model):
     saver = Saver(tmp_path / "state")
     assert saver.restore(trainer.init()) is None
     saver.close()
+
+
+def test_mtp_blocks_that_would_not_learn_are_named():
+    cfg = dataclasses.replace(tiny(), layers=tiny().layers[:1], mtp_layers=tiny().mtp_layers * 2)
+    model = random_model(cfg)
+    with pytest.raises(ValueError, match="tiny has 2 MTP blocks, and the loss is of the first"):
+        TrainStep(model, adamw(1e-4))
+    TrainStep(model, adamw(1e-4), LossWeights(mtp=0.0))
 
 
 def test_batches_depend_on_seed_and_step_alone(tmp_path):

@@ -73,6 +73,11 @@ class TrainStep:
                 f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
                 "rounding of activations belongs to the model that is trained for."
             )
+        if len(model.mtp) > 1 and weights.mtp:
+            raise ValueError(
+                f"{model.cfg.name} has {len(model.mtp)} MTP blocks, and the loss is of the first: expected "
+                "one, or LossWeights(mtp=0)."
+            )
         self.cfg, self.rules = model.cfg, rules
         is_trained = trained_by(trainable)
         self.graphdef, *states = nnx.split(model, is_trained, ...)
