@@ -17,6 +17,7 @@ it cannot partition the kernel.
 import functools
 import warnings
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import jax
 
@@ -25,11 +26,12 @@ from pallas_kernels import chips
 IMPLEMENTATIONS = ("tpu", "interpret", "xla", "reference")
 
 
+_Operation = TypeVar("_Operation", bound=Callable)
 Implementation = str | tuple[str, ...] | None
 _registered: dict[str, dict[str, Callable]] = {}  # name -> operation -> function
 
 
-def operation(function: Callable) -> Callable:
+def operation(function: _Operation) -> _Operation:
     """Makes an operation of this package one that `register` can give other implementations."""
 
     @functools.wraps(function)
@@ -43,7 +45,7 @@ def operation(function: Callable) -> Callable:
         own = tuple(name for name in names if name is not None and name not in _registered)
         return function(*args, **options, implementation=_one(own))
 
-    return call
+    return cast(_Operation, call)
 
 
 def _one(names: tuple[str, ...]) -> Implementation:

@@ -114,7 +114,9 @@ def hc_post_pre(
     _check_mix(f, streams, post, comb)
     _check_site(streams, fn, base, scale, m)
     chosen = dispatch.choose(implementation, unsupported=_unsupported(streams, m))
-    options = dict(num_streams=m, sinkhorn_iters=sinkhorn_iters, eps=eps, norm_eps=norm_eps)
+    options: dict[str, Any] = dict(
+        num_streams=m, sinkhorn_iters=sinkhorn_iters, eps=eps, norm_eps=norm_eps
+    )
     if chosen in ("reference", "xla"):
         streams = hc_post(f, streams, post, comb, implementation=chosen)
         return streams, *hc_pre(streams, fn, base, scale, implementation=chosen, **options)
