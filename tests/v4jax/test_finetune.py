@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import NANO
 from v4jax.checkpoint import Checkpoint
 from v4jax.cli import finetune
-from v4jax.config import tiny
+from v4jax.config import flash, tiny
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.losses import Metrics
 from v4jax.train.step import TrainStep
@@ -193,3 +193,11 @@ def test_values_of_fine_tuning_are_those_of_fine_tuning(run, monkeypatch):
     scratch, tuning = found
     assert (scratch.bias_speed, scratch.mtp_weight) == (1e-3, 0.3)
     assert (tuning.bias_speed, tuning.mtp_weight) == (0.0, 0.1)
+
+
+def test_a_run_that_no_memory_here_holds_is_refused(run, monkeypatch):
+    monkeypatch.setitem(finetune.VARIANTS, "flash", flash)
+
+    with pytest.raises(ValueError, match=r"training flash needs at least 4,\d+\.\d GiB .*lora"):
+        run(model="flash")
+    assert not (run.folder / "o").exists()

@@ -37,7 +37,7 @@ from v4jax.inference.batch.files import fingerprint
 from v4jax.nn.lora import ATTENTION, LoRA
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
-from v4jax.planning.devices import training_mesh
+from v4jax.planning.devices import require_room_to_train, training_mesh
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.data import TokenStream
 from v4jax.train.losses import LossWeights
@@ -245,6 +245,12 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
     )
 
 
+def _nothing(path: str, variable: nnx.Variable) -> bool:
+    """Of the model's own parameters a LoRA trains none."""
+    del path, variable
+    return False
+
+
 def main() -> None:
     """Trains, saves and exports."""
     args = parse_args()
@@ -261,6 +267,8 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
     """The run; the first process prints and logs."""
     stream = TokenStream(args.tokens, args.seq_len, seed=args.seed)
     stream.require_ids(config_of(args).vocab_size)
+    chosen = TRAINABLE.get(args.trainable, _nothing)
+    require_room_to_train(config_of(args), chosen, args.mesh or {}, jax.devices()[0])
     args.output.mkdir(parents=True, exist_ok=True)
     if is_first:
         claim(args)

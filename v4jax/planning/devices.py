@@ -5,18 +5,23 @@ mesh = make_mesh(**choice.sizes) if choice.sizes is not None else None
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
 import jax
+from flax import nnx
 
 from sharding import TRAIN
 from v4jax.config import V4Config
 from v4jax.nn.cache import CacheFormat, init_cache
+from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import released
 from v4jax.nn.placement import check_mesh
+from v4jax.nn.quantization import Chosen, to_released
 from v4jax.planning.describe import count_parameters
 from v4jax.planning.plan import HBM_SHARE, Job, choose_mesh
+from v4jax.train.step import trained_by
 
 GiB = 2**30
 _MOST_DEVICES = 1024  # what a message may advise
@@ -120,6 +125,44 @@ def training_mesh(cfg: V4Config, devices: Sequence[jax.Device]) -> tuple[dict[st
         shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         return sizes, f"{shown}, for {count} x {devices[0].device_kind}"
     return {}, f"one of {count} devices: no mesh of all divides {cfg.name}"
+
+
+def require_room_to_train(
+    cfg: V4Config, trainable: Chosen, sizes: dict[str, int], device: jax.Device
+) -> None:
+    """Refuses a run whose state alone is larger than the memory of its devices.
+
+    What trains takes 16 bytes a parameter: itself, its gradient and two moments, in float32. The rest
+    keeps its format. Activations come on top, and are not counted; nor are adapters, which are small.
+
+    Args:
+      trainable: which of the model's own parameters train, see `Trainer`.
+      sizes: of the mesh axes.
+
+    Raises:
+      ValueError: names what is needed, what there is, and what would do.
+    """
+    memory = device_memory(device)
+    if memory is None:
+        return
+    model = nnx.eval_shape(lambda: to_released(Transformer(cfg, rngs=nnx.Rngs(0))))
+    is_trained, held, trained = trained_by(trainable), 0.0, 0.0
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        axes = [axis for name in variable.axes if name for axis in TRAIN.mesh_axes(name)]
+        parts = math.prod(sizes.get(axis, 1) for axis in axes)
+        value = variable.get_value()
+        if is_trained(path, variable):
+            trained += 16 * math.prod(value.shape) / parts
+        else:
+            arrays = jax.tree.leaves(value)
+            held += sum(a.size * a.dtype.itemsize for a in arrays) / parts
+    if held + trained <= HBM_SHARE * memory:
+        return
+    raise ValueError(
+        f"training {cfg.name} needs at least {(held + trained) / GiB:,.1f} GiB on each device "
+        f"({trained / GiB:,.1f} for parameters that train with gradients and moments, {held / GiB:,.1f} "
+        f"for those that stay), of {memory / GiB:,.1f}: more devices, or --trainable no-experts or lora."
+    )
 
 
 def cache_bytes(cfg: V4Config, job: Job) -> float:
