@@ -32,9 +32,10 @@ CHUNK, CAPACITY = 128, 4096
 PARTS = (
     *("attention/project", "attention/output", "decode", "csa", "hca", "swa"),
     *("hc/post_pre", "hc/post", "hc/pre", "hc/head", "moe/route", "moe/experts", "moe/shared"),
+    *("compressor", "indexer/queries", "indexer/select", "cache/append", "cache/window", "norm"),
     "head",
 )
-REST = "other parts of layers: norms, compressors, indexer, cache"
+REST = "other parts of layers"
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*? ([\w\-]+)\(")
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 

@@ -201,6 +201,7 @@ def init_pool(batch: int, width: int, *, overlap: bool) -> OpenPool:
     return OpenPool(Pool.empty((batch, width)), None)
 
 
+@jax.named_scope("cache/append")
 def append_entries(
     entries: _Rows,  # [B, S, W]
     new: jax.Array,  # [B, n, W], of which the first `counts` are complete
@@ -230,6 +231,7 @@ def unpacked(rows: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
     return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
 
 
+@jax.named_scope("cache/window")
 def window_rows(ring: jax.Array | PackedColumns, kv: jax.Array, chunk: Chunk) -> jax.Array:
     """The C rows before a chunk, oldest first, then the chunk's own: [B, C + T, H]."""
     size = ring.shape[1]
@@ -240,6 +242,7 @@ def window_rows(ring: jax.Array | PackedColumns, kv: jax.Array, chunk: Chunk) ->
     return jnp.concatenate([jnp.where(in_ring[:, None], old, before), kv], axis=1)
 
 
+@jax.named_scope("cache/append")
 def write_window(
     ring: jax.Array | PackedColumns, kv: jax.Array, chunk: Chunk
 ) -> jax.Array | PackedColumns:

@@ -41,6 +41,7 @@ class Compressor(nnx.Module):
         self.norm = RMSNorm(context, width)
         self.cfg, self.numerics = context.cfg, context.numerics
 
+    @jax.named_scope("compressor")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Entries of whole sequences x [B, T, D] that start at position 0.
 
@@ -63,6 +64,7 @@ class Compressor(nnx.Module):
             pooled = self._overlap(pooled, Pool.empty((batch, self.width)))
         return self._finish(pooled, jnp.zeros(batch, jnp.int32))
 
+    @jax.named_scope("compressor")
     def extend(
         self, x: jax.Array, chunk: Chunk, state: OpenPool
     ) -> tuple[jax.Array, jax.Array, OpenPool]:

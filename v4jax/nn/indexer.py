@@ -41,6 +41,7 @@ class Indexer(nnx.Module):
         self.compressor = Compressor(context, compressor, width)
         self.cfg, self.spec, self.numerics = cfg, spec, numerics
 
+    @jax.named_scope("indexer/queries")
     def queries(
         self,
         x: jax.Array,  # [B, T, D]
@@ -54,6 +55,7 @@ class Indexer(nnx.Module):
         weights = self.weights_proj(x) / math.sqrt(width * heads)
         return self.numerics.round_indexer(q), weights
 
+    @jax.named_scope("indexer/select")
     def select(
         self,
         queries: jax.Array,

@@ -86,6 +86,7 @@ class RMSNorm(nnx.Module):
         self.weight = context.param((dim,), (None,), stored="bf16", init=nnx.initializers.ones)
         self.eps = context.cfg.norm_eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] in the dtype of x."""
         return cast(self.weight[...].astype(jnp.float32) * rms_normalize(x, self.eps), x.dtype)
