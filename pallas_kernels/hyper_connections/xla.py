@@ -145,7 +145,7 @@ def _einsum(formula: str, *operands: jax.Array) -> jax.Array:
 
 def _apart(streams: jax.Array, m: int) -> jax.Array:
     """[B, T, M * D] -> [B, T, M, D]"""
-    return streams.reshape(*streams.shape[:2], m, -1)
+    return streams.reshape(*streams.shape[:2], m, streams.shape[-1] // m)
 
 
 def _split(streams: jax.Array, m: int) -> list[jax.Array]:
