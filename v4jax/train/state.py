@@ -30,6 +30,11 @@ class Saver:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(os.path.abspath(folder), options=options)
 
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest saved state; None if there is none."""
+        return self._manager.latest_step()
+
     def save(self, step: int, state: TrainState) -> None:
         """Starts to save; the state may be used meanwhile, but not donated before `wait`."""
         self._manager.save(step, args=ocp.args.StandardSave(_leaves(_changing(state)[0])))
@@ -39,7 +44,7 @@ class Saver:
 
         Weights that do not change are taken from `state`.
         """
-        step = self._manager.latest_step()
+        step = self.latest
         if step is None:
             return None
         changing, rest = _changing(state)

@@ -162,9 +162,7 @@ class Trainer:
         """
         data.require_ids(self._step.cfg.vocab_size)
         folder = None if output is None else pathlib.Path(output)
-        saver = None if folder is None else Saver(folder / "state")
-        if saver is not None and (found := self._restore(saver)) is not None:
-            self._state, self.steps = found
+        saver = None if folder is None else self.resume(folder)
         first, started = self.steps, time.monotonic()
         with contextlib.ExitStack() as stack:
             if saver is not None:
@@ -188,6 +186,16 @@ class Trainer:
                     saver.save(done, self._state)
                     saver.wait()
 
+    def resume(self, output: str | os.PathLike) -> Saver:
+        """Takes the newest state of a run's folder, if it is further than this trainer."""
+        saver = Saver(pathlib.Path(output) / "state")
+        if (saver.latest or 0) > self.steps:
+            with self._on_mesh():
+                found = saver.restore(self._state)
+            assert found is not None
+            self._state, self.steps = found
+        return saver
+
     def fit(
         self, data: TokenStream, steps: int, *, progress: bool = True, **options
     ) -> list[Record]:
@@ -198,10 +206,10 @@ class Trainer:
         """
         records: list[Record] = []
         shown = progress and jax.process_index() == 0
-        with tqdm(total=steps, unit="step", disable=not shown) as bar:
+        if options.get("output") is not None:
+            self.resume(options["output"]).close()
+        with tqdm(total=steps, initial=self.steps, unit="step", disable=not shown) as bar:
             for record in self.run(data, steps, **options):
-                if not records:
-                    bar.initial = bar.n = self.steps - 1
                 records.append(record)
                 bar.n = int(record["step"])
                 bar.set_postfix(
@@ -240,10 +248,6 @@ class Trainer:
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return on_mesh(self._mesh)
-
-    def _restore(self, saver: Saver) -> tuple[TrainState, int] | None:
-        with self._on_mesh():
-            return saver.restore(self._state)
 
     def _require_finite(self, metrics: Metrics, step: int, saver: Saver) -> None:
         """A state with NaN never takes the place of a good one."""
