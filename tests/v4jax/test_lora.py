@@ -27,7 +27,9 @@ from v4jax.nn.quantization import to_float, to_released
 from v4jax.train.losses import LossWeights, shifted
 from v4jax.train.step import loss_and_gradients
 
-CONFIG = dataclasses.replace(tiny(), layers=tiny().layers[:3])
+# Without a step of the gradient at SwiGLU's limit, which rounding may put on either side.
+MOE = dataclasses.replace(tiny().moe, swiglu_limit=100.0)
+CONFIG = dataclasses.replace(tiny(), layers=tiny().layers[:3], moe=MOE)
 # One of every kind of matrix: its inputs cut over devices, its outputs, neither, in groups, of experts.
 EVERY_KIND = (
     *ATTENTION,
