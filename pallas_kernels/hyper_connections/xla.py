@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compact
-from pallas_kernels.dispatch import target_platform
 from pallas_kernels.formats.quantize import cast
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -74,11 +73,6 @@ def mix(
     """streams'[k] = post[k] * f + sum_j comb[j, k] * streams[j]."""
     m = post.shape[-1]
     f = f.astype(jnp.float32)
-    if target_platform() == "cpu":  # one loop over the new streams in place of M
-        x = _apart(streams, m).astype(jnp.float32)
-        joined = sum(comb[..., j, :, None] * x[:, :, j, None] for j in range(m))
-        joined = post[..., None] * f[:, :, None] + joined
-        return cast(joined.reshape(streams.shape), streams.dtype)
     parts = _split(streams, m)
     mixed = [
         post[..., k, None] * f + sum(comb[..., j, k, None] * parts[j] for j in range(m))
