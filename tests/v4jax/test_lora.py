@@ -13,6 +13,7 @@ from tests.models import random_model
 from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
 from v4jax import Transformer, checkpoint, tiny
 from v4jax.checkpoint import CheckpointError, load_adapter, save_adapter
+from v4jax.nn.layers import copied
 from v4jax.nn.lora import (
     ATTENTION,
     EXPERTS,
@@ -140,7 +141,7 @@ def test_an_adapter_comes_back_from_its_files(tmp_path, scan_layers):
 
 
 def _without_adapters(model: Transformer) -> Transformer:
-    model = jax.tree.map(lambda array: array, model)
+    model = copied(model)
     for _, matrix in matrices(model):
         matrix.adapter = nnx.data(None)
     return model

@@ -16,7 +16,6 @@ them mode and tools.
 import argparse
 import json
 import math
-import pathlib
 import sys
 
 import jax
@@ -29,6 +28,7 @@ from v4jax.cli.options import (
     add_mesh_option,
     add_numerics_options,
     command_parser,
+    local_folder,
 )
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.findings import FAIL, PASS, SKIPPED, Row
@@ -50,9 +50,9 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = command_parser("verify", __doc__)
     add_checkpoint_option(parser)
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=local_folder, metavar="FILE", help="write the results there")
     parser.add_argument(
-        "--vectors", type=pathlib.Path, metavar="FILE", help="JSON lines: prompts and greedy tokens"
+        "--vectors", type=local_folder, metavar="FILE", help="JSON lines: prompts and greedy tokens"
     )
     parser.add_argument(
         "--lengths",

@@ -37,7 +37,7 @@ import jax
 import numpy as np
 
 from sharding import PREFILL
-from v4jax.config import V4Config
+from v4jax.config import HCA, V4Config
 from v4jax.inference.engine import BATCHES, CAPACITIES, Engine
 from v4jax.inference.findings import SKIPPED, Finding, Row, run_check
 from v4jax.inference.sampling import Sampling
@@ -65,7 +65,6 @@ GENERATED = 16  # tokens of the requests that run alone and together
 SCORED = 512  # tokens whose perplexity is taken
 MAX_RISE = 0.05  # of perplexity, from a context to the next longer one
 MAX_RISES = {"nano": 0.4}  # by name of the model
-_HCA = 128  # tokens of an entry of the compressed layers
 
 
 def prompt_length(cfg: V4Config, most: int = MAX_PROMPT) -> int:
@@ -75,10 +74,10 @@ def prompt_length(cfg: V4Config, most: int = MAX_PROMPT) -> int:
     shortly before an entry of 128 tokens is complete, which the decoded tokens then are the last of.
     """
     picked = [spec.ratio * spec.indexer.topk for spec in cfg.layers if spec.indexer]
-    needed = max(cfg.window, *picked, _HCA)
+    needed = max(cfg.window, *picked, HCA.ratio)
     room = min(most, cfg.max_length - DECODED)
-    periods = min(-(-needed // _HCA) + 1, (room - (_HCA - 3)) // _HCA)
-    return periods * _HCA + _HCA - 3 if periods >= 0 else (room - 1) | 1
+    periods = min(-(-needed // HCA.ratio) + 1, (room - (HCA.ratio - 3)) // HCA.ratio)
+    return periods * HCA.ratio + HCA.ratio - 3 if periods >= 0 else (room - 1) | 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +165,7 @@ class Checks:
     @functools.cached_property
     def whole(self) -> np.ndarray:
         """Logits [DECODED + 1, V] after the last tokens of the prompt: one pass without a cache."""
-        padded = np.zeros((self._rows, -(-len(self.tokens) // _HCA) * _HCA), np.int32)
+        padded = np.zeros((self._rows, -(-len(self.tokens) // HCA.ratio) * HCA.ratio), np.int32)
         padded[:, : len(self.tokens)] = self.tokens  # causal: padding changes nothing
         first = np.full(self._rows, self.length - 1, np.int32)
         with on_mesh(mesh_of(self.model)):

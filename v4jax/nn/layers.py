@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from sharding import AxisRules, ambient, collectives, summed_axis
 from v4jax.config import RopeConfig, V4Config
 from v4jax.nn.numerics import Numerics, rms_normalize
 
+_Module = TypeVar("_Module", bound=nnx.Module)
 STORED = ("fp4", "fp8", "bf16", "f32", "int")
 
 
@@ -77,6 +79,11 @@ class ModelContext:
         value = init(self.rngs(), shape, jnp.float32, out_sharding=place)
         matrix = len(shape) > 1 if matrix is None else matrix
         return kind(value, stored=stored, axes=axes, matrix=matrix)
+
+
+def copied(module: _Module) -> _Module:
+    """Modules and variables anew, with the same arrays: the copy can be given others."""
+    return jax.tree.map(lambda array: array, module)
 
 
 class RMSNorm(nnx.Module):

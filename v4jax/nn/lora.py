@@ -23,7 +23,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import linear
 from sharding import ambient, collectives, summed_axis
 from sharding.rules import KEPT
-from v4jax.nn.layers import Matrix
+from v4jax.nn.layers import Matrix, copied
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import entered, mesh_of, on_mesh
 
@@ -141,7 +141,7 @@ def add_lora(model: Transformer, lora: LoRA, *, seed: int = 0) -> Transformer:
     Raises:
       ValueError: a target that no matrix's path ends with; lists those there are.
     """
-    model = jax.tree.map(lambda array: array, model)  # modules and variables anew
+    model = copied(model)
     found = [(path, m) for path, m in matrices(model) if not path.startswith("mtp.")]
     ends = {
         target: [m for path, m in found if f".{path}".endswith(f".{target}")]
@@ -167,7 +167,7 @@ def merge_lora(model: Transformer) -> Transformer:
     A packed matrix is packed again, which rounds: the small changes of an adapter are lost in FP4 in
     part. `to_float` first keeps them.
     """
-    model = jax.tree.map(lambda array: array, model)  # modules and variables anew
+    model = copied(model)
     with on_mesh(mesh_of(model)):
         for _, matrix in matrices(model):
             if isinstance(matrix.adapter, LowRank):

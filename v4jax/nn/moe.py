@@ -23,7 +23,15 @@ from pallas_kernels.grouped_matmul import swiglu
 from sharding import collectives
 from sharding.expert_parallel import apply_experts
 from v4jax.config import LayerSpec
-from v4jax.nn.layers import HashTable, Linear, Matrix, ModelContext, RoutingBias, WideLinear
+from v4jax.nn.layers import (
+    HashTable,
+    Linear,
+    Matrix,
+    ModelContext,
+    RoutingBias,
+    WideLinear,
+    copied,
+)
 from v4jax.nn.placement import entered
 
 
@@ -160,7 +168,7 @@ def _entered(matrix: ExpertLinear) -> ExpertLinear:
     """With an adapter that takes part in work that is cut over `expert_dim`."""
     if matrix.adapter is None:
         return matrix
-    matrix = jax.tree.map(lambda array: array, matrix)  # a copy
+    matrix = copied(matrix)
     matrix.adapter = entered(matrix.adapter, "expert_dim")
     return matrix
 

@@ -29,7 +29,7 @@ from v4jax.nn.quantization import Chosen, everything, not_expert, to_float, to_r
 from v4jax.train.data import TokenStream
 from v4jax.train.losses import LossWeights, Metrics
 from v4jax.train.state import Saver
-from v4jax.train.step import TrainState, TrainStep, trained_by
+from v4jax.train.step import TrainState, TrainStep
 
 TRAINABLE = {"all": everything, "no-experts": not_expert}
 FORMATS = ("released", "float", "adapter")
@@ -87,7 +87,7 @@ class Trainer:
             require_placed(nnx.state(model), TRAIN)
             if self.lora is not None:
                 model = add_lora(model, self.lora, seed=seed)
-            model = to_float(model, only=lambda path, v: _trains(chosen, path, v))
+            model = to_float(model, only=chosen)
             self._step = TrainStep(
                 model,
                 optimizer,
@@ -263,10 +263,6 @@ class Trainer:
 def _is_adapter(path: str, variable: nnx.Variable) -> bool:
     del path
     return isinstance(variable, LoRAParam)
-
-
-def _trains(trainable: Chosen, path: str, variable: nnx.Variable) -> bool:
-    return trained_by(trainable)(tuple(path.split(".")), variable)
 
 
 def _record(step: int, metrics: Metrics) -> Record:
