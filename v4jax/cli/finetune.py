@@ -273,9 +273,6 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
     if is_first:
         claim(args)
     trainer = make_trainer(args)
-    trainer.resume(args.output).close()
-    if trainer.steps and is_first:
-        print(f"going on from step {trainer.steps} of {args.output / 'state'}")
     evaluation = None
     if args.eval_tokens:
         evaluation = TokenStream(args.eval_tokens, args.seq_len, seed=args.seed)

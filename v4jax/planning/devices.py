@@ -5,7 +5,6 @@ mesh = make_mesh(**choice.sizes) if choice.sizes is not None else None
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 
@@ -20,7 +19,7 @@ from v4jax.nn.numerics import released
 from v4jax.nn.placement import check_mesh
 from v4jax.nn.quantization import Chosen, to_released
 from v4jax.planning.describe import count_parameters
-from v4jax.planning.plan import HBM_SHARE, Job, choose_mesh
+from v4jax.planning.plan import HBM_SHARE, Job, choose_mesh, local_bytes
 from v4jax.train.step import trained_by
 
 GiB = 2**30
@@ -145,17 +144,18 @@ def require_room_to_train(
     memory = device_memory(device)
     if memory is None:
         return
-    model = nnx.eval_shape(lambda: to_released(Transformer(cfg, rngs=nnx.Rngs(0))))
     is_trained, held, trained = trained_by(trainable), 0.0, 0.0
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        axes = [axis for name in variable.axes if name for axis in TRAIN.mesh_axes(name)]
-        parts = math.prod(sizes.get(axis, 1) for axis in axes)
-        value = variable.get_value()
+
+    def make() -> Transformer:
+        stays = lambda path, variable: not is_trained(path.split("."), variable)
+        return to_released(Transformer(cfg, rngs=nnx.Rngs(0)), only=stays)
+
+    for path, variable in nnx.to_flat_state(nnx.state(nnx.eval_shape(make))):
+        local = local_bytes(variable, TRAIN, sizes)
         if is_trained(path, variable):
-            trained += 16 * math.prod(value.shape) / parts
+            trained += 4 * local
         else:
-            arrays = jax.tree.leaves(value)
-            held += sum(a.size * a.dtype.itemsize for a in arrays) / parts
+            held += local
     if held + trained <= HBM_SHARE * memory:
         return
     raise ValueError(

@@ -359,6 +359,12 @@ class _Parts:
     largest_gathered: float  # of both, what the largest layer has
 
 
+def local_bytes(variable: nnx.Variable, rules: AxisRules, sizes: dict[str, int]) -> float:
+    """Bytes of a variable on each device of a mesh; an axis that `sizes` does not name has one."""
+    axes = [axis for name in variable.axes if name for axis in rules.mesh_axes(name)]
+    return _nbytes(variable.get_value()) / math.prod(sizes.get(axis, 1) for axis in axes)
+
+
 def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]) -> _Parts:
     held = trained = gathered = scattered = 0.0
     bodies: dict[tuple, float] = {}
@@ -366,8 +372,7 @@ def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]
         ("stages", index): stage for index, stage in enumerate(model.stages)
     }
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        axes = [axis for name in variable.axes if name for axis in rules.mesh_axes(name)]
-        local = _nbytes(variable.get_value()) / math.prod(sizes[axis] for axis in axes)
+        local = local_bytes(variable, rules, sizes)
         held += local
         is_packed = isinstance(variable.get_value(), QuantizedArray)
         is_trained = isinstance(variable, nnx.Param) and not is_packed

@@ -163,28 +163,32 @@ class Trainer:
         data.require_ids(self._step.cfg.vocab_size)
         folder = None if output is None else pathlib.Path(output)
         saver = None if folder is None else self.resume(folder)
-        first, started = self.steps, time.monotonic()
-        with contextlib.ExitStack() as stack:
-            if saver is not None:
-                stack.callback(saver.close)
-            log = stack.enter_context(_metrics_file(folder, first))
-            for number in range(first, steps):
-                metrics = self.step(self.batch(data, number, batch_size))
-                done, is_last = number + 1, number + 1 == steps
-                is_eval = evaluation is not None and (done % eval_every == 0 or is_last)
-                if done % log_every == 0 or is_last or is_eval:
-                    record = _record(done, metrics)
-                    if evaluation is not None and is_eval:
-                        record["heldout_ce"] = round(self.evaluate(evaluation, batch_size), 5)
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
-                    seconds = time.monotonic() - started
-                    rate = (done - first) * batch_size * data.seq_len / seconds
-                    yield {**record, "tokens_per_second": rate}
-                if saver is not None and (done % save_every == 0 or is_last):
-                    self._require_finite(metrics, done, saver)
-                    saver.save(done, self._state)
-                    saver.wait()
+
+        def records() -> Iterator[Record]:
+            first, started = self.steps, time.monotonic()
+            with contextlib.ExitStack() as stack:
+                if saver is not None:
+                    stack.callback(saver.close)
+                log = stack.enter_context(_metrics_file(folder, first))
+                for number in range(first, steps):
+                    metrics = self.step(self.batch(data, number, batch_size))
+                    done, is_last = number + 1, number + 1 == steps
+                    is_eval = evaluation is not None and (done % eval_every == 0 or is_last)
+                    if done % log_every == 0 or is_last or is_eval:
+                        record = _record(done, metrics)
+                        if evaluation is not None and is_eval:
+                            record["heldout_ce"] = round(self.evaluate(evaluation, batch_size), 5)
+                        log.write(json.dumps(record) + "\n")
+                        log.flush()
+                        seconds = time.monotonic() - started
+                        rate = (done - first) * batch_size * data.seq_len / seconds
+                        yield {**record, "tokens_per_second": rate}
+                    if saver is not None and (done % save_every == 0 or is_last):
+                        self._require_finite(metrics, done, saver)
+                        saver.save(done, self._state)
+                        saver.wait()
+
+        return records()
 
     def resume(self, output: str | os.PathLike) -> Saver:
         """Takes the newest state of a run's folder, if it is further than this trainer."""
@@ -206,10 +210,13 @@ class Trainer:
         """
         records: list[Record] = []
         shown = progress and jax.process_index() == 0
-        if options.get("output") is not None:
-            self.resume(options["output"]).close()
+        found = self.run(data, steps, **options)
         with tqdm(total=steps, initial=self.steps, unit="step", disable=not shown) as bar:
-            for record in self.run(data, steps, **options):
+            if self.steps and shown:
+                output = options.get("output")
+                where = f" of {pathlib.Path(output) / 'state'}" if output is not None else ""
+                bar.write(f"going on from step {self.steps}{where}")
+            for record in found:
                 records.append(record)
                 bar.n = int(record["step"])
                 bar.set_postfix(
