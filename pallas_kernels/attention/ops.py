@@ -17,6 +17,7 @@ import jax
 from pallas_kernels import checks, dispatch
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.pages import Pages
 from pallas_kernels.selection import Selection
 
 
@@ -105,7 +106,7 @@ def selected_attention(
 def decode_attention(
     q: jax.Array,  # [B, N, H]: one query per sequence
     window: jax.Array | PackedRows,  # [B, C, H] ring: token t in row t mod C, the query's included
-    entries: jax.Array | PackedRows | PackedColumns,  # [B, S, H]; S may be 0
+    entries: jax.Array | PackedRows | PackedColumns | Pages,  # [B, S, H]; S may be 0
     indices: jax.Array | None,  # [B, K] int32, distinct (-1: none), or None for every visible entry
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B] int32
@@ -124,11 +125,13 @@ def decode_attention(
       ValueError: shapes do not agree, or an implementation that cannot run.
     """
     _check_decode(q, window, entries, indices, sink, positions)
-    unsupported = tpu_decode.unsupported(q, window, entries, indices)
+    held = entries.pool if isinstance(entries, Pages) else entries
+    unsupported = tpu_decode.unsupported(q, window, held, indices)
     chosen = dispatch.choose(implementation, unsupported=unsupported)
     static = dict(ratio=max(ratio, 1), scale=scale)
     if chosen in ("tpu", "interpret"):
         static["interpret"] = chosen == "interpret"
+        entries = entries.contiguous() if isinstance(entries, Pages) else entries
         return tpu_decode.decode_attention(q, window, entries, indices, sink, positions, **static)
     decode = xla_decode.decode_reference if chosen == "reference" else xla_decode.decode_attention
     return decode(q, window, entries, indices, sink, positions, **static)

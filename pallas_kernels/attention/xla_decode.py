@@ -7,11 +7,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import reference
 from pallas_kernels.formats.packed_rows import PackedRows
+from pallas_kernels.formats.pages import PAGE, Pages
 from pallas_kernels.formats.quantize import cast
 
 
 def decode_attention(q, window, entries, indices, sink, positions, *, ratio, scale):
     """See `ops.py`. Ring and entries share the softmax's sums; their keys are not joined."""
+    if isinstance(entries, Pages) and indices is None:
+        return _over_pages(q, window, entries, sink, positions, ratio=ratio, scale=scale)
     if indices is not None:
         entries, visible = _take(entries, indices, q.dtype), indices >= 0
     else:
@@ -34,8 +37,49 @@ def decode_attention(q, window, entries, indices, sink, positions, *, ratio, sca
     return cast(total / weight[..., None], q.dtype)
 
 
+def _over_pages(q, window, entries: Pages, sink, positions, *, ratio, scale):
+    """Every visible entry, page by page: those behind the longest sequence's last are not touched.
+
+    Two passes, since the largest score has to be known before the first sum (see above). Sums go over
+    the pages in order, so they have the same bits whatever the number of pages in the table.
+    """
+    batch, num_heads, width = q.shape
+    window = _unpacked(window, q.dtype)
+    num_visible = jnp.minimum((positions + 1) // ratio, entries.shape[1])[:, None]
+    count = -(-jnp.max(num_visible) // PAGE)
+    written = (jnp.arange(window.shape[1]) <= positions[:, None])[:, None]
+    near = jnp.where(written, scale * _einsum("bnh,bsh->bns", q, window), -jnp.inf)
+
+    def score(page, scores):
+        keys = entries.part(page, 1, q.dtype)
+        visible = (page * PAGE + jnp.arange(PAGE) < num_visible)[:, None]
+        new = jnp.where(visible, scale * _einsum("bnh,bsh->bns", q, keys), -jnp.inf)
+        return jax.lax.dynamic_update_slice_in_dim(scores, new, page * PAGE, axis=2)
+
+    scores = jnp.full((batch, num_heads, entries.shape[1]), -jnp.inf, jnp.float32)
+    scores = jax.lax.fori_loop(0, count, score, scores)
+    peak = jnp.maximum(jnp.max(near, axis=-1), jnp.max(scores, axis=-1))
+
+    def add(state, scores, keys):
+        weight, total = state
+        p = jnp.exp(scores - peak[..., None])
+        total += _einsum("bns,bsh->bnh", p.astype(keys.dtype), keys)
+        return weight + jnp.sum(p, axis=-1), total
+
+    def add_page(page, state):
+        keys = entries.part(page, 1, q.dtype)
+        visible = page * PAGE + jnp.arange(PAGE) < num_visible
+        keys = jnp.where(visible[..., None], keys, 0)  # another sequence's rows may be no numbers
+        return add(state, jax.lax.dynamic_slice_in_dim(scores, page * PAGE, PAGE, axis=2), keys)
+
+    state = add((jnp.exp(sink - peak), jnp.zeros((batch, num_heads, width))), near, window)
+    weight, total = jax.lax.fori_loop(0, count, add_page, state)
+    return cast(total / weight[..., None], q.dtype)
+
+
 def decode_reference(q, window, entries, indices, sink, positions, *, ratio, scale):
     """See `ops.py`: the ring in the order of time, and one dense softmax."""
+    entries = entries.contiguous() if isinstance(entries, Pages) else entries
     window, entries = _unpacked(window, q.dtype), _unpacked(entries, q.dtype)
     size = window.shape[1]
     order = (positions[:, None] - size + jnp.arange(size + 1)) % size
@@ -52,6 +96,8 @@ def decode_reference(q, window, entries, indices, sink, positions, *, ratio, sca
 
 def _take(rows, indices, dtype):
     """rows [B, S, H], indices [B, K] -> [B, K, H]; index -1 gives row 0."""
+    if isinstance(rows, Pages):
+        return rows.take(indices, dtype)
     if isinstance(rows, PackedRows):
         return rows.take(jnp.maximum(indices, 0), dtype)
     return jax.vmap(lambda r, i: jnp.take(r, jnp.maximum(i, 0), axis=0))(rows, indices)

@@ -25,15 +25,18 @@ TOGETHER = 8  # sequences
 
 
 def append(
-    data: jax.Array,  # [B, lines, 128] uint32
+    data: jax.Array,  # [B, lines, 128] uint32; [1, lines, 128] with a table
     new: jax.Array,  # [B, n, W] uint32
     start: jax.Array,  # [B] int32 place of the first new item
     counts: jax.Array,  # [B] int32: so many of the n are written, all of which have room
     *,
     on_lanes: bool,
+    table: jax.Array | None = None,  # [B, pages] int32, see `pages.py`
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
     """`data` with the new items.
+
+    Sequences that write have pages of their own: no two of them write to one.
 
     Raises:
       ValueError: an implementation that cannot run.
@@ -46,7 +49,9 @@ def append(
         unsupported = f"{data.shape[1]} lines: the kernel changes {num_lines}"
     chosen = dispatch.choose(implementation, unsupported=unsupported)
     if chosen in ("tpu", "interpret"):
-        return _call(data, new[:, 0], start, counts, num_lines, on_lanes, chosen == "interpret")
+        return _call(data, new[:, 0], start, counts, table, num_lines, on_lanes, chosen)
+    if table is not None:
+        return _page_by_page(data, new, start, counts, table, on_lanes)
     if on_lanes:
         return _one_by_one(data, new, start, counts)
     size = new.shape[2]
@@ -82,22 +87,67 @@ def _one_by_one(data, items, start, counts):
     return jax.lax.fori_loop(0, batch, put, data)
 
 
-def _call(data, new, start, counts, num_lines, on_lanes, interpret):
+def _page_by_page(data, items, start, counts, table, on_lanes):
+    """A page of one sequence after another being read, changed and written; one item by its words."""
+    batch, num_items, words = items.shape
+    if num_items == 1 and not on_lanes:
+        return _row_by_row(data, items[:, 0], start, counts, table)
+    touched = (num_items + LINE - 2) // LINE + 1  # pages of a sequence
+    padded = jnp.pad(items, [(0, 0), (LINE, 2 * LINE), (0, 0)])
+
+    def put(i, data):
+        b, page = i // touched, start[i // touched] // LINE + i % touched
+        first = page * LINE - start[b]  # item of the page's first row
+        new = jax.lax.dynamic_slice(padded[b], (first + LINE, 0), (LINE, words))
+        item = first + jnp.arange(LINE)
+        written = (item >= 0) & (item < counts[b])
+        if on_lanes:
+            new = new.T
+        else:
+            new, written = new.reshape(words, LINE), jnp.repeat(written, words).reshape(words, LINE)
+        at = (0, table[b, jnp.minimum(page, table.shape[1] - 1)] * words, 0)
+        old = jax.lax.dynamic_slice(data, at, (1, words, LINE))
+        return jax.lax.dynamic_update_slice(data, jnp.where(written, new, old[0])[None], at)
+
+    return jax.lax.fori_loop(0, batch * touched, put, data)
+
+
+def _row_by_row(data, items, start, counts, table):
+    """One item [B, W] of each sequence, put among the words of its page."""
+    batch, words = items.shape
+
+    def put(b, flat):
+        at = (table[b, start[b] // LINE] * LINE + start[b] % LINE) * words
+        old = jax.lax.dynamic_slice(flat, (at,), (words,))
+        return jax.lax.dynamic_update_slice(flat, jnp.where(counts[b] > 0, items[b], old), (at,))
+
+    return jax.lax.fori_loop(0, batch, put, data.reshape(-1)).reshape(data.shape)
+
+
+def _call(data, new, start, counts, table, num_lines, on_lanes, chosen):
     batch, words = new.shape
+    interpret = chosen == "interpret"
+    array = jnp.arange(batch, dtype=jnp.int32)  # of `data` that a sequence lies in
+    last = data.shape[1] - num_lines
+    if table is not None:
+        array = jnp.zeros_like(array)
+        page = jnp.take_along_axis(table, (start // LINE)[:, None], axis=1)[:, 0]
+        start = page * LINE + start % LINE
+        last = (page + 1) * words - num_lines  # lines of the next page may be another's
     if on_lanes:
         first = start // LINE * words
         offset = start % LINE
     else:
-        first = jnp.minimum(start * words // LINE, data.shape[1] - num_lines)
+        first = jnp.minimum(start * words // LINE, last)
         offset = start * words - LINE * first
     first = jnp.where(counts > 0, first, 0)
     padding = -batch % TOGETHER
-    scalars = [jnp.pad(x, (0, padding)) for x in (first, offset, counts)]
+    scalars = [jnp.pad(x, (0, padding)) for x in (array, first, offset, counts)]
     new = jnp.pad(new, ((0, padding), (0, -words % LINE)))[:, None]
     return pl.pallas_call(
         functools.partial(_kernel, words=words, merge=_on_lanes if on_lanes else _in_order),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(new.shape[0] // TOGETHER,),
             in_specs=[
                 pl.BlockSpec((TOGETHER, 1, new.shape[2]), lambda i, *_: (i, 0, 0)),
@@ -110,14 +160,25 @@ def _call(data, new, start, counts, num_lines, on_lanes, interpret):
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(data.shape, data.dtype),
-        input_output_aliases={4: 0},
+        input_output_aliases={5: 0},
         interpret=interpret,
         name="append",
     )(*scalars, new, data if interpret else pltpu.with_memory_space_constraint(data, pltpu.HBM))
 
 
 def _kernel(
-    first_ref, offset_ref, counts_ref, new_ref, _, data_ref, lines_ref, arrived, *, words, merge
+    array_ref,  # [B] in `data`
+    first_ref,  # [B] line
+    offset_ref,  # [B] lane, or word
+    counts_ref,  # [B]
+    new_ref,  # [8, 1, P]
+    _,
+    data_ref,  # in HBM
+    lines_ref,  # [8, lines, 128]
+    arrived,
+    *,
+    words: int,
+    merge,
 ):
     def each(do):
         for i in range(TOGETHER):
@@ -125,7 +186,7 @@ def _kernel(
             pl.when(counts_ref[b] > 0)(functools.partial(do, i, b))
 
     def here(i, b):
-        return data_ref.at[b, pl.ds(first_ref[b], lines_ref.shape[1])]
+        return data_ref.at[array_ref[b], pl.ds(first_ref[b], lines_ref.shape[1])]
 
     def fetch(i, b):
         pltpu.make_async_copy(here(i, b), lines_ref.at[i], arrived.at[i]).start()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.formats.packed_rows import PackedKeys
+from pallas_kernels.formats.pages import Pages
 from pallas_kernels.indexer import reference, tpu_decode, tpu_prefill, xla
 from pallas_kernels.selection import Selection
 
@@ -22,7 +23,7 @@ from pallas_kernels.selection import Selection
 def index_topk(
     q: jax.Array,  # [B, T, A, I]
     weights: jax.Array,  # [B, T, A] float32, may be negative
-    keys: jax.Array | PackedKeys,  # [B, S, I]
+    keys: jax.Array | PackedKeys | Pages,  # [B, S, I]
     positions: jax.Array,  # [B, T] int32
     *,
     topk: int,
@@ -62,6 +63,8 @@ def index_topk(
         raise ValueError(f"{ratio=} must be positive.")
     checks.check_positions(positions, are_consecutive=False)
     implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
+    if isinstance(keys, Pages) and implementation != "xla":
+        keys = keys.contiguous()
     if isinstance(keys, PackedKeys) and not _reads_packed(implementation, q, keys):
         keys = keys.unpack(q.dtype)
     q, weights = jax.lax.stop_gradient(q), jax.lax.stop_gradient(weights)
@@ -71,18 +74,19 @@ def index_topk(
         return Selection.of_indices(xla.all_visible(num_visible, num_entries), num_entries)
     match implementation:
         case "reference":
-            assert not isinstance(keys, PackedKeys)  # unpacked above
+            assert isinstance(keys, jax.Array)  # unpacked above
             indices = reference.index_topk(q, weights, keys, num_visible, topk)
         case "xla":
             indices = xla.index_topk(q, weights, keys, num_visible, topk)
         case _ if num_queries == 1:
+            assert not isinstance(keys, Pages)
             indices = tpu_decode.index_list(
                 *(q[:, 0], weights[:, 0], keys, num_visible[:, 0]),
                 topk=topk,
                 interpret=implementation == "interpret",
             )[:, None]
         case _:
-            assert not isinstance(keys, PackedKeys)
+            assert isinstance(keys, jax.Array)
             bits = tpu_prefill.index_bits(
                 *(q, weights, keys, num_visible),
                 topk=topk,
@@ -110,7 +114,8 @@ def _reads_packed(implementation: str, q, keys: PackedKeys) -> bool:
 
 
 def _unsupported(q, keys) -> str | None:
-    dtype = q.dtype if isinstance(keys, PackedKeys) else keys.dtype
+    held = keys.pool if isinstance(keys, Pages) else keys
+    dtype = held.dtype if isinstance(held, jax.Array) else q.dtype
     if q.dtype != dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernel takes q {q.dtype} and keys {dtype} both in bfloat16 or float32"
     if q.shape[1] == 1:

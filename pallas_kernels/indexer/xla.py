@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.formats.packed_rows import LINE, PackedKeys
+from pallas_kernels.formats.pages import PAGE, Pages
 
 BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 1024
@@ -23,11 +24,14 @@ def all_visible(num_visible: jax.Array, num_entries: int) -> jax.Array:
 def index_topk(
     q: jax.Array,  # [B, T, A, I]
     weights: jax.Array,  # [B, T, A]
-    keys: jax.Array | PackedKeys,  # [B, S, I]; packed ones are unpacked chunk by chunk
+    keys: jax.Array | PackedKeys | Pages,  # [B, S, I]; what is packed is unpacked chunk by chunk
     num_visible: jax.Array,  # [B, T] int32, at most S
     topk: int,  # at most S
 ) -> jax.Array:  # [B, T, topk] int32
-    """Indices in the order of their scores; -1 where fewer are visible."""
+    """Indices, then -1 where fewer are visible. In the order of their scores; of pages ascending.
+
+    Ascending, what is summed over them has the same bits whatever the number of pages in the table.
+    """
     num_entries, num_queries = keys.shape[1], q.shape[1]
     if num_entries == topk:
         return all_visible(num_visible, num_entries)
@@ -38,8 +42,8 @@ def index_topk(
         jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         for x in (q, weights, num_visible)
     )
-    is_packed = isinstance(keys, PackedKeys)
-    length = -(-num_entries // LINE) * LINE if is_packed else num_entries
+    is_float = isinstance(keys, jax.Array)
+    length = num_entries if is_float else -(-num_entries // LINE) * LINE
     chunk = min(BLOCK_ENTRIES, length)
 
     def select(i):
@@ -50,7 +54,9 @@ def index_topk(
 
         def fill(c, scores):
             at = jnp.minimum(c * chunk, length - chunk)  # the last one may begin inside another
-            if isinstance(keys, PackedKeys):
+            if isinstance(keys, Pages):
+                keys_c = keys.part(at // PAGE, chunk // PAGE, q.dtype)
+            elif isinstance(keys, PackedKeys):
                 keys_c = keys.unpack_groups(at // LINE, chunk // LINE, q.dtype)
             else:
                 keys_c = jax.lax.dynamic_slice_in_dim(keys, at, chunk, axis=1)
@@ -61,7 +67,11 @@ def index_topk(
         scores = jax.lax.fori_loop(0, -(-jnp.max(visible_i) // chunk), fill, scores)
         scores = jnp.where(jnp.arange(length) < visible_i[..., None], scores, -jnp.inf)
         _, index = jax.lax.top_k(scores, topk)
-        return jnp.where(index < visible_i[..., None], index, -1)
+        is_visible = index < visible_i[..., None]
+        if isinstance(keys, Pages):
+            index = jnp.sort(jnp.where(is_visible, index, length), axis=-1)
+            return jnp.where(index < length, index, -1)
+        return jnp.where(is_visible, index, -1)
 
     indices = jnp.moveaxis(jax.lax.map(select, jnp.arange(num_blocks)), 0, 1)
     return indices.reshape(q.shape[0], -1, topk)[:, :num_queries]

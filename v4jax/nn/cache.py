@@ -1,28 +1,35 @@
-"""Key-value cache: what a layer remembers of the tokens it has seen.
+"""Key-value cache: what the layers remember of the tokens they have seen.
 
-One `LayerCache` per layer, each array with a leading batch axis; sequences of a batch may have
-different lengths. For a capacity of S tokens and a layer of ratio r:
+What grows with a sequence lies in pages (`pallas_kernels/formats/pages.py`): a page is 128 compressed
+rows, and layers of one ratio share a table that says which pages are a sequence's. What does not grow
+has a row a sequence. Sequences of a batch may have different lengths. For a layer of ratio r:
 
-| field       | shape          | holds                                                             |
-|-------------|----------------|-------------------------------------------------------------------|
-| window      | [B, C, H]      | last C key-value rows, token t in row t mod C                     |
-| entries     | [B, S / r, H]  | one compressed row per r tokens (r = 4 in CSA, 128 in HCA)        |
-| pool        | see `OpenPool` | partial sums of the window that is not full yet, float32          |
-| index_keys  | [B, S / r, I]  | the indexer's compressed keys (CSA only)                          |
-| index_pool  | see `OpenPool` | as `pool`, of the indexer's compressor (CSA only)                 |
+| field       | shape             | holds                                                          |
+|-------------|-------------------|----------------------------------------------------------------|
+| window      | [B, C, H]         | last C key-value rows, token t in row t mod C                  |
+| entries     | [G, P * 128, H]   | one compressed row per r tokens (r = 4 in CSA, 128 in HCA)     |
+| pool        | see `OpenPool`    | partial sums of the window that is not full yet, float32       |
+| index_keys  | [G, P * 128, I]   | the indexer's compressed keys (CSA only)                       |
+| index_pool  | see `OpenPool`    | as `pool`, of the indexer's compressor (CSA only)              |
+| tables[r]   | [B, n]            | pages of each sequence, int32                                  |
+
+G is the number of parts that a mesh cuts the sequences into (1 without one): each has a pool of its own,
+and its sequences' tables point into that.
 
 Rows and keys are float arrays, or packed in the formats that `released` numerics rounds them to
 (`CacheFormat`). A cache is an argument and a result, never changed in place; jitted steps donate it.
 """
 
 import dataclasses
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedKeys, PackedRows
+from pallas_kernels.formats.pages import PAGE, Pages, Rows, num_pages
 from pallas_kernels.gated_pool import Pool
 from sharding import collectives
 from v4jax.config import LayerSpec, V4Config
@@ -31,8 +38,6 @@ from v4jax.nn.numerics import Numerics
 # "packed": rows in e4m3 and bfloat16 (584 bytes for 512 channels), keys in e2m1. "float": both in the
 # activations' dtype. None: packed where that changes no number, else float.
 CacheFormat = Literal["packed", "float"] | None
-Rows = jax.Array | PackedRows | PackedColumns | PackedKeys  # [B, S, W]
-_Rows = TypeVar("_Rows", bound=Rows)
 _Packing = TypeVar("_Packing", PackedRows, PackedColumns)
 
 
@@ -68,20 +73,59 @@ class LayerCache:
     """State of one layer. Fields that its kind of layer does not have are None."""
 
     window: jax.Array | PackedColumns
-    entries: jax.Array | PackedRows | PackedColumns | None = None
+    entries: Pages | None = None
     pool: OpenPool | None = None
-    index_keys: jax.Array | PackedKeys | None = None
+    index_keys: Pages | None = None
     index_pool: OpenPool | None = None
 
 
-@_pytree(meta=("capacity",))
+@_pytree()
+@dataclasses.dataclass(frozen=True)
+class PagePool:
+    """A layer's pages, without the table: rows [G, P * 128, ...]. None where it has none."""
+
+    entries: Rows | None = None
+    index_keys: Rows | None = None
+
+
+@_pytree(meta=("ratios", "capacity"))
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """State of all layers, and how many tokens each sequence has."""
 
-    layers: tuple[LayerCache, ...]
+    states: tuple[LayerCache, ...]  # what has a row a sequence; pages are in `pools`
+    pools: tuple[PagePool, ...]
+    tables: dict[int, jax.Array]  # by ratio: [B, n] int32
     lengths: jax.Array  # [B] int32
+    ratios: tuple[int, ...]  # of the layers; 0: no compressed rows
     capacity: int  # tokens a sequence can have
+
+    @property
+    def layers(self) -> tuple[LayerCache, ...]:
+        """The layers, each with its pages."""
+        return tuple(
+            dataclasses.replace(
+                state,
+                entries=None if pool.entries is None else Pages(pool.entries, self.tables[ratio]),
+                index_keys=None
+                if pool.index_keys is None
+                else Pages(pool.index_keys, self.tables[ratio]),
+            )
+            for state, pool, ratio in zip(self.states, self.pools, self.ratios, strict=True)
+        )
+
+    def of_layers(self, layers: Sequence[LayerCache], lengths: jax.Array) -> "Cache":
+        """This cache with other contents of its layers."""
+
+        def pool(pages: Pages | None) -> Rows | None:
+            return None if pages is None else pages.pool
+
+        return dataclasses.replace(
+            self,
+            states=tuple(dataclasses.replace(x, entries=None, index_keys=None) for x in layers),
+            pools=tuple(PagePool(pool(x.entries), pool(x.index_keys)) for x in layers),
+            lengths=lengths,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -143,9 +187,18 @@ class Chunk:
 
 
 def init_cache(
-    cfg: V4Config, numerics: Numerics, batch: int, capacity: int, format: CacheFormat = None
+    cfg: V4Config,
+    numerics: Numerics,
+    batch: int,
+    capacity: int,
+    format: CacheFormat = None,
+    *,
+    parts: int = 1,
 ) -> Cache:
-    """An empty cache for `batch` sequences of up to `capacity` tokens.
+    """An empty cache for `batch` sequences of up to `capacity` tokens, each with all its pages.
+
+    Args:
+      parts: that a mesh cuts the batch into.
 
     Raises:
       ValueError: capacity is not in 1..cfg.max_length, an unknown format, or a packed cache for
@@ -153,32 +206,76 @@ def init_cache(
     """
     if not 0 < capacity <= cfg.max_length:
         raise ValueError(f"capacity={capacity}: expected 1..{cfg.max_length} (max_length).")
+    pages = {ratio: pages_of(capacity, ratio) for ratio in ratios_of(cfg)}
+    rows = batch // parts
+    tables = {
+        ratio: jnp.tile(jnp.arange(rows * count, dtype=jnp.int32).reshape(rows, count), (parts, 1))
+        for ratio, count in pages.items()
+    }
+    pages = {ratio: rows * count for ratio, count in pages.items()}
+    return empty_cache(cfg, numerics, batch, pages, tables, capacity, format, parts=parts)
+
+
+def ratios_of(cfg: V4Config) -> list[int]:
+    """The ratios that layers compress at, increasing."""
+    return sorted({spec.ratio for spec in cfg.layers if spec.compressor})
+
+
+def pages_of(tokens: int, ratio: int) -> int:
+    """Pages of a sequence of so many tokens, at least one."""
+    return max(1, num_pages(-(-tokens // ratio)))
+
+
+def empty_cache(
+    cfg: V4Config,
+    numerics: Numerics,
+    batch: int,
+    pages: dict[int, int],
+    tables: dict[int, jax.Array],
+    capacity: int,
+    format: CacheFormat = None,
+    *,
+    parts: int = 1,
+) -> Cache:
+    """A cache with `pages[ratio]` pages in each part's pool, whoever they belong to."""
     is_packed = _is_packed(format, numerics)
 
-    def rows(length: int, packing: type[_Packing]) -> jax.Array | _Packing:
-        shape = (batch, length, cfg.head_dim)
+    def rows(shape: tuple[int, ...], packing: type[_Packing]) -> jax.Array | _Packing:
         if is_packed:
             return packing.zeros(shape, cfg.rope_head_dim)
         return jnp.zeros(shape, numerics.dtype)
 
-    def keys(length: int, width: int) -> jax.Array | PackedKeys:
-        shape = (batch, length, width)
+    def keys(shape: tuple[int, ...]) -> jax.Array | PackedKeys:
         return PackedKeys.zeros(shape) if is_packed else jnp.zeros(shape, numerics.dtype)
 
-    def layer(spec: LayerSpec) -> LayerCache:
-        window = rows(cfg.window, PackedColumns)
+    def state(spec: LayerSpec) -> LayerCache:
+        window = rows((batch, cfg.window, cfg.head_dim), PackedColumns)
         if spec.compressor is None:
             return LayerCache(window)
-        count, overlap = -(-capacity // spec.ratio), spec.compressor.overlap
+        overlap = spec.compressor.overlap
         pool = init_pool(batch, cfg.head_dim, overlap=overlap)
         if spec.indexer is None:
-            return LayerCache(window, rows(count, PackedColumns), pool)  # all are read
-        entries = rows(count, PackedRows)  # some are picked
-        width = spec.indexer.head_dim
-        index_pool = init_pool(batch, width, overlap=overlap)
-        return LayerCache(window, entries, pool, keys(count, width), index_pool)
+            return LayerCache(window, pool=pool)
+        index_pool = init_pool(batch, spec.indexer.head_dim, overlap=overlap)
+        return LayerCache(window, pool=pool, index_pool=index_pool)
 
-    return Cache(tuple(map(layer, cfg.layers)), jnp.zeros(batch, jnp.int32), capacity)
+    def pool(spec: LayerSpec) -> PagePool:
+        if spec.compressor is None:
+            return PagePool()
+        space = (parts, pages[spec.ratio] * PAGE)
+        if spec.indexer is None:
+            return PagePool(rows((*space, cfg.head_dim), PackedColumns))  # all are read
+        picked = rows((*space, cfg.head_dim), PackedRows)  # some are
+        return PagePool(picked, keys((*space, spec.indexer.head_dim)))
+
+    return Cache(
+        tuple(map(state, cfg.layers)),
+        tuple(map(pool, cfg.layers)),
+        tables,
+        jnp.zeros(batch, jnp.int32),
+        tuple(spec.ratio if spec.compressor else 0 for spec in cfg.layers),
+        capacity,
+    )
 
 
 def _is_packed(format: CacheFormat, numerics: Numerics) -> bool:
@@ -201,33 +298,26 @@ def init_pool(batch: int, width: int, *, overlap: bool) -> OpenPool:
     return OpenPool(Pool.empty((batch, width)), None)
 
 
-@jax.named_scope("cache/append")
 def append_entries(
-    entries: _Rows,  # [B, S, W]
+    entries: Pages,  # [B, S, W]
     new: jax.Array,  # [B, n, W], of which the first `counts` are complete
     start: jax.Array,  # [B] int32 row of the first new entry
     counts: jax.Array,  # [B] int32
-) -> _Rows:
+) -> Pages:
     """Writes the complete new entries behind the old ones, all devices'; never past the end."""
-    if not isinstance(entries, jax.Array):
-        parts = jax.tree.map(
-            lambda x: collectives.all_gather(x[None], "seq", axis=0),
-            (entries.words_of(new), start, counts),
-        )
-        packed: Any = entries  # stays what it is
-        for device in range(collectives.axis_size("seq")):
-            packed = packed.append(*jax.tree.map(lambda x, d=device: x[d], parts))
-        return packed
-    index = jnp.arange(new.shape[1])
-    rows = jnp.where(index < counts[:, None], start[:, None] + index, entries.shape[1])
-    new, rows = (
-        collectives.all_gather(x, "seq", axis=1) for x in (new.astype(entries.dtype), rows)
+    if not isinstance(entries.pool, jax.Array):
+        new = entries.pool.words_of(new)
+    parts = jax.tree.map(
+        lambda x: collectives.all_gather(x[None], "seq", axis=0), (new, start, counts)
     )
-    return jax.vmap(lambda e, i, n: e.at[i].set(n, mode="drop"))(entries, rows, new)
+    for device in range(collectives.axis_size("seq")):
+        entries = entries.append(*jax.tree.map(lambda x, d=device: x[d], parts))
+    return entries
 
 
-def unpacked(rows: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rows as floats: themselves, or in `dtype` where they are packed."""
+def unpacked(rows: Rows | Pages, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows [B, S, W] as floats: themselves, or in `dtype` where they are packed."""
+    rows = rows.contiguous() if isinstance(rows, Pages) else rows
     return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.formats.packed_rows import PackedKeys
+from pallas_kernels.formats.pages import Pages
 from pallas_kernels.indexer import index_topk, selected_scores
 from pallas_kernels.selection import Selection
 from sharding import collectives
@@ -60,7 +60,7 @@ class Indexer(nnx.Module):
         self,
         queries: jax.Array,
         weights: jax.Array,
-        keys: jax.Array | PackedKeys,
+        keys: jax.Array | Pages,
         positions: jax.Array,
     ) -> Selection:
         """The entries each query attends to: all that are visible where there are few."""

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.linear import linear
-from sharding import AxisRules, collectives
+from sharding import DECODE, AxisRules, collectives
 from v4jax.config import LayerSpec, V4Config
 from v4jax.nn.attention import Attention
 from v4jax.nn.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
@@ -32,7 +32,7 @@ from v4jax.nn.inspection import LayerView, view
 from v4jax.nn.layers import KeyStream, Linear, ModelContext, RMSNorm
 from v4jax.nn.moe import MoE, RouterStats
 from v4jax.nn.numerics import Numerics, plain
-from v4jax.nn.placement import check_mesh, gathered, mesh_of, on_mesh, specs
+from v4jax.nn.placement import check_mesh, gathered, mesh_of, num_batch_parts, on_mesh, specs
 
 
 @functools.partial(
@@ -364,7 +364,7 @@ class Transformer(nnx.Module):
             )
             caches.append(layer_cache)
         lengths = cache.lengths + counts
-        return streams, dataclasses.replace(cache, layers=tuple(caches), lengths=lengths)
+        return streams, cache.of_layers(caches, lengths)
 
     def inspect(
         self, tokens: jax.Array, *, queries: Sequence[int] | None = None
@@ -427,8 +427,12 @@ class Transformer(nnx.Module):
         return new
 
     def init_cache(self, batch: int, capacity: int, format: CacheFormat = None) -> Cache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens (see `CacheFormat`)."""
-        return init_cache(self.cfg, self.numerics, batch, capacity, format)
+        """An empty cache for `batch` sequences of up to `capacity` tokens (see `CacheFormat`).
+
+        Under a mesh, for steps there: sequences are cut as `sharding.DECODE` says.
+        """
+        parts = num_batch_parts(DECODE)
+        return init_cache(self.cfg, self.numerics, batch, capacity, format, parts=parts)
 
     def embedding(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, D]"""

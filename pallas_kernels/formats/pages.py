@@ -1,0 +1,117 @@
+"""Rows of many sequences in one pool of pages, each sequence finding its own through a table.
+
+A page is 128 rows: the lanes of a TPU, in groups of which `PackedColumns` and `PackedKeys` come, so in
+every format a page is whole lines (W of packed columns or keys, 128 W / 128 = W of packed rows too).
+
+    row s of sequence b   is   row  table[b, s // 128] * 128 + s % 128   of the pool
+
+Pages are held by who makes the table; here nothing is known of which are free. A table may point to a
+page that is nobody's where a sequence has no rows yet: rows past its length are not looked at.
+
+The pool has a leading axis of 1, so that it is an ordinary array of rows [1, S, W], or a packed one.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import packed_append
+from pallas_kernels.formats.packed_rows import PackedColumns, PackedKeys, PackedRows
+
+PAGE = 128  # rows
+Rows = jax.Array | PackedRows | PackedColumns | PackedKeys  # [B, S, W]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["pool", "table"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Rows [B, n * 128, W] of B sequences."""
+
+    pool: Rows  # [1, P * 128, W]
+    table: jax.Array  # [B, n] int32: page of the pool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the rows: [B, n * 128, W]."""
+        batch, pages = self.table.shape
+        return batch, pages * PAGE, self.pool.shape[-1]
+
+    @property
+    def ndim(self) -> int:
+        """3."""
+        return len(self.shape)
+
+    @property
+    def num_pages(self) -> int:
+        """P, of the pool."""
+        return self.pool.shape[1] // PAGE
+
+    def rows_of(self, indices: jax.Array) -> jax.Array:
+        """Rows of the pool that rows [B, ...] of the sequences are; of -1 any."""
+        indices = jnp.maximum(indices, 0)
+        flat = indices.reshape(indices.shape[0], -1)
+        page = jnp.take_along_axis(self.table, flat // PAGE, axis=1)
+        return (page * PAGE + flat % PAGE).reshape(indices.shape)
+
+    def take(self, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Rows [B, K, W] by their indices [B, K] (-1: any), floats as they are, packed in `dtype`."""
+        rows = self.rows_of(indices)
+        if isinstance(self.pool, jax.Array):
+            return jnp.take(self.pool[0], rows, axis=0)
+        assert isinstance(self.pool, PackedRows)  # which are for picking
+        return self.pool.take(rows.reshape(1, -1), dtype).reshape(*rows.shape, -1)
+
+    def part(self, first: jax.Array, count: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Rows [B, count * 128, W] of pages `first` .. first + count - 1 of each sequence."""
+        rows = self._gather(jax.lax.dynamic_slice_in_dim(self.table, first, count, axis=1))
+        return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
+
+    def contiguous(self) -> Rows:
+        """All rows [B, n * 128, W] side by side, in the format of the pool."""
+        return self._gather(self.table)
+
+    def _gather(self, table: jax.Array) -> Rows:
+        batch, count = table.shape
+        pool = self.pool
+        if isinstance(pool, jax.Array):
+            paged = pool.reshape(-1, PAGE, pool.shape[-1])
+            return jnp.take(paged, table, axis=0).reshape(batch, count * PAGE, -1)
+        lines = jnp.take(self._lines(), table, axis=0)  # [B, count, W, 128]
+        data = lines.reshape(batch, count * pool.num_words, -1)
+        return dataclasses.replace(pool, data=data, length=count * PAGE)
+
+    def _lines(self) -> jax.Array:
+        """Lines [P, W, 128] of a packed pool."""
+        pool: Any = self.pool
+        used = self.num_pages * pool.num_words
+        return pool.data[0, :used].reshape(self.num_pages, pool.num_words, -1)
+
+    @jax.named_scope("cache/append")
+    def append(self, new: jax.Array, start: jax.Array, counts: jax.Array) -> "Pages":
+        """The first `counts` [B] of rows [B, n, W] put at `start` [B]; none past the table's end.
+
+        Packed rows come as words, `pool.words_of(rows)`.
+        """
+        counts = jnp.clip(counts, 0, self.shape[1] - start)
+        if isinstance(self.pool, jax.Array):
+            index = jnp.arange(new.shape[1])
+            last = self.shape[1] - 1
+            rows = self.rows_of(jnp.minimum(start[:, None] + index, last))
+            rows = jnp.where(index < counts[:, None], rows, self.pool.shape[1])
+            flat = new.astype(self.pool.dtype).reshape(-1, new.shape[-1])
+            pool: Rows = self.pool.at[0, rows.reshape(-1)].set(flat, mode="drop")
+        else:
+            on_lanes = not isinstance(self.pool, PackedRows)
+            data = packed_append.append(
+                self.pool.data, new, start, counts, on_lanes=on_lanes, table=self.table
+            )
+            pool = dataclasses.replace(self.pool, data=data)
+        return dataclasses.replace(self, pool=pool)
+
+
+def num_pages(rows: int) -> int:
+    """Pages that hold so many rows."""
+    return -(-rows // PAGE)
