@@ -23,8 +23,7 @@ from flax import nnx
 import v4jax
 from v4jax import Numerics, Transformer, checkpoint
 from v4jax.config import VARIANTS
-from v4jax.inference.sampling import Sampling
-from v4jax.inference.steps import Slots, decode_step, prefill_step, request_rows
+from v4jax.inference.steps import decode_shapes, decode_step, prefill_step
 
 NUMERICS = {"released": "bfloat16", "plain": "float32"}
 CHUNK, CAPACITY = 128, 4096
@@ -98,16 +97,11 @@ def load(name: str, numerics: Numerics) -> Transformer:
 def programs(model: Transformer) -> dict[str, tuple]:
     """Steps of one sequence, as `Engine` makes them, and their arguments."""
     leaves = jax.tree.leaves(nnx.split(model)[1])
-    cache = jax.eval_shape(lambda: model.init_cache(1, min(CAPACITY, model.cfg.max_length)))
-    logits = jax.ShapeDtypeStruct((1, model.cfg.vocab_size), jnp.float32)
-    sampling, seeds, limits, stops = request_rows([Sampling()], (model.cfg.eos_id,))
-    keys = jax.eval_shape(jax.vmap(jax.random.key), seeds)
-    steps, done = np.zeros(1, np.int32), np.zeros(1, bool)
-    slots = Slots(cache, logits, keys, steps, limits, stops, done, sampling)
-    chunk, counts = np.zeros((1, CHUNK), np.int32), np.ones(1, np.int32)
+    slots, tables, count, cancelled = decode_shapes(model, 1, min(CAPACITY, model.cfg.max_length))
+    chunk, one = np.zeros((1, CHUNK), np.int32), np.zeros(1, np.int32)
     return {
-        "prefill": (lambda: prefill_step(model), (leaves, chunk, counts, cache, logits)),
-        "decode": (lambda: decode_step(model), (leaves, slots)),
+        "prefill": (lambda: prefill_step(model), (leaves, slots, tables, chunk, one + CHUNK, one)),
+        "decode": (lambda: decode_step(model), (leaves, slots, tables, count, cancelled)),
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import v4jax
 from v4jax import Numerics, checkpoint
-from v4jax.inference.engine import Engine
+from v4jax.inference.feeding import Feeder
 
 
 def main() -> None:
@@ -28,13 +28,13 @@ def main() -> None:
     args = parser.parse_args()
 
     model = checkpoint.load(args.checkpoint, Numerics(args.numerics, jnp.dtype(args.dtype)))
-    engine = Engine(model)
+    feeder = Feeder(model)
     tokens = np.random.default_rng(0).integers(3, model.cfg.vocab_size, args.length).tolist()
     seconds = []
     for _ in range(2):  # the first run compiles
-        cache = engine.init_cache(1, args.length)
+        cache = feeder.init_cache(1, args.length)
         start = time.monotonic()
-        cache, logits = engine.prefill([tokens], cache)
+        cache, logits = feeder.feed([tokens], cache)
         jax.block_until_ready(logits)
         seconds.append(time.monotonic() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -131,8 +131,8 @@ def decode_attention(
     static = dict(ratio=max(ratio, 1), scale=scale)
     if chosen in ("tpu", "interpret"):
         static["interpret"] = chosen == "interpret"
-        entries = entries.contiguous() if isinstance(entries, Pages) else entries
-        return tpu_decode.decode_attention(q, window, entries, indices, sink, positions, **static)
+        rows: Any = entries.contiguous() if isinstance(entries, Pages) else entries
+        return tpu_decode.decode_attention(q, window, rows, indices, sink, positions, **static)
     decode = xla_decode.decode_reference if chosen == "reference" else xla_decode.decode_attention
     return decode(q, window, entries, indices, sink, positions, **static)
 

@@ -73,6 +73,22 @@ class Pages:
         """All rows [B, n * 128, W] side by side, in the format of the pool."""
         return self._gather(self.table)
 
+    def replaced(self, content: Any) -> Rows:
+        """The pool with other contents of all pages in the table, as `contiguous` gives them.
+
+        Page 0 keeps what it has: tables point there for pages that are nobody's.
+        """
+        target = jnp.where(self.table > 0, self.table, self.num_pages).reshape(-1)
+        pool: Any = self.pool
+        if isinstance(pool, jax.Array):
+            paged = pool.reshape(-1, PAGE, pool.shape[-1])
+            new = content.reshape(-1, PAGE, pool.shape[-1])
+            return paged.at[target].set(new, mode="drop").reshape(pool.shape)
+        lines = content.data.reshape(-1, pool.num_words, content.data.shape[-1])
+        new = self._lines().at[target].set(lines, mode="drop")
+        used = jax.lax.dynamic_update_slice(pool.data, new.reshape(1, -1, new.shape[-1]), (0, 0, 0))
+        return dataclasses.replace(pool, data=used)
+
     def _gather(self, table: jax.Array) -> Rows:
         batch, count = table.shape
         pool = self.pool

@@ -9,6 +9,8 @@ query at position p if s < (p + 1) // ratio.
 Source: report section 2.3.1 (eqs. 15-17); released `inference/model.py` (Indexer).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -64,7 +66,8 @@ def index_topk(
     checks.check_positions(positions, are_consecutive=False)
     implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
     if isinstance(keys, Pages) and implementation != "xla":
-        keys = keys.contiguous()
+        rows: Any = keys.contiguous()
+        keys = rows
     if isinstance(keys, PackedKeys) and not _reads_packed(implementation, q, keys):
         keys = keys.unpack(q.dtype)
     q, weights = jax.lax.stop_gradient(q), jax.lax.stop_gradient(weights)

@@ -1,19 +1,24 @@
-"""The engine: a model that generates, for a notebook, a terminal or a file of requests.
+"""The engine: a model that serves requests, for a notebook, a terminal, a file or a server.
 
     engine = Engine(v4jax.load(folder), v4jax.Tokenizer(folder))
     print(engine.generate("Emma was", Sampling(temperature=0.7)).text)
     print(engine.chat("Who is Emma?", mode="think-high").content)
 
-Programs are compiled for a short list of shapes: a prompt is fed in chunks of `CHUNKS` tokens (the
-last one padded), a batch is padded to one of `BATCHES` rows, and a cache's capacity to one of
-`CAPACITIES`. Prompts of a batch may have different lengths, and each its own sampling.
+    request = engine.submit("Emma was", Sampling(seed=3))
+    for token in engine.tokens(request): ...
+
+It has a fixed number of slots, which requests enter and leave one by one. docs/engine.md says how.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import overload
 
 import jax
@@ -21,10 +26,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.formats.pages import PAGE
 from sharding import DECODE, PREFILL
+from v4jax.inference.ledger import Ledger
+from v4jax.inference.prefix import PIECE, Prefixes
+from v4jax.inference.requests import EngineFullError, Request
 from v4jax.inference.sampling import Sampling
-from v4jax.inference.steps import Slots, decode_step, prefill_step, request_rows
-from v4jax.nn.cache import Cache, CacheFormat
+from v4jax.inference.scheduler import Programs, Scheduler
+from v4jax.inference.steps import (
+    MOST_STEPS,
+    NO_TOKEN,
+    STOP_SLOTS,
+    Slots,
+    SlotSteps,
+    decode_step,
+    empty_slots,
+    prefill_step,
+    with_pools,
+)
+from v4jax.nn.cache import CacheFormat, ratios_of
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, mesh_of, num_batch_parts, on_mesh, require_placed
@@ -33,9 +53,26 @@ from v4jax.text.prompt import with_bos
 from v4jax.text.tokenizer import Tokenizer
 
 CHUNKS = (128, 1024)
-BATCHES = (1, 8, 32, 128, 512)
-CAPACITIES = (4096, 32_768, 262_144, 1_048_576)
+CACHE_TOKENS = 4096  # a slot, where nothing else is said
 Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """What an engine is doing and has done."""
+
+    queued: int
+    running: int
+    slots: int
+    pages: int  # of all ratios and parts
+    pages_used: int
+    prefixes: int
+    prompt_tokens: int
+    cached_tokens: int  # of the prompts', that prefixes had
+    generated_tokens: int
+    preemptions: int
+    steps: int
+    useful_row_steps: float  # share of decoded rows that gave a token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +106,26 @@ class Reply:
 
 
 class Engine:
-    """A model's arrays and its compiled steps.
+    """A model's arrays, its compiled steps, and the requests that it serves.
 
     Args:
       model: best built with `scan_layers=False` (as `v4jax.load` does): slices of stacked weights
         are copied in every step. If it lies on a mesh, the steps run there.
       tokenizer: for prompts that are texts, and for `chat`.
+      slots: requests that are decoded together; rounded up to a multiple of the parts that a mesh cuts
+        them into. A step costs about as much with one request as with all of them.
       cache: how rows are held, see `v4jax.nn.cache.CacheFormat`.
-      chunks: numbers of tokens that prefill is compiled for, increasing. Under a mesh with a context
-        axis, its multiples.
+      cache_tokens: tokens of context that all requests and kept prefixes have room for together, in
+        each part. None: 4,096 a slot, and more as soon as a request needs it.
+      chunks: numbers of tokens that prefill is compiled for: multiples of 128, and of a mesh's context
+        axis.
+      steps_per_call: tokens that a slot generates between two looks of the host, where nobody waits.
+      queue: requests that may wait; None: any number.
+      prefixes: that are kept for requests which begin with the same tokens; 0: none.
 
     Raises:
       ValueError: the mesh does not suit the model, its weights do not lie as the steps read them,
-        or the tokenizer has ids that the model does not know.
+        the tokenizer has ids that the model does not know, or numbers out of range.
     """
 
     def __init__(
@@ -89,32 +133,283 @@ class Engine:
         model: Transformer,
         tokenizer: Tokenizer | None = None,
         *,
+        slots: int = 8,
         cache: CacheFormat = None,
+        cache_tokens: int | None = None,
         chunks: Sequence[int] = CHUNKS,
+        steps_per_call: int = 8,
+        queue: int | None = None,
+        prefixes: int = 64,
     ):
         keep_programs()
         self.cfg, self.tokenizer = model.cfg, tokenizer
         self.chunks = tuple(sorted(chunks))
-        if tokenizer is not None and tokenizer.vocab_size > model.cfg.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
-                f"vocab_size={model.cfg.vocab_size}: they do not belong together."
-            )
-        self._mesh = mesh_of(model)
+        self._check(slots, cache_tokens, steps_per_call)
+        self._mesh, self._format, self._queue = mesh_of(model), cache, queue
         with self._on_mesh():
             check_mesh(model.cfg, DECODE)
             check_mesh(model.cfg, PREFILL, length=math.gcd(*self.chunks))
             _, params = nnx.split(model)
             require_placed(params, DECODE)
-            self._batch_parts = num_batch_parts(DECODE)
-            self._keys = jax.jit(jax.vmap(jax.random.key), out_shardings=self._by_row())
-            self._init_cache = jax.jit(
-                functools.partial(model.init_cache, format=cache),
-                static_argnums=(0, 1),
-                out_shardings=self._by_row(),
-            )
+            parts = num_batch_parts(DECODE)
             self.leaves = jax.tree.leaves(params)
             self._prefill, self._decode = prefill_step(model), decode_step(model)
+            self._slot_steps = SlotSteps()
+        slots += -slots % parts
+        self._grows = cache_tokens is None
+        self._cache_tokens = cache_tokens or min(CACHE_TOKENS, self.cfg.max_length) * slots // parts
+        pages = self._pages(self._cache_tokens, slots // parts)
+        with self._on_mesh():
+            empty = functools.partial(empty_slots, model, slots, pages, cache)
+            made = jax.jit(empty, out_shardings=self._by_row())()
+        ledger = Ledger(pages, parts)
+        self._scheduler = Scheduler(
+            self._programs(),
+            made,
+            ledger,
+            Prefixes(ledger, prefixes),
+            parts=parts,
+            chunks=self.chunks,
+            budget=self.chunks[-1],
+            steps_per_call=steps_per_call,
+            max_length=self.cfg.max_length,
+            is_shared=jax.process_count() > 1,
+        )
+        self._numbers = itertools.count()
+        self._inbox: collections.deque[Request] = collections.deque()
+        self._turn = threading.Condition(threading.RLock())
+        self._thread: threading.Thread | None = None
+        self._is_stopping = False
+
+    def _check(self, slots: int, cache_tokens: int | None, steps_per_call: int) -> None:
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.cfg.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the model "
+                f"vocab_size={self.cfg.vocab_size}: they do not belong together."
+            )
+        if slots < 1:
+            raise ValueError(f"slots={slots}: expected at least 1.")
+        if cache_tokens is not None and cache_tokens < 1:
+            raise ValueError(f"cache_tokens={cache_tokens}: expected a positive number, or None.")
+        if not 1 <= steps_per_call <= MOST_STEPS:
+            raise ValueError(f"steps_per_call={steps_per_call}: expected 1..{MOST_STEPS}.")
+        if not self.chunks or any(size < 1 or size % PIECE for size in self.chunks):
+            raise ValueError(f"chunks={self.chunks}: expected multiples of {PIECE} tokens.")
+
+    def _pages(self, tokens: int, slots: int) -> dict[int, int]:
+        """Pages by ratio for so many tokens of `slots` sequences, whose last pages are partly filled."""
+        return {r: 1 + slots + tokens // (r * PAGE) for r in ratios_of(self.cfg)}
+
+    def _programs(self) -> Programs:
+        """The steps, on the mesh and with the model's arrays."""
+
+        def bound(step: Callable, *first) -> Callable:
+            def call(*args):
+                with self._on_mesh():
+                    return step(*first, *args)
+
+            return call
+
+        steps, is_one = self._slot_steps, jax.process_count() == 1
+        placed = functools.partial(jnp.asarray, device=self._by_row())
+        return Programs(
+            prefill=bound(self._prefill, self.leaves),
+            decode=bound(self._decode, self.leaves),
+            start=bound(steps.start),
+            snapshot=bound(steps.snapshot),
+            restore=bound(steps.restore),
+            copy_pages=bound(steps.copy_pages),
+            take_out=bound(steps.take_out),
+            put_back=bound(steps.put_back),
+            place=placed if is_one else np.asarray,
+            fetch=jax.device_get,
+        )
+
+    # Requests -------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling = Sampling(),
+        *,
+        stop_ids: Sequence[int] | None = None,
+        priority: int = 0,
+        listener: Callable[[Request], None] | None = None,
+    ) -> Request:
+        """Puts a request in the queue. From any thread.
+
+        Args:
+          prompt: a text, which begins with BOS whether it says so or not, or token ids.
+          stop_ids: ids that end the completion; default those of the tokenizer that end a turn, or the
+            model's end-of-sentence id.
+          priority: the largest is served first; among equals, the one that came first.
+          listener: called with the request when it has got tokens or has ended, by whoever runs the
+            engine.
+
+        Raises:
+          ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for the
+            model or the cache together with what it may generate; too many stop ids.
+          EngineFullError: the queue is full.
+        """
+        (ids,) = self._ids([prompt])
+        return self._submit(ids, sampling, self._stop_ids(stop_ids), priority, listener)
+
+    def _submit(self, ids, sampling, stops, priority=0, listener=None) -> Request:
+        needed = len(ids) + sampling.max_new_tokens
+        if needed > self.cfg.max_length:
+            raise ValueError(
+                f"{needed} tokens are more than max_length={self.cfg.max_length} of "
+                f"{self.cfg.name}: shorten the prompt or generate fewer tokens."
+            )
+        if not self._grows and not self._scheduler.ledger.fits(needed):
+            raise ValueError(
+                f"{needed} tokens are more than the cache_tokens={self._cache_tokens} of this engine: "
+                "shorten the prompt, generate fewer tokens, or make the engine with more."
+            )
+        if len(stops) > STOP_SLOTS:
+            raise ValueError(f"{len(stops)} stop ids: expected at most {STOP_SLOTS}.")
+        if any(token >= self.cfg.vocab_size for token in sampling.logit_bias):
+            raise ValueError(
+                f"logit_bias has token ids up to {max(sampling.logit_bias)}: expected "
+                f"0..{self.cfg.vocab_size - 1}."
+            )
+        queued = len(self._inbox) + len(self._scheduler.waiting)
+        if self._queue is not None and queued >= self._queue:
+            raise EngineFullError(
+                f"{queued} requests are waiting, which is all that may: try later."
+            )
+        request = Request(next(self._numbers), ids, sampling, stops, priority, listener)
+        self._inbox.append(request)
+        if self._thread is not None:
+            with self._turn:
+                self._turn.notify_all()
+        return request
+
+    def step(self) -> list[Request]:
+        """One turn of the scheduler: the requests that got tokens or ended. Dispatches at most one call
+        of decode and `chunks[-1]` tokens of prompts, and waits for the call before."""
+        with self._turn:
+            while self._inbox:
+                request = self._inbox.popleft()
+                self._make_room(request)
+                self._scheduler.add(request)
+            events = self._scheduler.step()
+            self._turn.notify_all()
+        for request in events:
+            if request.listener is not None:
+                request.listener(request)
+        return events
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._inbox) or self._scheduler.has_work
+
+    def run_until_idle(self) -> None:
+        """Steps until every request has ended."""
+        while self.has_work:
+            self.step()
+
+    def tokens(self, request: Request) -> Iterator[int]:
+        """A request's tokens as they come. Runs the engine, unless a thread does (`start`)."""
+        given = 0
+        while True:
+            while given < len(request.tokens):
+                yield request.tokens[given]
+                given += 1
+            if request.is_ended and given == len(request.tokens):
+                return
+            self._advance(request, given)
+
+    def _advance(self, request: Request, given: int) -> None:
+        """Returns when a request may have more than `given` tokens."""
+        if self._thread is None:
+            self.step()
+            return
+        with self._turn:
+            while len(request.tokens) == given and not request.is_ended:
+                self._turn.wait(timeout=1.0)
+                if self._thread is None:
+                    return
+
+    def start(self) -> None:
+        """Runs the engine in a thread of its own, until `stop`."""
+        if self._thread is None:
+            self._is_stopping = False
+            self._thread = threading.Thread(target=self._loop, name="v4jax-engine", daemon=True)
+            self._thread.start()
+
+    def stop(self, grace: float = 0.0) -> None:
+        """Ends the thread; requests that run get so many seconds to end, and are cancelled then."""
+        thread = self._thread
+        if thread is None:
+            return
+        deadline = time.monotonic() + grace
+        while self.has_work and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for request in self._all_requests():
+            request.cancel()
+        with self._turn:
+            self._is_stopping = True
+            self._turn.notify_all()
+        thread.join()
+        self._thread = None
+
+    def _loop(self) -> None:
+        while True:
+            with self._turn:
+                while not self.has_work and not self._is_stopping:
+                    self._turn.wait()
+            if not self.has_work:
+                return
+            self.step()
+
+    def _all_requests(self) -> list[Request]:
+        running = [request for request in self._scheduler.in_slot if request is not None]
+        return [*self._inbox, *self._scheduler.waiting, *running]
+
+    def stats(self) -> EngineStats:
+        """What it is doing and has done."""
+        scheduler = self._scheduler
+        return EngineStats(
+            queued=len(self._inbox) + len(scheduler.waiting),
+            running=sum(request is not None for request in scheduler.in_slot),
+            slots=len(scheduler.in_slot),
+            pages=scheduler.ledger.total,
+            pages_used=scheduler.ledger.used,
+            prefixes=len(scheduler.prefixes),
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            generated_tokens=scheduler.generated_tokens,
+            preemptions=scheduler.preemptions,
+            steps=scheduler.steps,
+            useful_row_steps=scheduler.useful_row_steps / max(1, scheduler.row_steps),
+        )
+
+    def forget_prefixes(self) -> None:
+        """Lets go of all kept prefixes."""
+        with self._turn:
+            self._scheduler.prefixes.clear()
+
+    def _make_room(self, request: Request) -> None:
+        """Larger pools, if a request needs more than there are."""
+        scheduler = self._scheduler
+        needed = len(request.prompt) + request.sampling.max_new_tokens
+        if not self._grows or scheduler.ledger.fits(needed):
+            return
+        while self._cache_tokens < needed:
+            self._cache_tokens *= 2
+        pages = self._pages(self._cache_tokens, len(scheduler.in_slot) // scheduler.parts)
+        with self._on_mesh():
+            grow = jax.jit(
+                functools.partial(_grown, pages=pages),
+                donate_argnums=0,
+                out_shardings=self._by_row(),
+            )
+            scheduler.slots = grow(scheduler.slots)
+        scheduler.ledger.grow(pages)
+
+    # Prompts of one call --------------------------------------------------------------------------
 
     @overload  # a text is a sequence of texts too
     def generate(  # type: ignore[overload-overlap]
@@ -217,99 +512,23 @@ class Engine:
           ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for
             the model together with what it may generate.
         """
-        prompts = self._ids(prompts)
-        if not prompts:
-            return
-        requests, stops = self._requests(sampling, len(prompts)), self._stop_ids(stop_ids)
-        previous, slots = self.step(self.fill(prompts, requests, stops))
-        left = np.array([request.max_new_tokens for request in requests])
-        ended = np.zeros(len(prompts), bool)
-        for remaining in range(int(left.max()) - 1, -1, -1):
-            if remaining:  # the next step is under way before this one's tokens are read
-                following, slots = self.step(slots)
-            tokens = np.asarray(previous)[: len(prompts)]
-            left -= 1
-            ended |= np.isin(tokens, stops) | (left <= 0)
-            yield tokens
-            if ended.all() or not remaining:
-                return
-            previous = following
-
-    def init_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache with room for at least `capacity` tokens a sequence.
-
-        Raises:
-          ValueError: more than the model's max_length.
-        """
-        if capacity > self.cfg.max_length:
-            raise ValueError(
-                f"{capacity} tokens are more than max_length={self.cfg.max_length} of "
-                f"{self.cfg.name}: shorten the prompt or generate fewer tokens."
-            )
-        with self._on_mesh():
-            return self._init_cache(batch, min(_bucket(CAPACITIES, capacity), self.cfg.max_length))
-
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Cache, jax.Array]:
-        """Feeds token ids behind what the cache holds.
-
-        Returns:
-          the new cache and the logits [B, V] after each sequence's last token.
-
-        Raises:
-          ValueError: an empty prompt, an id outside the vocabulary, or another batch size.
-          CacheFullError: the cache has no room; nothing was written.
-        """
-        prompts = self._ids(prompts)
-        if len(prompts) != cache.lengths.shape[0]:
-            raise ValueError(f"{len(prompts)} prompts for a cache of {cache.lengths.shape[0]}.")
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        cache.require_room(lengths)
-        with self._on_mesh():
-            shape = (len(prompts), self.cfg.vocab_size)
-            logits = jnp.zeros(shape, jnp.float32, device=self._by_row())
-            start = 0
-            for size in self._chunk_sizes(int(lengths.max())):
-                chunk = np.zeros((len(prompts), size), np.int32)
-                for row, prompt in zip(chunk, prompts):
-                    piece = prompt[start : start + size]
-                    row[: len(piece)] = piece
-                counts = np.clip(lengths - start, 0, size).astype(np.int32)
-                cache, logits = self._prefill(self.leaves, chunk, counts, cache, logits)
-                start += size
-        return cache, logits
-
-    def fill(self, prompts: list[list[int]], requests: list[Sampling], stop_ids) -> Slots:
-        """Slots with prompts in the first rows; the others have one token and have ended."""
-        rows = _bucket(BATCHES, -(-len(prompts) // self._batch_parts) * self._batch_parts)
-        rows += -rows % self._batch_parts
-        padding = rows - len(prompts)
-        capacity = max(len(p) + r.max_new_tokens for p, r in zip(prompts, requests))
-        requests = [*requests, *[Sampling(max_new_tokens=1)] * padding]
-        sampling, seeds, limits, stops = request_rows(requests, stop_ids)
-        cache = self.init_cache(rows, capacity)
-        cache, logits = self.prefill([*prompts, *[[0]] * padding], cache)
-        done = np.arange(rows) >= len(prompts)
-        with self._on_mesh():
-            place = functools.partial(jnp.asarray, device=self._by_row())
-            steps = place(np.zeros(rows, np.int32))
-            sampling, limits, stops, done = jax.tree.map(place, (sampling, limits, stops, done))
-            return Slots(cache, logits, self._keys(seeds), steps, limits, stops, done, sampling)
-
-    def step(self, slots: Slots) -> tuple[jax.Array, Slots]:
-        """One more token of each row [B], -1 if it has ended, and the new slots; donates the old."""
-        with self._on_mesh():
-            return self._decode(self.leaves, slots)
-
-    def _chunk_sizes(self, length: int) -> Iterator[int]:
-        """Largest chunks first; what is left goes into the smallest that holds it."""
-        while length > 0:
-            size = next((c for c in self.chunks if c >= length), self.chunks[-1])
-            smaller = [c for c in self.chunks if c <= length]
-            # A padded chunk must not cost more than the chunks it replaces.
-            if smaller and size > 2 * length:
-                size = smaller[-1]
-            yield size
-            length -= size
+        ids = self._ids(prompts)
+        stops = self._stop_ids(stop_ids)
+        requests = []
+        try:
+            for prompt, one in zip(ids, self._requests(sampling, len(ids))):
+                requests.append(self._submit(prompt, one, stops))
+            for step in itertools.count():
+                for request in requests:
+                    while len(request.tokens) <= step and not request.is_ended:
+                        self._advance(request, step)
+                tokens = [r.tokens[step] if step < len(r.tokens) else NO_TOKEN for r in requests]
+                if all(token == NO_TOKEN for token in tokens):
+                    return
+                yield np.array(tokens, np.int32)
+        finally:  # whoever stops reading wants no more of it
+            for request in requests:
+                request.cancel()
 
     def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts, checked."""
@@ -363,6 +582,15 @@ class Engine:
         return None if self._mesh is None else jax.NamedSharding(self._mesh, DECODE.spec("batch"))
 
 
-def _bucket(sizes: Sequence[int], needed: int) -> int:
-    """The smallest size that is enough; a multiple of the largest beyond."""
-    return next((n for n in sizes if n >= needed), -(-needed // sizes[-1]) * sizes[-1])
+def _grown(slots: Slots, pages: dict[int, int]) -> Slots:
+    """Slots with so many pages in their pools."""
+
+    def grown(pool, ratio: int):
+        larger = pages[ratio] * PAGE
+        if isinstance(pool, jax.Array):
+            return jnp.pad(pool, [(0, 0), (0, larger - pool.shape[1]), (0, 0)])
+        lines = -(-pages[ratio] * pool.num_words // 8) * 8
+        data = jnp.pad(pool.data, [(0, 0), (0, lines - pool.data.shape[1]), (0, 0)])
+        return dataclasses.replace(pool, data=data, length=larger)
+
+    return with_pools(slots, grown)

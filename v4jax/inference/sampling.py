@@ -6,7 +6,7 @@ The released models are meant to be sampled at temperature 1 and top-p 1 in ever
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from v4jax.text.format import shown
 # Below this a draw is the most likely token in any case; float32 holds logits divided by it.
 COLDEST = 1e-5
 _SMALLEST_TOP_P = 1e-6  # keeps one token, as anything smaller would: no vocabulary has a million
+TOP = 20  # tokens whose log-probabilities a request may ask for
 _HOTTEST = float(np.finfo(np.float32).max)
 
 
@@ -29,6 +30,13 @@ class Sampling:
       top_k: only the k most likely tokens.
       top_p: only the fewest most likely tokens whose probabilities reach it together.
       min_p: only tokens at least this many times as likely as the most likely one.
+      repetition_penalty: what a token that the prompt or the answer has is made less likely by:
+        positive logits are divided by it, negative ones multiplied (1: nothing).
+      presence_penalty: taken from the logit of a token that the answer has.
+      frequency_penalty: taken from it once for every time that the answer has it.
+      logit_bias: added to the logits of token ids.
+      logprobs: how many of the likeliest tokens' log-probabilities come with every token, besides its
+        own (0: its own alone). Those of the model, before all options of this class.
       seed: of this request's draws, which depend on nothing else.
       max_new_tokens: after which the request ends.
 
@@ -40,6 +48,11 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
+    logprobs: int | None = None
     seed: int = 0
     max_new_tokens: int = 256
 
@@ -56,6 +69,18 @@ class Sampling:
         require("top_p", share, "a number in (0, 1]")
         ratio = self.min_p is None or (_is_number(self.min_p) and 0 <= self.min_p <= 1)
         require("min_p", ratio, "a number in [0, 1]")
+        ratio = _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100
+        require("repetition_penalty", ratio, "a number in (0, 100]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(name, _is_number(value) and -100 <= value <= 100, "a number in -100..100")
+        biases = isinstance(self.logit_bias, Mapping) and all(
+            _is_integer(token) and token >= 0 and _is_number(value) and -1e4 <= value <= 1e4
+            for token, value in self.logit_bias.items()
+        )
+        require("logit_bias", biases, "token ids with numbers in -10000..10000")
+        few = self.logprobs is None or (_is_integer(self.logprobs) and 0 <= self.logprobs <= TOP)
+        require("logprobs", few, f"an integer in 0..{TOP}")
         require(
             "seed",
             _is_integer(self.seed) and 0 <= self.seed < 2**32,
@@ -76,31 +101,96 @@ def _is_integer(value) -> bool:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_k", "top_p", "min_p"],
+    data_fields=[
+        *("temperature", "top_k", "top_p", "min_p"),
+        *("repetition", "presence", "frequency", "bias", "in_prompt", "wants_logprobs"),
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class SamplingRows:
-    """The options of every row of a batch, as arrays [B]: a new value is no new program."""
+    """The options of every row of a batch, as arrays: a new value is no new program."""
 
-    temperature: jax.Array | np.ndarray  # float32; 0: greedy
-    top_k: jax.Array | np.ndarray  # int32; 2**31 - 1: all
-    top_p: jax.Array | np.ndarray  # float32; 1: all
-    min_p: jax.Array | np.ndarray  # float32; 0: all
+    temperature: jax.Array | np.ndarray  # [B] float32; 0: greedy
+    top_k: jax.Array | np.ndarray  # [B] int32; 2**31 - 1: all
+    top_p: jax.Array | np.ndarray  # [B] float32; 1: all
+    min_p: jax.Array | np.ndarray  # [B] float32; 0: all
+    repetition: jax.Array | np.ndarray  # [B] float32; 1: nothing
+    presence: jax.Array | np.ndarray  # [B] float32
+    frequency: jax.Array | np.ndarray  # [B] float32
+    bias: jax.Array | np.ndarray  # [B, V] float32
+    in_prompt: jax.Array | np.ndarray  # [B, V] bool: tokens of the prompt, for `repetition`
+    wants_logprobs: jax.Array | np.ndarray  # [B] bool
 
     @classmethod
-    def of(cls, requests: Sequence[Sampling]) -> "SamplingRows":
-        """NumPy arrays, one element a request."""
+    def of(
+        cls, requests: Sequence[Sampling], vocab: int, prompts: Sequence[Sequence[int]]
+    ) -> "SamplingRows":
+        """NumPy arrays, one row a request with its prompt."""
 
         def column(values, dtype) -> np.ndarray:
             return np.array(list(values), dtype)
 
+        bias = np.zeros((len(requests), vocab), np.float32)
+        in_prompt = np.zeros((len(requests), vocab), bool)
+        for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            bias[row, list(request.logit_bias)] = list(request.logit_bias.values())
+            if request.repetition_penalty != 1:
+                in_prompt[row, prompt] = True
         return cls(
             column((0 if r.temperature < COLDEST else r.temperature for r in requests), np.float32),
             column((r.top_k or 2**31 - 1 for r in requests), np.int32),
             column((max(r.top_p or 1, _SMALLEST_TOP_P) for r in requests), np.float32),
             column((r.min_p or 0 for r in requests), np.float32),
+            column((r.repetition_penalty for r in requests), np.float32),
+            column((r.presence_penalty for r in requests), np.float32),
+            column((r.frequency_penalty for r in requests), np.float32),
+            bias,
+            in_prompt,
+            column((r.logprobs is not None for r in requests), bool),
         )
+
+
+def penalised(logits: jax.Array, counts: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Logits [B, V] with bias and penalties, for answers in which tokens occur `counts` [B, V] times."""
+
+    def changed() -> jax.Array:
+        new = logits + rows.bias
+        ratio = rows.repetition[:, None]
+        divided = jnp.where(new > 0, new / ratio, new * ratio)
+        new = jnp.where(rows.in_prompt | (counts > 0), divided, new)
+        new -= rows.presence[:, None] * (counts > 0)
+        return new - rows.frequency[:, None] * counts
+
+    plain = (rows.repetition == 1) & (rows.presence == 0) & (rows.frequency == 0)
+    is_plain = plain & jnp.all(rows.bias == 0, axis=-1)
+    return jax.lax.cond(
+        jnp.all(is_plain),
+        lambda: logits,
+        lambda: jnp.where(is_plain[:, None], logits, changed()),
+    )
+
+
+def log_probabilities(
+    logits: jax.Array, tokens: jax.Array, wanted: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of tokens [B] under logits [B, V]: [B], and the `TOP` likeliest ids [B, TOP] with theirs.
+
+    Zeros where no row wants any.
+    """
+    top = min(TOP, logits.shape[-1])
+
+    def some():
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        own = jnp.take_along_axis(log_p, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
+        likeliest, ids = jax.lax.top_k(log_p, top)
+        return own, ids.astype(jnp.int32), likeliest
+
+    def none():
+        batch = logits.shape[0]
+        return jnp.zeros(batch), jnp.zeros((batch, top), jnp.int32), jnp.zeros((batch, top))
+
+    return jax.lax.cond(jnp.any(wanted), some, none)
 
 
 def sample(logits: jax.Array, keys: jax.Array, rows: SamplingRows) -> jax.Array:

@@ -1,17 +1,22 @@
-"""What runs on the devices while a batch is generated: pure steps over one pytree of slots.
+"""What runs on the devices while requests are served: pure steps over one pytree of slots.
 
-    slots = prefill(leaves, tokens, counts, slots)      a chunk of every row's prompt
-    tokens, slots = decode(leaves, slots)               one more token of every row
+    slots         = prefill(leaves, slots, tables, tokens, counts, slot)   a chunk of one prompt
+    output, slots = decode(leaves, slots, tables, count, cancelled)        up to `count` tokens a slot
+    slots         = start(slots, slot, rows)                               a request begins to decode
+    state         = snapshot(slots, slot);  slots = restore(slots, slot, state, lengths)
+    slots         = copy_pages(slots, source, target)
+    held          = take_out(slots, tables, slot);  slots = put_back(slots, tables, slot, held)
 
-Everything about a request is an array with one row a slot: how it is sampled, what ends it, how much
-it may generate. So a step is compiled once for a model, a number of slots and a capacity, and a row
-can be put in or taken out without another program. Sampled tokens stay on the devices, where the
-next step finds them in the logits.
+Everything about a request is an array with one row a slot, so a step is compiled once for a model, a
+number of slots and a width of the tables. Sampled tokens stay on the devices, where the next step finds
+them. Slots lie in G parts, by which a mesh cuts a batch (1 without one); a step that is about one slot
+takes G of them, one of each part, numbered within it (-1: none).
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,63 +24,366 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.dispatch import target_platform
+from pallas_kernels.formats.pages import Pages
 from sharding import DECODE, PREFILL, AxisRules, collectives
-from v4jax.inference.sampling import Sampling, SamplingRows, sample
-from v4jax.nn.cache import Cache
+from v4jax.inference.sampling import (
+    TOP,
+    Sampling,
+    SamplingRows,
+    log_probabilities,
+    penalised,
+    sample,
+)
+from v4jax.nn.cache import (
+    Cache,
+    CacheFormat,
+    LayerCache,
+    empty_cache,
+    pages_of,
+    ratios_of,
+)
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import Transformer
-from v4jax.nn.placement import specs
+from v4jax.nn.placement import num_batch_parts, specs
 
 NO_TOKEN = -1  # of a row that has ended
 STOP_SLOTS = 8  # stop ids of a row come in multiples of this
+MOST_STEPS = 16  # of one call of decode
+
+Tables = dict[int, Any]  # by ratio: pages [S, n] int32
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["cache", "logits", "keys", "steps", "limits", "stop_ids", "done", "sampling"],
-    meta_fields=[],
-)
+def _pytree(cls):
+    names = [field.name for field in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@_pytree
 @dataclasses.dataclass(frozen=True)
-class Slots:
-    """A batch that is being generated; every array has a row for each of its B slots."""
+class RequestRows:
+    """What slots hold of their requests; every array has a row for each."""
 
-    cache: Cache
-    logits: jax.Array  # [B, V] float32 of the next token
-    keys: jax.Array  # [B] random keys
-    steps: jax.Array  # [B] int32 tokens generated so far
-    limits: jax.Array  # [B] int32 tokens that may be generated
-    stop_ids: jax.Array  # [B, S] int32, padded with -1
-    done: jax.Array  # [B] bool
+    seeds: jax.Array | np.ndarray  # [S] uint32
+    limits: jax.Array | np.ndarray  # [S] int32 tokens that may be generated
+    stop_ids: jax.Array | np.ndarray  # [S, K] int32, padded with -1
     sampling: SamplingRows
 
+    @staticmethod
+    def of(
+        requests: Sequence[Sampling],
+        stop_ids: Sequence[Sequence[int]],
+        vocab: int,
+        prompts: Sequence[Sequence[int]],
+        width: int = STOP_SLOTS,
+    ) -> "RequestRows":
+        """NumPy arrays; `width` is the number of stop ids that there is room for."""
+        stops = np.full((len(requests), width), NO_TOKEN, np.int32)
+        for row, ids in zip(stops, stop_ids, strict=True):
+            row[: len(ids)] = list(ids)
+        seeds = np.array([request.seed for request in requests], np.uint32)
+        limits = np.array([request.max_new_tokens for request in requests], np.int32)
+        return RequestRows(seeds, limits, stops, SamplingRows.of(requests, vocab, prompts))
 
-def request_rows(
-    requests: Sequence[Sampling], stop_ids: Sequence[int]
-) -> tuple[SamplingRows, np.ndarray, np.ndarray, np.ndarray]:
-    """What slots hold of requests, as NumPy: sampling, seeds [B], limits [B], stop ids [B, S]."""
-    width = -(-max(len(stop_ids), 1) // STOP_SLOTS) * STOP_SLOTS
-    stops = np.full((len(requests), width), NO_TOKEN, np.int32)
-    stops[:, : len(stop_ids)] = list(stop_ids)
-    seeds = np.array([request.seed for request in requests], np.uint32)
-    limits = np.array([request.max_new_tokens for request in requests], np.int32)
-    return SamplingRows.of(requests), seeds, limits, stops
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """S sequences that are being served. The cache is without tables: steps are given these."""
+
+    cache: Cache
+    logits: jax.Array  # [S, V] float32 of the next token
+    steps: jax.Array  # [S] int32 tokens generated so far
+    done: jax.Array  # [S] bool: nothing is decoded
+    counts: jax.Array  # [S, V] int32: how often each token has been generated
+    requests: RequestRows
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a call of decode has generated: N = `MOST_STEPS` columns, of which some are used."""
+
+    tokens: jax.Array  # [S, N] int32, -1 where a row had ended
+    logprobs: jax.Array  # [S, N] float32 of each token, if a row of the batch wants them
+    top_ids: jax.Array  # [S, N, TOP] int32
+    top_logprobs: jax.Array  # [S, N, TOP] float32
+
+
+def empty_slots(
+    model: Transformer,
+    count: int,
+    pages: dict[int, int],
+    format: CacheFormat = None,
+    *,
+    stop_width: int = STOP_SLOTS,
+) -> Slots:
+    """`count` slots without a request, and `pages[ratio]` pages in the pools of each part.
+
+    Under the mesh of the steps that it is for. To be called under jit.
+    """
+    vocab, parts = model.cfg.vocab_size, num_batch_parts(DECODE)
+    cache = empty_cache(
+        *(model.cfg, model.numerics, count, pages, {}, model.cfg.max_length, format), parts=parts
+    )
+    nobody = [Sampling()] * count
+    requests = RequestRows.of(nobody, [()] * count, vocab, [()] * count, stop_width)
+    return Slots(
+        cache,
+        jnp.zeros((count, vocab), jnp.float32),
+        jnp.zeros(count, jnp.int32),
+        jnp.ones(count, bool),
+        jnp.zeros((count, vocab), jnp.int32),
+        jax.tree.map(jnp.asarray, requests),
+    )
+
+
+def decode_shapes(
+    model: Transformer, batch: int, context: int, format: CacheFormat = None
+) -> tuple[Slots, Tables, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Arguments of `decode_step` behind the leaves, as shapes: so many slots of so many tokens each."""
+    counts = {ratio: pages_of(context, ratio) for ratio in ratios_of(model.cfg)}
+    in_part = batch // num_batch_parts(DECODE)
+    pages = {ratio: 1 + in_part * count for ratio, count in counts.items()}
+    slots = jax.eval_shape(lambda: empty_slots(model, batch, pages, format))
+    shape = jax.ShapeDtypeStruct
+    tables = {ratio: shape((batch, count), jnp.int32) for ratio, count in counts.items()}
+    return slots, tables, shape((), jnp.int32), shape((batch,), jnp.bool)
 
 
 def prefill_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
+    """Compiled on first use: (leaves, slots, tables, tokens [G, T], counts [G], slot [G]) -> slots.
+
+    The slots are donated. `leaves` are those of the model's parameters.
+    """
+    merged, leaf_specs = _parameters(model, rules)
+    rows = rules.spec("batch")
+
+    def on_device(leaves, slots, tables, tokens, counts, slot):
+        cache = slots.cache
+        pick, put = _row(slot)
+        one = dataclasses.replace(
+            cache,
+            states=jax.tree.map(pick, cache.states),
+            tables=jax.tree.map(pick, tables),
+            lengths=pick(cache.lengths),
+        )
+        counts = jnp.where(slot >= 0, counts, 0)
+        logits, one = _chunk(merged(leaves), tokens, counts, one, pick(slots.logits))
+        cache = dataclasses.replace(
+            cache,
+            states=jax.tree.map(put, cache.states, one.states),
+            pools=one.pools,
+            lengths=put(cache.lengths, one.lengths),
+        )
+        return dataclasses.replace(slots, cache=cache, logits=put(slots.logits, logits))
+
+    placed = (leaf_specs, rows, rows, rules.tokens, rows, rows)
+    step = collectives.per_device(on_device, rules, placed, rows)
+    return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
+
+
+def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
+    """Compiled on first use: (leaves, slots, tables, count, cancelled [S]) -> Output and slots.
+
+    Up to `count` tokens of every slot, fewer if all have ended. The slots are donated. Every process
+    gets the tokens of all slots.
+    """
+    merged, leaf_specs = _parameters(model, rules)
+    rows = rules.spec("batch")
+
+    def on_device(leaves, slots, tables, count, cancelled):
+        model = merged(leaves)
+        slots = dataclasses.replace(slots, done=slots.done | cancelled)
+        shape = (slots.done.shape[0], MOST_STEPS)
+        top = min(TOP, model.cfg.vocab_size)
+        output = Output(
+            jnp.full(shape, NO_TOKEN, jnp.int32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*shape, top), jnp.int32),
+            jnp.zeros((*shape, top), jnp.float32),
+        )
+
+        def more(state):
+            step, slots, _ = state
+            some = collectives.pmax(jnp.any(~slots.done).astype(jnp.int32), "batch")
+            return (step < count) & (some > 0)
+
+        def body(state):
+            step, slots, output = state
+            new, slots = _decode_one(model, slots, tables)
+            put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
+            return step + 1, slots, jax.tree.map(put, output, new)
+
+        start = jnp.zeros((), jnp.int32), slots, output
+        _, slots, output = jax.lax.while_loop(more, body, start)
+        gather = functools.partial(collectives.all_gather, axis=0)
+        return jax.tree.map(lambda x: gather(x, "batch"), output), slots
+
+    placed = (leaf_specs, rows, rows, jax.P(), rows)
+    step = collectives.per_device(on_device, rules, placed, (jax.P(), rows))
+    return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
+
+
+def _decode_one(model: Transformer, slots: Slots, tables: Tables) -> tuple[Output, Slots]:
+    """One more token of every slot that has not ended; the output is without the axis of steps."""
+    requests, vocab = slots.requests, slots.logits.shape[1]
+    keys = jax.vmap(jax.random.key)(requests.seeds)
+    keys = jax.vmap(jax.random.fold_in)(keys, slots.steps)
+    logits = penalised(slots.logits, slots.counts, requests.sampling)
+    drawn = sample(logits, keys, requests.sampling)
+    tokens = jnp.where(slots.done, NO_TOKEN, drawn)
+    wants = jnp.asarray(requests.sampling.wants_logprobs) & ~slots.done
+    output = Output(tokens, *log_probabilities(slots.logits, tokens, wants))
+
+    row = jnp.arange(len(tokens))
+    counts = slots.counts.at[row, jnp.where(slots.done, vocab, drawn)].add(1, mode="drop")
+    steps = slots.steps + ~slots.done
+    is_stop = jnp.any(tokens[:, None] == requests.stop_ids, axis=-1)
+    done = slots.done | is_stop | (steps >= requests.limits)
+    cache = dataclasses.replace(slots.cache, tables=tables)
+    streams, cache = model.extend(
+        jnp.maximum(tokens, 0)[:, None], jnp.where(done, 0, 1).astype(jnp.int32), cache
+    )
+    logits = model.logits(model.hidden(streams))[:, 0]
+    cache = dataclasses.replace(cache, tables={})
+    # What has ended keeps its logits: a slot whose prompt is being fed has those of its last chunk.
+    logits = jnp.where(done[:, None], slots.logits, logits)
+    new = dataclasses.replace(
+        slots, cache=cache, logits=logits, steps=steps, done=done, counts=counts
+    )
+    return output, new
+
+
+def _row(slot: jax.Array):
+    """Functions that take row `slot` [1] of arrays [S, ...] and that write it, if it is not -1."""
+    at = jnp.maximum(slot[0], 0)
+
+    def pick(x):
+        return jax.lax.dynamic_slice_in_dim(x, at, 1)
+
+    def put(x, new):
+        new = jnp.where(slot[0] >= 0, new, pick(x))
+        return jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=0)
+
+    return pick, put
+
+
+class SlotSteps:
+    """Steps that move what slots hold, without the model. Compiled on first use; slots are donated."""
+
+    def __init__(self, rules: AxisRules = DECODE):
+        rows = rules.spec("batch")
+
+        def step(fn: Callable, arguments: int, donated: tuple[int, ...] = (0,)) -> Callable:
+            mapped = collectives.per_device(fn, rules, (rows,) * arguments, rows)
+            return jax.jit(mapped, donate_argnums=donated)
+
+        self.start = step(_start, 3)  # (slots, slot [G], RequestRows [G]) -> slots
+        self.snapshot = step(_snapshot, 2, ())  # (slots, slot [G]) -> states [G]
+        self.restore = step(_restore, 4)  # (slots, slot [G], states [G], lengths [G]) -> slots
+        self.copy_pages = step(_copy_pages, 3)  # (slots, source, target), by ratio [G] -> slots
+        self.take_out = step(_take_out, 3, ())  # (slots, tables, slot [G]) -> held
+        self.put_back = step(_put_back, 4)  # (slots, tables, slot [G], held) -> slots
+
+
+def _start(slots: Slots, slot: jax.Array, rows: RequestRows) -> Slots:
+    """A request whose prompt is in the cache begins to decode."""
+    pick, put = _row(slot)
+    return dataclasses.replace(
+        slots,
+        steps=put(slots.steps, jnp.zeros(1, jnp.int32)),
+        done=put(slots.done, jnp.zeros(1, bool)),
+        counts=put(slots.counts, jnp.zeros_like(pick(slots.counts))),
+        requests=jax.tree.map(put, slots.requests, rows),
+    )
+
+
+def _snapshot(slots: Slots, slot: jax.Array) -> tuple[LayerCache, ...]:
+    """What a slot has that does not grow."""
+    return jax.tree.map(_row(slot)[0], slots.cache.states)
+
+
+def _restore(slots: Slots, slot: jax.Array, states, lengths: jax.Array) -> Slots:
+    """A slot with such a state after so many tokens."""
+    _, put = _row(slot)
+    cache = dataclasses.replace(
+        slots.cache,
+        states=jax.tree.map(put, slots.cache.states, states),
+        lengths=put(slots.cache.lengths, lengths),
+    )
+    return dataclasses.replace(slots, cache=cache)
+
+
+def _copy_pages(slots: Slots, source: Tables, target: Tables) -> Slots:
+    """One page of every ratio copied to another (page 0 to itself: none)."""
+
+    def copy(pool, ratio):
+        content = Pages(pool, source[ratio][:, None]).contiguous()
+        return Pages(pool, target[ratio][:, None]).replaced(content)
+
+    return with_pools(slots, copy)
+
+
+def _take_out(slots: Slots, tables: Tables, slot: jax.Array):
+    """All that a slot has: rows of every array, and its pages as long as the tables are wide."""
+    pick, _ = _row(slot)
+    rows = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=()))
+    pages = [
+        jax.tree.map(
+            lambda pool, r=ratio: Pages(pool, pick(tables[r])).contiguous(), pools, is_leaf=_is_rows
+        )
+        for pools, ratio in zip(slots.cache.pools, slots.cache.ratios, strict=True)
+    ]
+    return jax.tree.map(pick, rows), pages
+
+
+def _put_back(slots: Slots, tables: Tables, slot: jax.Array, held) -> Slots:
+    """The inverse, into another slot and other pages."""
+    pick, put = _row(slot)
+    rows, contents = held
+    pools = tuple(
+        jax.tree.map(
+            lambda pool, new, r=ratio: Pages(pool, pick(tables[r])).replaced(new),
+            pools,
+            content,
+            is_leaf=_is_rows,
+        )
+        for pools, content, ratio in zip(
+            slots.cache.pools, contents, slots.cache.ratios, strict=True
+        )
+    )
+    kept = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=()))
+    new = jax.tree.map(put, kept, rows)
+    return dataclasses.replace(new, cache=dataclasses.replace(new.cache, pools=pools))
+
+
+def with_pools(slots: Slots, change: Callable) -> Slots:
+    """Slots with pools `change(pool, ratio)` in place of theirs."""
+    cache = slots.cache
+    pools = tuple(
+        jax.tree.map(lambda pool, r=ratio: change(pool, r), pools, is_leaf=_is_rows)
+        for pools, ratio in zip(cache.pools, cache.ratios, strict=True)
+    )
+    return dataclasses.replace(slots, cache=dataclasses.replace(cache, pools=pools))
+
+
+def _is_rows(x) -> bool:
+    """Whether it is a pool, in any format."""
+    return hasattr(x, "shape")
+
+
+def chunk_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
     """Compiled on first use: (leaves, tokens [B, T], counts [B], cache, logits [B, V]) -> cache, logits.
 
-    `leaves` are those of the model's parameters; cache and logits are donated. Rows without a token
-    in the chunk keep their logits.
+    A chunk of every sequence of a cache that has its tables. Cache and logits are donated. Rows
+    without a token in the chunk keep their logits.
     """
     merged, leaf_specs = _parameters(model, rules)
     rows = rules.spec("batch")
 
     def on_device(leaves, tokens, counts, cache, logits):
-        model = merged(leaves)
-        streams, cache = model.extend(tokens, counts, cache)
-        last = collectives.row_at(streams, jnp.maximum(counts - 1, 0), "seq")
-        new = model.logits(model.hidden(last[:, None]))[:, 0]
-        return cache, jnp.where((counts > 0)[:, None], new, logits)
+        logits, cache = _chunk(merged(leaves), tokens, counts, cache, logits)
+        return cache, logits
 
     step = collectives.per_device(
         on_device, rules, (leaf_specs, rules.tokens, rows, rows, rows), (rows, rows)
@@ -83,30 +391,12 @@ def prefill_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
     return jax.jit(step, donate_argnums=(3, 4), compiler_options=_compiler_options())
 
 
-def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
-    """Compiled on first use: (leaves, slots) -> tokens [B] (-1: the row has ended) and the new slots.
-
-    The slots are donated. Every process gets the tokens of all rows.
-    """
-    merged, leaf_specs = _parameters(model, rules)
-    rows = rules.spec("batch")
-
-    def on_device(leaves, slots):
-        keys = jax.vmap(jax.random.fold_in)(slots.keys, slots.steps)
-        tokens = sample(slots.logits, keys, slots.sampling)
-        tokens = jnp.where(slots.done, NO_TOKEN, tokens)
-        steps = slots.steps + ~slots.done
-        is_stop = jnp.any(tokens[:, None] == slots.stop_ids, axis=-1)
-        done = slots.done | is_stop | (steps >= slots.limits)
-        counts = jnp.where(done, 0, 1).astype(jnp.int32)
-        model = merged(leaves)
-        streams, cache = model.extend(jnp.maximum(tokens, 0)[:, None], counts, slots.cache)
-        logits = model.logits(model.hidden(streams))[:, 0]
-        new = dataclasses.replace(slots, cache=cache, logits=logits, steps=steps, done=done)
-        return collectives.all_gather(tokens, "batch", axis=0), new
-
-    step = collectives.per_device(on_device, rules, (leaf_specs, rows), (jax.P(), rows))
-    return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
+def _chunk(model: Transformer, tokens, counts, cache: Cache, logits):
+    """Logits after the last of `counts` tokens, and the cache."""
+    streams, cache = model.extend(tokens, counts, cache)
+    last = collectives.row_at(streams, jnp.maximum(counts - 1, 0), "seq")
+    new = model.logits(model.hidden(last[:, None]))[:, 0]
+    return jnp.where((counts > 0)[:, None], new, logits), cache
 
 
 def _compiler_options() -> dict[str, int] | None:

@@ -38,12 +38,13 @@ import numpy as np
 
 from sharding import PREFILL
 from v4jax.config import HCA, V4Config
-from v4jax.inference.engine import BATCHES, CAPACITIES, Engine
+from v4jax.inference.engine import CACHE_TOKENS, CHUNKS, Engine
+from v4jax.inference.feeding import Feeder
 from v4jax.inference.findings import SKIPPED, Finding, Row, run_check
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.steps import losses_step, whole_step
 from v4jax.inference.verify_text import Vector, check_prompts, check_tokenizer
-from v4jax.nn.cache import CacheFormat
+from v4jax.nn.cache import Cache, CacheFormat
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, num_batch_parts, on_mesh
 from v4jax.text.format import BOS
@@ -60,6 +61,7 @@ LOGITS = {  # largest difference, over the largest magnitude
     ("released", "float32"): 0.1,
     ("released", "bfloat16"): 0.15,
 }
+SLOTS = 8  # of the engine
 DECODED = 8  # tokens of the prompt that are fed one at a time
 GENERATED = 16  # tokens of the requests that run alone and together
 SCORED = 512  # tokens whose perplexity is taken
@@ -108,13 +110,11 @@ class Options:
 
 def needed_room(cfg: V4Config, options: Options) -> tuple[int, int]:
     """(tokens a sequence, sequences) of the largest cache that the checks need."""
-    batch = BATCHES[1]
     longest = [n for n in options.lengths if n <= cfg.max_length]
     longest += [len(vector.prompt) + len(vector.tokens) for vector in options.vectors]
     prompt = prompt_length(cfg, options.length) + GENERATED
-    capacity = next(n for n in CAPACITIES if n >= prompt)
-    needed = max(capacity, *(-(-n // batch) for n in longest), 0)
-    return min(needed, cfg.max_length), batch
+    needed = max(CACHE_TOKENS, prompt, *(-(-n // SLOTS) for n in longest))
+    return min(needed, cfg.max_length), SLOTS
 
 
 def verify(
@@ -150,7 +150,10 @@ class Checks:
         self, model: Transformer, tokenizer: Tokenizer, options: Options, cache: CacheFormat
     ):
         self.model, self.cfg, self.options = model, model.cfg, options
-        self.engine = Engine(model, cache=cache)
+        self.engine, self.feeder = (
+            Engine(model, slots=SLOTS, cache=cache),
+            Feeder(model, cache=cache),
+        )
         self.bound = LOGITS[model.numerics.name, str(model.numerics.dtype)]
         text = options.text.read_text(encoding="utf-8")
         self.bos, self.text = tokenizer.encode(BOS), tokenizer.encode(text)
@@ -170,7 +173,7 @@ class Checks:
         first = np.full(self._rows, self.length - 1, np.int32)
         with on_mesh(mesh_of(self.model)):
             step = whole_step(self.model, DECODED + 1)
-            return np.array(step(self.engine.leaves, padded, first))[0]
+            return np.array(step(self.feeder.leaves, padded, first))[0]
 
     def prefill(self) -> Finding:
         """The prompt in the engine's chunks, and cut at an odd place as well."""
@@ -182,16 +185,13 @@ class Checks:
         return self._compared(logits, self.whole[[0, DECODED]], "in chunks", "whole")
 
     def decode(self) -> Finding:
-        """The last tokens of the prompt one at a time, by the step that generates."""
-        greedy = Sampling(temperature=0, max_new_tokens=DECODED + 1)
-        slots = self.engine.fill([self.tokens[: self.length]], [greedy], ())
+        """The last tokens of the prompt one at a time, as decoding feeds them."""
+        cache = self.feeder.init_cache(self._rows, len(self.tokens))
+        cache, _ = self._feed(self.tokens[: self.length], cache)
         logits = []
-        for token in self.tokens[self.length :]:  # the step takes the likeliest: this one
-            forced = np.zeros(slots.logits.shape, np.float32)
-            forced[:, token] = 1
-            forced = jax.device_put(forced, slots.logits.sharding)
-            _, slots = self.engine.step(dataclasses.replace(slots, logits=forced))
-            logits.append(np.array(slots.logits)[0])
+        for token in self.tokens[self.length :]:
+            cache, found = self.feeder.feed([[token]] * self._rows, cache, chunk=1)
+            logits.append(np.array(found)[0])
         return self._compared(logits, self.whole[1:], "decoded", "whole")
 
     def batch(self) -> Finding:
@@ -272,21 +272,26 @@ class Checks:
 
     def _fed(self, pieces: Sequence[Sequence[int]]) -> np.ndarray:
         """Logits [V] after pieces of one sequence."""
-        cache = self.engine.init_cache(self._rows, sum(map(len, pieces)))
+        cache = self.feeder.init_cache(self._rows, sum(map(len, pieces)))
         for piece in pieces:
-            cache, logits = self.engine.prefill([piece] * self._rows, cache)
+            cache, logits = self._feed(piece, cache)
         return np.array(logits)[0]
+
+    def _feed(self, piece: Sequence[int], cache: Cache) -> tuple[Cache, jax.Array]:
+        """A piece behind what is there, in the engine's chunks."""
+        chunk = next((size for size in CHUNKS if size >= len(piece)), CHUNKS[-1])
+        return self.feeder.feed([piece] * self._rows, cache, chunk=chunk)
 
     def _losses(self, before: list[int], tokens: list[int], following: list[int]) -> np.ndarray:
         """-log p [T] of what follows each of `tokens`, after what was before them."""
         longest = max(
             n for n in self.options.lengths if n <= min(len(self.text), self.cfg.max_length)
         )
-        cache = self.engine.init_cache(self._rows, longest)  # of one size: one program
-        cache, _ = self.engine.prefill([before] * self._rows, cache)
+        cache = self.feeder.init_cache(self._rows, longest)  # of one size: one program
+        cache, _ = self._feed(before, cache)
         chunks = [np.array([ids] * self._rows, np.int32) for ids in (tokens, following)]
         with on_mesh(mesh_of(self.model)):
-            return np.array(self._losses_step(self.engine.leaves, *chunks, cache), np.float64)[0]
+            return np.array(self._losses_step(self.feeder.leaves, *chunks, cache), np.float64)[0]
 
     @functools.cached_property
     def _losses_step(self) -> Callable:

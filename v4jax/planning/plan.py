@@ -21,9 +21,8 @@ from flax import nnx
 from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import AXES, DECODE, PREFILL, TRAIN, AxisRules, kept_axis
 from v4jax.config import V4Config
-from v4jax.inference.sampling import Sampling
-from v4jax.inference.steps import Slots, decode_step, prefill_step, request_rows
-from v4jax.nn.cache import CacheFormat, init_cache
+from v4jax.inference.steps import chunk_step, decode_shapes, decode_step
+from v4jax.nn.cache import CacheFormat
 from v4jax.nn.model import Stage, Transformer
 from v4jax.nn.numerics import plain, released
 from v4jax.nn.placement import FP4_BLOCK, check_mesh, is_rounded, specs
@@ -180,19 +179,13 @@ def _train(model, job, mesh):
 def _decode(model, job, mesh):
     leaves, rows = _leaves(model, job, mesh), job.rules.spec("batch")
 
-    requests = [Sampling()] * job.batch
-    sampling, seeds, *rows_of_requests = request_rows(requests, [model.cfg.eos_id])
-
-    def make() -> Slots:
-        cache, logits = _cache_and_logits(model, job)
-        keys = jax.vmap(jax.random.key)(seeds)
-        limits, stops = map(jnp.asarray, rows_of_requests)
-        steps, done = jnp.zeros(job.batch, jnp.int32), jnp.zeros(job.batch, bool)
-        return Slots(cache, logits, keys, steps, limits, stops, done, sampling)
-
-    slots = jax.tree.map(lambda x: _placed(x, rows, mesh), jax.eval_shape(make))
+    slots, tables, count, cancelled = decode_shapes(model, job.batch, job.context, job.cache)
+    slots, tables, cancelled = jax.tree.map(
+        lambda x: _placed(x, rows, mesh), (slots, tables, cancelled)
+    )
     held = {"parameters": leaves, "cache": slots.cache}
-    return decode_step(model, job.rules), (leaves, slots), held
+    arguments = (leaves, slots, tables, _placed(count, jax.P(), mesh), cancelled)
+    return decode_step(model, job.rules), arguments, held
 
 
 def _prefill(model, job, mesh):
@@ -205,11 +198,11 @@ def _prefill(model, job, mesh):
     )
     held = {"parameters": leaves, "cache": by_row[1]}
     arguments = (leaves, _placed(tokens, job.rules.tokens, mesh), *by_row)
-    return prefill_step(model, job.rules), arguments, held
+    return chunk_step(model, job.rules), arguments, held
 
 
 def _cache_and_logits(model, job):
-    cache = init_cache(model.cfg, model.numerics, job.batch, job.context, job.cache)
+    cache = model.init_cache(job.batch, job.context, job.cache)
     return cache, jnp.zeros((job.batch, model.cfg.vocab_size), jnp.float32)
 
 

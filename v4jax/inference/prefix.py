@@ -1,0 +1,102 @@
+"""Prefixes of prompts that were computed and can be used again.
+
+A prefix of L tokens, L a multiple of 128, is the pages of its compressed KV and a snapshot of what does
+not grow: the ring of the last 128 rows and the open windows of the compressors. At such an L the windows
+of CSA and HCA are empty but for CSA's overlap, so a snapshot is as small as it can be (3.6 MB for Flash).
+Snapshots are taken every `EVERY` tokens of a prompt and at its last multiple of 128.
+
+Pages are shared. The last one of each ratio may be partly filled: whoever goes on from the prefix copies
+it first, and the one that filled it goes on writing behind the prefix's rows.
+
+Prefixes are found by a chain of digests of pieces of 128 tokens. All belong to one engine, that is to
+one checkpoint, numerics and cache format. The least recently used leaves first.
+"""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from v4jax.inference.ledger import Held, Ledger
+
+PIECE = 128  # tokens
+EVERY = 1024  # tokens between snapshots
+
+
+def digests_of(tokens: Sequence[int]) -> list[bytes]:
+    """One for every prefix of whole pieces, the shortest first."""
+    whole = len(tokens) // PIECE * PIECE
+    pieces = np.asarray(tokens[:whole], "<i4").reshape(-1, PIECE)
+    found, last = [], b""
+    for piece in pieces:
+        last = hashlib.blake2b(last + piece.tobytes(), digest_size=16).digest()
+        found.append(last)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """L tokens that are in the cache."""
+
+    length: int
+    pages: Held
+    state: Any  # of `SlotSteps.snapshot`
+
+
+class Prefixes:
+    """The prefixes of one engine.
+
+    Args:
+      ledger: of their pages.
+      most: prefixes that are kept; 0: none.
+    """
+
+    def __init__(self, ledger: Ledger, most: int):
+        self._ledger, self._most = ledger, most
+        self._kept: collections.OrderedDict[tuple[int, bytes], Prefix] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, part: int, digests: Sequence[bytes]) -> Prefix | None:
+        """The longest prefix that a part has of a prompt with these digests."""
+        for digest in reversed(digests):
+            found = self._kept.get((part, digest))
+            if found is not None:
+                self._kept.move_to_end((part, digest))
+                return found
+        return None
+
+    def has(self, part: int, digest: bytes) -> bool:
+        """Whether a part has it."""
+        return (part, digest) in self._kept
+
+    def wants(self, part: int, digest: bytes) -> bool:
+        """Whether a prefix is to be added."""
+        return self._most > 0 and not self.has(part, digest)
+
+    def add(self, part: int, digest: bytes, prefix: Prefix) -> None:
+        """Keeps a prefix, holding its pages; lets go of the oldest if there are too many."""
+        self._ledger.hold(part, prefix.pages)
+        self._kept[part, digest] = prefix
+        while len(self._kept) > self._most:
+            self._drop(next(iter(self._kept)))
+
+    def evict(self, part: int) -> bool:
+        """Lets go of a part's least recently used prefix; False if it has none."""
+        oldest = next((key for key in self._kept if key[0] == part), None)
+        if oldest is None:
+            return False
+        self._drop(oldest)
+        return True
+
+    def clear(self) -> None:
+        """Lets go of all of them."""
+        for key in list(self._kept):
+            self._drop(key)
+
+    def _drop(self, key: tuple[int, bytes]) -> None:
+        self._ledger.release(key[0], self._kept.pop(key).pages)

@@ -1,0 +1,460 @@
+"""Which request is in which slot, and what the next step does.
+
+A step of the scheduler is one turn of:
+
+    admit    waiting requests into free slots, the highest priority and the longest waiting first
+    decode   one call for all slots whose prompts are fed: one token each, or several where nobody waits
+    feed     chunks of prompts, up to a budget of tokens
+    read     the tokens of the call before: the device is never waited for while it has nothing to do
+
+Pages are given as sequences grow. When there are none, the least recently used prefix is let go; after
+that the request that came last, of the lowest priority, leaves its slot: what it has is copied to host
+memory and put back later, so its tokens are those it would have had.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from v4jax.inference.ledger import Ledger
+from v4jax.inference.prefix import EVERY, PIECE, Prefix, Prefixes, digests_of
+from v4jax.inference.requests import Request, Stage, TokenLogprob
+from v4jax.inference.steps import MOST_STEPS, Output, RequestRows, Slots, Tables
+from v4jax.nn.cache import pages_of
+
+WIDTHS = (4096, 32_768, 262_144, 1_048_576)  # tokens that a step's tables are wide enough for
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled steps of an engine, with the model's arrays bound."""
+
+    prefill: Callable[..., Slots]  # (slots, tables, tokens, counts, slot)
+    decode: Callable[..., tuple[Output, Slots]]  # (slots, tables, count, cancelled)
+    start: Callable[..., Slots]
+    snapshot: Callable[..., Any]
+    restore: Callable[..., Slots]
+    copy_pages: Callable[..., Slots]
+    take_out: Callable[..., Any]
+    put_back: Callable[..., Slots]
+    place: Callable[[np.ndarray], Any]  # an array with a row a slot, on the devices
+    fetch: Callable[[Any], Any]  # arrays of the devices as NumPy
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of decode whose tokens are not read yet."""
+
+    output: Output
+    requests: dict[int, Request]  # by slot
+    count: int
+
+
+class Scheduler:
+    """Requests on one set of slots.
+
+    Args:
+      slots: on the devices.
+      parts: that they lie in.
+      chunks: tokens of the compiled prefill chunks, increasing.
+      budget: tokens of prompts that a step feeds.
+      steps_per_call: tokens a slot that a call of decode generates at most where nobody waits.
+      is_shared: whether several processes run these steps, so that nothing can be copied to a host.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        slots: Slots,
+        ledger: Ledger,
+        prefixes: Prefixes,
+        *,
+        parts: int,
+        chunks: Sequence[int],
+        budget: int,
+        steps_per_call: int,
+        max_length: int,
+        is_shared: bool = False,
+    ):
+        self.run, self.slots, self.ledger, self.prefixes = programs, slots, ledger, prefixes
+        self.waiting: list[Request] = []
+        self.in_slot: list[Request | None] = [None] * len(slots.done)
+        self.preemptions = self.steps = self.row_steps = self.useful_row_steps = 0
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.parts, self._chunks, self._budget = parts, chunks, budget
+        self._steps_per_call, self._is_shared = steps_per_call, is_shared
+        self._per_part = len(self.in_slot) // parts
+        widths = [width for width in WIDTHS if width < max_length]
+        self._widths = [*widths, max_length]
+        self._tables = {
+            ratio: np.zeros((len(self.in_slot), pages_of(max_length, ratio)), np.int32)
+            for ratio in ledger.pages
+        }
+        self._placed: dict[int, Tables] = {}  # tables on the devices, by width
+        self._cancelled = np.zeros(len(self.in_slot), bool)
+        self._calls: collections.deque[_Call] = collections.deque()
+        self._empty_state = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self._calls or any(self.in_slot))
+
+    def step(self) -> list[Request]:
+        """One turn; returns the requests that got tokens or ended."""
+        events: dict[int, Request] = {}
+        for request in self._cancel():
+            events[request.number] = request
+        self._admit()
+        called = self._decode(events)
+        self._feed()
+        self._read(events, keep=1 if called else 0)
+        self.steps += 1
+        return list(events.values())
+
+    # Slots and pages ------------------------------------------------------------------------------
+
+    def _requests(self, stage: Stage) -> list[Request]:
+        found = [r for r in self.in_slot if r is not None and r._stage is stage]
+        return sorted(found, key=lambda r: r._order)
+
+    def _part(self, slot: int) -> int:
+        return slot // self._per_part
+
+    def _one_each(self, slots: Sequence[int]) -> np.ndarray:
+        """Slots, at most one of each part, as steps take them."""
+        found = np.full(self.parts, -1, np.int32)
+        for slot in slots:
+            found[self._part(slot)] = slot % self._per_part
+        return found
+
+    def _leave(self, request: Request) -> None:
+        """Frees its slot and pages."""
+        slot = request._slot
+        if slot < 0:
+            return
+        self.ledger.release(self._part(slot), request._pages)
+        for table in self._tables.values():
+            table[slot] = 0
+        self._placed.clear()
+        self.in_slot[slot], request._slot, request._pages = None, -1, {}
+
+    def _set_pages(self, request: Request, pages: dict[int, list[int]]) -> None:
+        request._pages = pages
+        for ratio, numbers in pages.items():
+            self._tables[ratio][request._slot, : len(numbers)] = numbers
+        self._placed.clear()
+
+    def _reserve(self, request: Request, tokens: int) -> bool:
+        """Pages for so many tokens of a request in a slot; False if there are none even so."""
+        part = self._part(request._slot)
+        wanted = self.ledger.missing(request._pages, tokens)
+        if not any(wanted.values()):
+            return True
+        new = self._allocate(part, wanted)
+        if new is None:
+            return False
+        pages = {ratio: [*request._pages.get(ratio, ()), *new[ratio]] for ratio in new}
+        self._set_pages(request, pages)
+        return True
+
+    def _tables_for(self, requests: Sequence[Request], tokens: Callable[[Request], int]) -> Tables:
+        """Tables that are wide enough, on the devices."""
+        longest = max(map(tokens, requests))
+        width = next(width for width in self._widths if width >= longest)
+        if width not in self._placed:
+            self._placed[width] = self._tables_of_width(width)
+        return self._placed[width]
+
+    def _tables_of_width(self, width: int) -> Tables:
+        return {
+            ratio: self.run.place(table[:, : pages_of(width, ratio)])
+            for ratio, table in self._tables.items()
+        }
+
+    # Turns ----------------------------------------------------------------------------------------
+
+    def _cancel(self) -> Iterator[Request]:
+        cancelled = [r for r in (*self.waiting, *self.in_slot) if r is not None and r._is_cancelled]
+        for request in cancelled:
+            if request._stage is Stage.WAITING:
+                self.waiting.remove(request)
+            elif request._stage is Stage.DECODING:
+                self._cancelled[request._slot] = True
+            self._end(request, "cancelled")
+            yield request
+
+    def _admit(self) -> None:
+        self.waiting.sort(key=lambda r: r._order)
+        while self.waiting:
+            request = self.waiting[0]
+            found = self._place_for(request)
+            if found is None:
+                return
+            slot, prefix = found
+            request._slot, self.in_slot[slot] = slot, request
+            if not self._enter(request, prefix):
+                self._leave(request)
+                return
+            self.waiting.pop(0)
+
+    def _place_for(self, request: Request) -> tuple[int, Prefix | None] | None:
+        """A free slot, best in the part that has the longest prefix of it."""
+        free: dict[int, int] = {}  # by part
+        for slot, other in enumerate(self.in_slot):
+            if other is None:
+                free.setdefault(self._part(slot), slot)
+        if not free:
+            return None
+        if request._held is not None:
+            return next(iter(free.values())), None
+        best: tuple[int, Prefix | None] = next(iter(free.values())), None
+        for part, slot in free.items():
+            prefix = self.prefixes.find(part, request._digests)
+            if prefix and (best[1] is None or prefix.length > best[1].length):
+                best = slot, prefix
+        return best
+
+    def _enter(self, request: Request, prefix: Prefix | None) -> bool:
+        """Gives a request what it begins with; False if there are no pages for it now."""
+        slot = self._one_each([request._slot])
+        if request._held is not None:
+            tokens = len(request.prompt) + len(request.tokens)
+            if not self._reserve(request, self._needed(request, tokens + self._steps_per_call)):
+                return False
+            width, held = request._held
+            tables = self._tables_of_width(width)
+            self.slots = self.run.put_back(self.slots, tables, slot, held)
+            request._held, request._stage = None, Stage.DECODING
+            self._cancelled[request._slot] = False
+            return True
+        if not self._take_pages(request, prefix):
+            return False
+        length = prefix.length if prefix else 0
+        state = prefix.state if prefix else self._new_state()
+        lengths = np.full(self.parts, length, np.int32)
+        self.slots = self.run.restore(self.slots, slot, state, lengths)
+        request._fed = request.cached_tokens = length
+        request._stage = Stage.FEEDING
+        self.prompt_tokens += len(request.prompt)
+        self.cached_tokens += length
+        return True
+
+    def _take_pages(self, request: Request, prefix: Prefix | None) -> bool:
+        """Pages of the whole prompt, those of a prefix among them; False if there are too few.
+
+        A page that the prefix fills in part is copied, since others write behind it.
+        """
+        part, length = self._part(request._slot), prefix.length if prefix else 0
+        pages = {ratio: numbers[:] for ratio, numbers in prefix.pages.items()} if prefix else {}
+        partly = {ratio: int(length % (ratio * PIECE) > 0) for ratio in self.ledger.pages}
+        missing = self.ledger.missing(pages, self._needed(request, len(request.prompt) + 1))
+        self.ledger.hold(part, pages)  # before anything is evicted
+        wanted = {ratio: missing[ratio] + partly[ratio] for ratio in missing}
+        new = self._allocate(part, wanted)
+        if new is None:
+            self.ledger.release(part, pages)
+            return False
+        if any(partly.values()):
+            none = np.zeros(self.parts, np.int32)
+            source, target = ({ratio: none.copy() for ratio in new} for _ in range(2))
+            for ratio in (ratio for ratio, copied in partly.items() if copied):
+                source[ratio][part], target[ratio][part] = pages[ratio][-1], new[ratio][0]
+                self.ledger.release(part, {ratio: [pages[ratio].pop()]})
+            self.slots = self.run.copy_pages(self.slots, source, target)
+        self._set_pages(request, {r: [*pages.get(r, ()), *new[r]] for r in new})
+        return True
+
+    def _allocate(self, part: int, wanted: dict[int, int]) -> dict[int, list[int]] | None:
+        """Pages, prefixes being let go for them; None if there are too few even so."""
+        while (new := self.ledger.allocate(part, wanted)) is None:
+            if not self.prefixes.evict(part):
+                return None
+        return new
+
+    def _new_state(self):
+        """The state of a slot that has seen no token: nobody has been in the slots that it is of."""
+        if self._empty_state is None:
+            every = np.zeros(self.parts, np.int32)
+            self._empty_state = self.run.snapshot(self.slots, every)
+        return self._empty_state
+
+    def _needed(self, request: Request, tokens: int) -> int:
+        """Tokens to have pages for: all at once where nobody can leave its slot later."""
+        return request._most if self._is_shared else min(tokens, request._most)
+
+    def _decode(self, events: dict[int, Request]) -> bool:
+        """A call for all slots that decode; False if there are none."""
+        rows = self._requests(Stage.DECODING)
+        if not rows:
+            return False
+        is_waited_for = self._requests(Stage.FEEDING) or (self.waiting and None in self.in_slot)
+        count = 1 if is_waited_for else self._steps_per_call
+        count = min(count, *(2 ** min(r._calls, 10) for r in rows), MOST_STEPS)
+        for request in rows:
+            if request._stage is not Stage.DECODING:
+                continue  # it had to leave for another one
+            while not self._reserve(request, self._needed(request, _reach(request, count))):
+                self._make_room(request, events)
+                if request._stage is not Stage.DECODING:
+                    break
+        rows = [r for r in rows if r._stage is Stage.DECODING]
+        if not rows:
+            return False
+        tables = self._tables_for(rows, lambda r: min(_reach(r, count), r._most))
+        output, self.slots = self.run.decode(
+            self.slots, tables, np.int32(count), self._cancelled.copy()
+        )
+        self._cancelled[:] = False
+        for request in rows:
+            request._in_flight += count
+            request._calls += 1
+        self._calls.append(_Call(output, {r._slot: r for r in rows}, count))
+        return True
+
+    def _make_room(self, request: Request, events: dict[int, Request]) -> None:
+        """The last of those that have pages in the request's part leaves its slot."""
+        part = self._part(request._slot)
+        others = [r for r in self.in_slot if r is not None and self._part(r._slot) == part]
+        last = max(others, key=lambda r: r._order)
+        if last._stage is Stage.DECODING:
+            self._read(events, keep=0)  # what it has is known only then
+            if last.is_ended:
+                return
+            tokens = len(last.prompt) + len(last.tokens)
+            width = next(width for width in self._widths if width >= tokens)
+            slot = self._one_each([last._slot])
+            held = self.run.fetch(self.run.take_out(self.slots, self._tables_of_width(width), slot))
+            last._held = width, held
+            self._cancelled[last._slot] = True  # the device decodes it no further
+        else:  # its prompt is fed again, to the same bits
+            self.prompt_tokens -= len(last.prompt)
+            self.cached_tokens -= last.cached_tokens
+        self.preemptions += 1
+        self._leave(last)
+        last._stage = Stage.WAITING
+        self.waiting.append(last)
+
+    def _feed(self) -> None:
+        """Chunks of the prompts in slots, those of the first request of each part together."""
+        left = self._budget
+        while left > 0:
+            first: dict[int, Request] = {}
+            for request in self._requests(Stage.FEEDING):
+                first.setdefault(self._part(request._slot), request)
+            if not first:
+                return
+            left -= self._feed_chunk(list(first.values()))
+
+    def _feed_chunk(self, requests: list[Request]) -> int:
+        counts = np.zeros(self.parts, np.int32)
+        for request in requests:
+            counts[self._part(request._slot)] = self._next_count(request)
+        size = self._chunk_size(int(counts.max()))
+        tokens = np.zeros((self.parts, size), np.int32)
+        for request in requests:
+            part = self._part(request._slot)
+            piece = request.prompt[request._fed : request._fed + counts[part]]
+            tokens[part, : len(piece)] = piece
+        slot = self._one_each([r._slot for r in requests])
+        tables = self._tables_for(requests, lambda r: len(r.prompt))
+        self.slots = self.run.prefill(self.slots, tables, tokens, counts, slot)
+        for request in requests:
+            request._fed += int(counts[self._part(request._slot)])
+            self._keep_prefix(request)
+            if request._fed == len(request.prompt):
+                self._start(request)
+        return size
+
+    def _next_count(self, request: Request) -> int:
+        """Tokens of its next chunk: it ends where a snapshot is taken, or with the prompt."""
+        fed, length = request._fed, len(request.prompt)
+        body = (length - 1) // PIECE * PIECE
+        if fed >= body:
+            return length - fed
+        return min(body, (fed // EVERY + 1) * EVERY, fed + self._chunks[-1]) - fed
+
+    def _chunk_size(self, count: int) -> int:
+        return next(size for size in self._chunks if size >= count)
+
+    def _keep_prefix(self, request: Request) -> None:
+        fed, length = request._fed, len(request.prompt)
+        is_end = fed == (length - 1) // PIECE * PIECE
+        if not fed or fed % PIECE or not (is_end or fed % EVERY == 0):
+            return
+        part, digest = self._part(request._slot), request._digests[fed // PIECE - 1]
+        if self.prefixes.wants(part, digest):
+            state = self.run.snapshot(self.slots, self._one_each([request._slot]))
+            pages = {
+                ratio: numbers[: pages_of(fed, ratio)] for ratio, numbers in request._pages.items()
+            }
+            self.prefixes.add(part, digest, Prefix(fed, pages, state))
+
+    def _start(self, request: Request) -> None:
+        rows = RequestRows.of(
+            [request.sampling],
+            [request.stop_ids],
+            self.slots.logits.shape[1],
+            [request.prompt],
+            self.slots.requests.stop_ids.shape[1],
+        )
+        if self.parts > 1:
+            rows = jax.tree.map(lambda x: np.repeat(x, self.parts, axis=0), rows)
+        self.slots = self.run.start(self.slots, self._one_each([request._slot]), rows)
+        self._cancelled[request._slot] = False
+        request._stage, request._calls = Stage.DECODING, 0
+
+    def _read(self, events: dict[int, Request], keep: int) -> None:
+        """Takes the tokens of all calls but the last `keep`."""
+        while len(self._calls) > keep:
+            call = self._calls.popleft()
+            tokens = np.asarray(call.output.tokens)
+            wanted = [r for r in call.requests.values() if r.sampling.logprobs is not None]
+            logprobs = self.run.fetch(call.output) if wanted else None
+            self.row_steps += len(self.in_slot) * call.count
+            for slot, request in call.requests.items():
+                request._in_flight -= call.count
+                if request.is_ended:
+                    continue
+                self._take(request, tokens[slot], slot, logprobs)
+                events[request.number] = request
+
+    def _take(self, request: Request, row: np.ndarray, slot: int, logprobs: Output | None) -> None:
+        """Puts a row of new tokens to a request's."""
+        new = [int(token) for token in row if token >= 0]
+        if new and request.first_token_at is None:
+            request.first_token_at = time.monotonic()
+        if logprobs is not None and request.sampling.logprobs is not None:
+            for n in range(len(new)):
+                ids = logprobs.top_ids[slot, n, : request.sampling.logprobs]
+                values = logprobs.top_logprobs[slot, n, : request.sampling.logprobs]
+                top = tuple((int(i), float(p)) for i, p in zip(ids, values))
+                request.logprobs.append(TokenLogprob(float(logprobs.logprobs[slot, n]), top))
+        request.tokens += new
+        self.generated_tokens += len(new)
+        self.useful_row_steps += len(new)
+        if new and new[-1] in request.stop_ids:
+            self._end(request, "stop")
+        elif len(request.tokens) >= request.sampling.max_new_tokens:
+            self._end(request, "length")
+
+    def _end(self, request: Request, reason: str) -> None:
+        self._leave(request)
+        request._stage, request._held = Stage.ENDED, None
+        request.finished_at = time.monotonic()
+        request.finish_reason = reason  # last: others wait for it
+
+    def add(self, request: Request) -> None:
+        """Another request that waits."""
+        request._digests = digests_of(request.prompt[:-1])
+        self.waiting.append(request)
+
+
+def _reach(request: Request, count: int) -> int:
+    """Tokens that it may have in the cache after a call of so many steps."""
+    return len(request.prompt) + len(request.tokens) + request._in_flight + count
