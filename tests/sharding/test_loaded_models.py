@@ -13,6 +13,7 @@ from v4jax import checkpoint, tiny
 from v4jax.inference.engine import Engine
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.score import Scorer
+from v4jax.inference.steps import decode_shapes
 from v4jax.planning.hlo import collectives
 
 PROMPTS = [np.random.default_rng(n).integers(2, 256, n).tolist() for n in (150, 37)]
@@ -34,7 +35,7 @@ def alone(folder):
     """What one device computes: completions, and logits of whole sequences."""
     model = checkpoint.load(folder)
     tokens = np.array([PROMPTS[0][:144]] * 8, np.int32)
-    completions = Engine(model, chunks=(160,)).generate(PROMPTS, GREEDY, stop_ids=[])
+    completions = Engine(model, chunks=(256,)).generate(PROMPTS, GREEDY, stop_ids=[])
     return completions, tokens, np.asarray(jax.jit(lambda t: model(t))(tokens))
 
 
@@ -42,13 +43,13 @@ def alone(folder):
 def test_a_step_moves_no_weights(folder, alone, shape):
     """Read in the program that `load` and `generate` run, with no mesh set around them."""
     model = v4jax.load(folder, v4jax.plain(), mesh=make_mesh(**shape))
-    engine = Engine(model, chunks=(160,))
+    engine = Engine(model, chunks=(256,))
 
     assert engine.generate(PROMPTS, GREEDY, stop_ids=[]) == alone[0]
 
     with engine._on_mesh():
-        slots = engine.fill(PROMPTS, [GREEDY, GREEDY], (0,))
-        text = engine._decode.lower(engine.leaves, slots).compile().as_text()
+        arguments = decode_shapes(model, 8, 4096)
+        text = engine._decode.lower(engine.leaves, *arguments).compile().as_text()
     largest = max(leaf.nbytes for leaf in engine.leaves)
     sent = [found.sent_bytes for found in collectives(text)]
     assert sum(sent) < largest / 4, sent

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,6 +37,7 @@ from v4jax.inference.batch.files import (
 )
 from v4jax.inference.batch.requests import KEYS, line_text
 from v4jax.inference.engine import Engine
+from v4jax.inference.requests import Request as EngineRequest
 from v4jax.inference.sampling import Sampling
 from v4jax.text.format import BOS, EOS, ROLES
 from v4jax.text.prompt import encode_messages
@@ -239,12 +239,11 @@ def test_a_plan_counts_and_sorts(tmp_path):
         *({"prompt": 7 * "x"}, {"prompt": "x", "id": "8"}),
     )
 
-    plan = Plan(path, Settings(), batch_size=2)
+    plan = Plan(path, Settings())
 
-    assert [[plan.line(i) for i in range(*batch)] for batch in plan.batches] == [
-        *([7, 3], [6, 8], [1])  # the shortest answer first, then the shortest prompt
-    ]
-    assert [plan.request(i).line for i in range(5)] == [7, 3, 6, 8, 1]
+    lines = [1, 8, 6, 3, 7]  # the longest answer first, then the longest prompt
+    assert [plan.line(i) for i in range(plan.requests)] == lines
+    assert [plan.request(i).line for i in range(5)] == lines
     assert plan.request(2).prompt == BOS + 5 * "é"
     assert [(r["line"], r["id"]) for r in plan.malformed] == [(4, None), (5, "1"), (9, "8")]
     assert "an earlier line has this id" in plan.malformed[1]["error"]
@@ -256,7 +255,7 @@ def test_a_byte_order_mark_costs_no_request(tmp_path):
     path = tmp_path / "in"
     path.write_text('\ufeff{"prompt": "one"}\n\ufeff{"prompt": "two"}\n\ufeff\n', encoding="utf-8")
 
-    plan = Plan(path, Settings(), batch_size=2)
+    plan = Plan(path, Settings())
 
     assert (plan.count, plan.malformed) == (2, [])
     assert sorted(plan.request(i).prompt for i in range(2)) == [BOS + "one", BOS + "two"]
@@ -265,7 +264,7 @@ def test_a_byte_order_mark_costs_no_request(tmp_path):
 @pytest.mark.parametrize("text", ['{"prompt": "two"}\n', ""])
 def test_an_input_that_is_edited_while_the_job_runs_ends_it(text, tmp_path):
     write(tmp_path / "in", {"prompt": "one"})
-    plan = Plan(tmp_path / "in", Settings(), batch_size=2)
+    plan = Plan(tmp_path / "in", Settings())
     (tmp_path / "in").write_text(text)
 
     with pytest.raises(JobError, match="was changed while the job was running: line 1"):
@@ -275,9 +274,9 @@ def test_an_input_that_is_edited_while_the_job_runs_ends_it(text, tmp_path):
 def test_a_plan_wants_a_mode_of_the_release(tmp_path):
     write(tmp_path / "in", {"messages": [USER]})
 
-    Plan(tmp_path / "in", Settings(mode="think-low"), 1, "0731")
+    Plan(tmp_path / "in", Settings(mode="think-low"), "0731")
     with pytest.raises(ValueError, match="mode='think-low': release 'april' has non-think"):
-        Plan(tmp_path / "in", Settings(mode="think-low"), 1)
+        Plan(tmp_path / "in", Settings(mode="think-low"))
 
 
 def test_a_pipe_cannot_be_planned(tmp_path):
@@ -285,15 +284,15 @@ def test_a_pipe_cannot_be_planned(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(ValueError, match="is not a regular file"):
-            Plan(path, Settings(), 1)
+            Plan(path, Settings())
 
 
 def test_a_plan_of_nothing(tmp_path):
     write(tmp_path / "in", "", "")
 
-    plan = Plan(tmp_path / "in", Settings(), batch_size=2)
+    plan = Plan(tmp_path / "in", Settings())
 
-    assert (plan.batches, plan.count, plan.last_line) == ([], 0, 0)
+    assert (plan.requests, plan.count, plan.last_line) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("torn", ['{"line": 3, "te', "x" * 200_000, '{"line": 3}'])
@@ -502,7 +501,7 @@ def engine(tokenizer) -> Engine:
     """Random weights, float32 and no rounding: a row does not depend on its batch."""
     cfg = dataclasses.replace(tiny(), vocab_size=tokenizer.vocab_size, max_length=512)
     model = random_model(cfg, scan_layers=False, seed=1)
-    return Engine(model, chunks=(16,))
+    return Engine(model, slots=2, chunks=(128,))
 
 
 @pytest.fixture
@@ -603,19 +602,21 @@ def test_interrupted_at_any_step_the_files_are_the_same(requests, engine, tokeni
     assert broken.read_bytes() == whole.read_bytes()
 
 
-def test_half_a_batch_is_filled_up(requests, engine, tokenizer, tmp_path):
-    """A batch of which one line was written is computed again, and only the other one is added."""
+def test_only_what_is_missing_is_generated(requests, engine, tokenizer, tmp_path):
     output = tmp_path / "out"
     finish(job_of(requests, output), engine, tokenizer)
     whole = output.read_bytes()
     lines = whole.splitlines(keepends=True)
     output.write_bytes(b"".join(lines[1:-1]) + lines[-1][:20])
 
+    before = engine.stats().prompt_tokens
     with job_of(requests, output) as job:
         assert job.total == 6 and job.remaining == 2
-        assert list(job.run(engine, tokenizer))[-1].requests > 0
+        assert sum(progress.requests for progress in job.run(engine, tokenizer)) == 2
         assert len(output.read_bytes().splitlines()) == len(lines)
         assert job.finish() == 0
+    fed = sum(json.loads(lines[n])["prompt_tokens"] for n in (0, -1))
+    assert engine.stats().prompt_tokens - before == fed
 
     assert output.read_bytes() == whole
 
@@ -633,16 +634,24 @@ def test_another_input_is_refused(requests, engine, tokenizer, tmp_path):
 
 
 class Scripted:
-    """An engine that says what it is told to, in every row."""
+    """An engine that says what it is told to, to everybody, a token a step."""
 
     cfg = tiny()
 
     def __init__(self, tokens):
-        self.tokens = tokens
+        self.tokens, self.running = tokens, []
 
-    def stream(self, prompts, sampling, **_):
-        for token in self.tokens[: max(request.max_new_tokens for request in sampling)]:
-            yield np.full(len(prompts), token)
+    def submit(self, prompt, sampling, *, stop_ids):
+        self.running.append(EngineRequest(len(self.running), prompt, sampling, stop_ids))
+        return self.running[-1]
+
+    def step(self):
+        served = [request for request in self.running if not request.is_ended]
+        for request in served:
+            request.tokens.append(self.tokens[len(request.tokens)])
+            limit = min(len(self.tokens), request.sampling.max_new_tokens)
+            request.finish_reason = "length" if len(request.tokens) == limit else None
+        return served
 
 
 def answers(tmp_path, tokenizer, text: str, *lines: object) -> list[dict]:

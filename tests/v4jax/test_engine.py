@@ -8,13 +8,13 @@ import pytest
 from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, tiny
-from v4jax.inference import engine as engines
 from v4jax.inference.engine import Completion, Engine
+from v4jax.inference.feeding import Feeder
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.score import Scorer
 from v4jax.nn.cache import CacheFullError
 
-CHUNKS = (16, 64)
+CHUNKS = (128, 256)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def model() -> Transformer:
 
 @pytest.fixture(scope="module")
 def engine(model) -> Engine:
-    return Engine(model, chunks=CHUNKS)
+    return Engine(model, slots=3, chunks=CHUNKS)
 
 
 def sampled(count: int, **options) -> list[Sampling]:
@@ -43,12 +43,15 @@ def prompts() -> list[list[int]]:
     return [rng.integers(2, 256, n).tolist() for n in (5, 131, 70)]
 
 
-def test_prefill_gives_the_last_logits_of_each_prompt(engine, scorer, prompts):
-    _, logits = engine.prefill(prompts, engine.init_cache(3, 200))
+def test_fed_prompts_give_the_last_logits_of_each(model, scorer, prompts):
+    feeder = Feeder(model)
+    _, logits = feeder.feed(prompts, feeder.init_cache(3, 200), chunk=128)
 
     for row, prompt in zip(logits, prompts):
         padded = np.array([prompt + [0] * (131 - len(prompt))])  # causal: padding changes nothing
         assert_close(row, scorer.logits(padded)[0, len(prompt) - 1], FLOAT32)
+    with pytest.raises(CacheFullError, match="sequence 0 would have 201 tokens"):
+        feeder.feed([[1] * 201], feeder.init_cache(1, 200))
 
 
 def test_greedy_tokens_are_the_largest_logits(engine, scorer, prompts):
@@ -114,12 +117,11 @@ def test_stream_yields_minus_one_after_the_end(engine, prompts):
 
 
 def test_a_session_compiles_few_programs(model, prompts, compilations):
-    """Lengths, samplers, stop ids and limits are data: only a larger bucket is another program."""
-    engine = Engine(model, chunks=CHUNKS)
+    """Numbers of prompts, lengths, samplers, stop ids and limits are data."""
+    engine = Engine(model, slots=3, chunks=CHUNKS)
     engine.generate([prompts[1]], Sampling(max_new_tokens=2), stop_ids=[])
-    engine.generate(prompts, Sampling(max_new_tokens=2), stop_ids=[])
-    assert engine._prefill._cache_size() == 2 * len(CHUNKS)
-    assert engine._decode._cache_size() == 2  # of one row, and of eight
+    engine.generate([prompts[1]], Sampling(max_new_tokens=2), stop_ids=[])  # from a prefix
+    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == (1, 1)
 
     before = compilations()
     for length in (2, 15, 17, 40, 63, 65, 100, 130):
@@ -129,19 +131,7 @@ def test_a_session_compiles_few_programs(model, prompts, compilations):
     assert compilations() == before
 
 
-def test_buckets():
-    assert [engines._bucket((1, 8, 32), n) for n in (1, 2, 8, 9, 33, 64)] == [1, 8, 8, 32, 64, 64]
-
-
-@pytest.mark.parametrize(
-    "length, sizes",
-    [(1, [16]), (16, [16]), (17, [16, 16]), (33, [64]), (64, [64]), (65, [64, 16]), (97, [64, 64])],
-)
-def test_prompts_are_cut_into_few_chunks(engine, length, sizes):
-    assert list(engine._chunk_sizes(length)) == sizes
-
-
-def test_bad_input_is_refused(engine, prompts):
+def test_bad_input_is_refused(engine, model):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         engine.generate([[1], []])
     with pytest.raises(ValueError, match=r"prompt 0 has token ids in 1\.\.256: expected 0\.\.255"):
@@ -158,8 +148,10 @@ def test_bad_input_is_refused(engine, prompts):
         engine.generate([[1]], [Sampling(), Sampling()])
     with pytest.raises(ValueError, match="65541 tokens are more than max_length=65536 of tiny"):
         engine.generate([[1] * 5], Sampling(max_new_tokens=tiny().max_length))
-    with pytest.raises(CacheFullError, match="sequence 0 would have 4097 tokens"):
-        engine.prefill([[1] * 4097], engine.init_cache(1, 200))
+    with pytest.raises(ValueError, match="9 stop ids: expected at most 8"):
+        engine.generate([[1]], stop_ids=range(9))
+    with pytest.raises(ValueError, match=r"chunks=\(16, 128\): expected multiples of 128"):
+        Engine(model, chunks=(16, 128))
 
 
 def test_no_prompt_gives_no_completion(engine):

@@ -127,7 +127,7 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
                 model = load_for_serving(
                     args, numerics, context=CONTEXT, batch=args.batch_size, devices=devices
                 )
-                engine = Engine(model, cache=args.cache)
+                engine = Engine(model, slots=args.batch_size, cache=args.cache)
                 started = time.monotonic()
                 for progress in job.run(engine, tokenizer):
                     tokens += progress.tokens
@@ -137,7 +137,8 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
             seconds = time.monotonic() - started
             say(
                 f"{name}{tokens} tokens in {seconds:.1f} s, compilation included: "
-                f"{tokens / seconds:.1f} tokens/s"
+                f"{tokens / seconds:.1f} tokens/s; {engine.stats().useful_row_steps:.0%} of the decoded "
+                "rows gave a token"
             )
         return job.finish()
 

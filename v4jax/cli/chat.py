@@ -77,7 +77,7 @@ def main() -> None:
     tokenizer.encode(args.system or "")
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     model = load_for_serving(args, numerics, context=LONG_CONVERSATION)
-    engine = Engine(model, tokenizer, cache=args.cache)
+    engine = Engine(model, tokenizer, slots=1, cache=args.cache)
     accept_any_text()
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages, mode = list(start), args.mode

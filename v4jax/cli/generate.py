@@ -74,7 +74,7 @@ def main() -> None:
     prompt = tokenizer.encode(render(tokenizer, args.prompt, args.mode))  # fails before loading
     context = len(prompt) + args.max_new_tokens
     model = load_for_serving(args, numerics, context=context)
-    engine = Engine(model, tokenizer, cache=args.cache)
+    engine = Engine(model, tokenizer, slots=1, cache=args.cache)
     accept_any_text()
     times = [time.monotonic()]
 

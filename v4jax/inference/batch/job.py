@@ -1,4 +1,4 @@
-"""A job: the batches of one process, generated, written, and at the end merged."""
+"""A job: the requests of one process, generated, written as they end, and at the last merged."""
 
 import dataclasses
 import os
@@ -21,9 +21,12 @@ from v4jax.inference.batch.files import (
 from v4jax.inference.batch.plan import Plan
 from v4jax.inference.batch.requests import Request, Settings
 from v4jax.inference.engine import Engine
+from v4jax.inference.requests import Request as EngineRequest
 from v4jax.text.format import THINK_END
 from v4jax.text.parse import answer_span, parse_partial_completion
 from v4jax.text.tokenizer import Tokenizer
+
+AHEAD = 2  # requests that are in slots or wait for one, for every slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Job:
                 ...
             left = job.finish()
 
-    Every `count`-th batch of the plan, from `process` on, is its share; it leaves out the batches
-    whose requests are all done, whichever process of whichever earlier run has done them.
+    Every `count`-th request of the plan, from `process` on, is its share; it leaves out those that are
+    done, whichever process of whichever earlier run has done them.
 
     Processes whose devices one mesh spans compute a share together, each with a Job of the same
     arguments: the one that leads reads what is done and writes, the others follow.
@@ -52,7 +55,7 @@ class Job:
       input: JSON lines, see `parse_request`.
       output: where results go; the other files of the job lie beside it.
       settings: for lines that do not say otherwise.
-      batch_size: sequences generated together.
+      batch_size: slots of the engine, which decide the last bits of results.
       identity: what else decides the results, such as the checkpoint; JSON values.
       release: whose prompts to render; `Tokenizer.release` of the checkpoint.
       leads: false for the processes that follow.
@@ -83,7 +86,9 @@ class Job:
     ):
         if not 0 <= process < count:
             raise ValueError(f"process={process}: expected 0..{count - 1}.")
-        self.output = pathlib.Path(output)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+        self.output, self._batch_size = pathlib.Path(output), batch_size
         self._leads, self._agree = leads, agree
         self._sidecar: Sidecar | None = None  # of the process that leads
         self._results_path = part_path(self.output, process, count)
@@ -93,7 +98,7 @@ class Job:
                 self._sidecar = Sidecar(self.output)
                 # Before the first pass over the input: others' passes take as long.
                 self._sidecar.lock_share(process, count)
-                self.plan = Plan(input, settings, batch_size, release)
+                self.plan = Plan(input, settings, release)
                 self._sidecar.claim(self._header(identity), process, count)
                 done = self._open_files(process, count)
         except BaseException:
@@ -104,11 +109,11 @@ class Job:
         if size < 0:
             raise JobError(f"the process that leads this one could not open {self.output}.")
         if not leads:
-            self.plan, done = Plan(input, settings, batch_size, release), bytearray(size)
+            self.plan, done = Plan(input, settings, release), bytearray(size)
         self._done = bytearray(agree(np.frombuffer(done, np.uint8)))
-        self._batches = self.plan.batches[process::count]
-        self.total = sum(end - start for start, end in self._batches)
-        self.remaining = sum(len(self._open(*batch)) for batch in self._batches)
+        share = range(process, self.plan.requests, count)
+        self._open = [place for place in share if not self._done[self.plan.line(place)]]
+        self.total, self.remaining = len(share), len(self._open)
 
     def _open_files(self, process: int, count: int) -> bytearray:
         """Opens the files of the output; a flag for every line that is done."""
@@ -136,7 +141,7 @@ class Job:
         return {
             "input": {"bytes": plan.size, "sha256": plan.digest},
             "requests": plan.count,
-            "batch_size": plan.batch_size,
+            "batch_size": self._batch_size,
             "settings": dataclasses.asdict(plan.settings),
             "release": plan.release,
             **identity,
@@ -151,61 +156,54 @@ class Job:
             done[line] = True
         return done
 
-    def _open(self, start: int, end: int) -> list[int]:
-        """The lines of a batch that are not done."""
-        lines = map(self.plan.line, range(start, end))
-        return [line for line in lines if not self._done[line]]
-
     def run(self, engine: Engine, tokenizer: Tokenizer) -> Iterator[Progress]:
-        """Generates what is not done.
-
-        A batch is always computed as a whole, whatever of it is done already, and padded to
-        `batch_size` rows: its requests get the same bits every time.
+        """Generates what is not done. Results are on the disk before the engine's next step.
 
         Yields:
-          after every step of a batch its tokens, and after every batch its requests.
+          after every step of the engine its tokens, and the requests that have ended.
         """
         self._write_malformed()
-        limit = engine.cfg.max_length
-        for start, end in self._batches:
-            lines = self._open(start, end)
-            if not lines:
-                continue
-            requests = [self.plan.request(position) for position in range(start, end)]
-            prompts = [tokenizer.encode(request.prompt) for request in requests]
-            errors, rows = [], []
-            for request, prompt in zip(requests, prompts):
-                if len(prompt) + request.settings.max_new_tokens <= limit:
-                    rows.append(_Row(request, prompt, tokenizer))
-                elif request.line in lines:
-                    message = (
-                        f"{len(prompt)} prompt tokens and max_new_tokens="
-                        f"{request.settings.max_new_tokens} are more than the {limit} tokens of "
-                        f"{engine.cfg.name}: shorten the prompt or generate fewer tokens."
-                    )
-                    errors.append({"line": request.line, "id": request.id, "error": message})
-            if rows:
-                for tokens in self._generate(engine, tokenizer, rows):
-                    yield Progress(0, tokens)
-            if self._leads:
-                self._results.append([row.record() for row in rows if row.request.line in lines])
-                self._errors.append(errors)
-            for line in lines:
-                self._done[line] = True
-            yield Progress(len(lines), 0)
-
-    def _generate(self, engine: Engine, tokenizer: Tokenizer, rows: list["_Row"]) -> Iterator[int]:
-        """Fills the rows; yields how many of them got a token."""
-        padded = rows + [rows[0]] * (self.plan.batch_size - len(rows))
-        steps = engine.stream(
-            [row.prompt for row in padded],
-            [row.request.settings.sampling for row in padded],
-            stop_ids=tokenizer.stop_ids,
-        )
-        for step in steps:
-            yield sum([row.push(int(token)) for row, token in zip(rows, step)])
-            if all(row.is_stopped for row in rows):
+        waiting = iter(self._open)
+        rows: dict[EngineRequest, _Row] = {}
+        while True:
+            errors: list[dict[str, object]] = []
+            while len(rows) < AHEAD * self._batch_size:
+                place = next(waiting, None)
+                if place is None:
+                    break
+                request = self.plan.request(place)
+                row, error = self._begin(engine, tokenizer, request)
+                if row is not None:
+                    rows[row.running] = row
+                else:
+                    errors.append({"line": request.line, "id": request.id, "error": error})
+            if not rows and not errors:
                 return
+            tokens, ended = 0, []
+            for running in engine.step() if rows else ():
+                row = rows.get(running)
+                if row is not None:
+                    tokens += row.read()
+                    if row.is_ended:
+                        ended.append(rows.pop(running))
+            if self._leads:
+                self._results.append([row.record() for row in ended])
+                self._errors.append(errors)
+            yield Progress(len(ended) + len(errors), tokens)
+
+    def _begin(
+        self, engine: Engine, tokenizer: Tokenizer, request: Request
+    ) -> tuple["_Row | None", str]:
+        """The request in the engine's queue, or why it cannot be there."""
+        prompt = tokenizer.encode(request.prompt)
+        limit, wanted = engine.cfg.max_length, request.settings.max_new_tokens
+        if len(prompt) + wanted > limit:
+            return None, (
+                f"{len(prompt)} prompt tokens and max_new_tokens={wanted} are more than the {limit} "
+                f"tokens of {engine.cfg.name}: shorten the prompt or generate fewer tokens."
+            )
+        running = engine.submit(prompt, request.settings.sampling, stop_ids=tokenizer.stop_ids)
+        return _Row(request, running, tokenizer), ""
 
     def finish(self) -> int:
         """Waits until no process is at work; the first to see it joins what all have written.
@@ -246,27 +244,37 @@ class Job:
 class _Row:
     """A request that is being generated."""
 
-    def __init__(self, request: Request, prompt: list[int], tokenizer: Tokenizer):
-        self.request, self.prompt, self._tokenizer = request, prompt, tokenizer
+    def __init__(self, request: Request, running: EngineRequest, tokenizer: Tokenizer):
+        self.request, self.running, self._tokenizer = request, running, tokenizer
         self._tokens: list[int] = []
-        self.is_stopped = False
+        self.is_ended = self._is_stopped = False
         self._is_thinking = request.thinking_mode == "thinking"
         # Every token has a byte at least, so these many show whether a text has come to an end.
         texts = (THINK_END, *request.settings.stop)
         self._tail = max(len(text.encode()) for text in texts) if request.settings.stop else 0
 
-    def push(self, token: int) -> bool:
-        """Takes a token, unless the row has ended (whose tokens are -1, or go on unused)."""
-        if self.is_stopped:
+    def read(self) -> int:
+        """Takes the engine's new tokens, up to one that ends the text; returns their number."""
+        new = self.running.tokens[len(self._tokens) :]
+        for count, token in enumerate(new, 1):
+            self._tokens.append(token)
+            self._is_stopped = token in self._tokenizer.stop_ids or self._is_at_stop()
+            if self._is_stopped:
+                self.running.cancel()
+                self.is_ended = True
+                return count
+        self.is_ended = self.running.is_ended
+        return len(new)
+
+    def _is_at_stop(self) -> bool:
+        """Whether the last token has brought a stop text to its end."""
+        if not self._tail:
             return False
-        self._tokens.append(token)
-        self.is_stopped = token in self._tokenizer.stop_ids
-        if self._tail and not self.is_stopped:
-            tail = self._tokenizer.decode(self._tokens[-self._tail :], keep_special=True)
-            self._is_thinking = self._is_thinking and THINK_END not in tail
-            if not self._is_thinking and any(text in tail for text in self.request.settings.stop):
-                self.is_stopped = self._stop_at(self._tokenizer.decode(self._tokens)) is not None
-        return True
+        tail = self._tokenizer.decode(self._tokens[-self._tail :], keep_special=True)
+        self._is_thinking = self._is_thinking and THINK_END not in tail
+        if self._is_thinking or not any(text in tail for text in self.request.settings.stop):
+            return False
+        return self._stop_at(self._tokenizer.decode(self._tokens)) is not None
 
     def _stop_at(self, text: str) -> int | None:
         """Where the first stop text of an answer begins: one met in the reasoning is none."""
@@ -289,7 +297,7 @@ class _Row:
             message = parse_partial_completion(text, request.thinking_mode, is_complete=True)
             record |= {key: message[key] for key in ("content", "reasoning_content", "tool_calls")}
         return record | {
-            "finish_reason": "stop" if self.is_stopped else "length",
-            "prompt_tokens": len(self.prompt),
+            "finish_reason": "stop" if self._is_stopped else "length",
+            "prompt_tokens": self.running.prompt_length,
             "completion_tokens": len(tokens),
         }

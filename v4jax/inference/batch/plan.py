@@ -1,4 +1,4 @@
-"""The first pass over the input: its lines checked, counted and put into batches."""
+"""The first pass over the input: its lines checked, counted and put in order."""
 
 import array
 import hashlib
@@ -19,44 +19,38 @@ from v4jax.text.format import resolve_mode
 
 
 class Plan:
-    """Which requests a file holds, and the batches they form.
+    """Which requests a file holds, and the order they are done in.
 
-    A batch has requests of similar length, whatever their samplers. Batches depend on the file, the settings and `batch_size` only: not on what is done already or
-    on how many hosts there are. So a request is always computed in the same company, and its result
-    has the same bits (in bfloat16 a product's last bit may depend on the shape of the batch).
+    Those that may generate the most come first, so that the last ones are short and the slots of an
+    engine stay filled to the end.
 
     Of a request only a few numbers are kept; its text is read again when its turn comes.
 
     Args:
       path: JSON lines; blank ones are skipped.
       settings: for lines that do not say otherwise.
-      batch_size: sequences generated together.
       release: whose prompts to render, see `v4jax.text.prompt.render`.
 
     Attributes:
-      batches: [K] pairs (first, last + 1) of positions for `request`.
+      requests: their number; they have places 0 .. requests - 1.
       malformed: an error record for every line that is not a request.
       digest: SHA-256 of the file.
       size: its bytes.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: batch_size is not positive, the release does not have the settings' mode, or the
-        path is that of a pipe or folder.
+      ValueError: the release does not have the settings' mode, or the path is that of a pipe or
+        folder.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,
         settings: Settings,
-        batch_size: int,
         release: str = "april",
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1.")
         resolve_mode(settings.mode, release)
-        self.path, self.settings = path, settings
-        self.batch_size, self.release = batch_size, release
+        self.path, self.settings, self.release = path, settings, release
         self.malformed: list[dict[str, Any]] = []
         lines, offsets, limits, lengths, marks = (array.array(code) for code in "qqqqQ")
         ids: set[str] = set()
@@ -83,14 +77,10 @@ class Plan:
                         self.malformed.append({"line": line, "id": error.id, "error": str(error)})
                 self.size += len(text)
         self.digest = sha.hexdigest()
-        # A batch runs as long as its longest row: first by what may be generated, then by prompt.
-        order = np.lexsort((lines, lengths, limits))
+        order = np.lexsort((lines, lengths, limits))[::-1]
         self._lines, self._offsets = np.array(lines)[order], np.array(offsets)[order]
         self._marks = np.array(marks)[order]
-        count = len(lines)
-        self.batches = [
-            (start, min(start + batch_size, count)) for start in range(0, count, batch_size)
-        ]
+        self.requests = len(lines)
 
     @property
     def count(self) -> int:
@@ -103,26 +93,26 @@ class Plan:
         last = int(self._lines.max(initial=0))
         return max([last, *(record["line"] for record in self.malformed[-1:])])
 
-    def line(self, position: int) -> int:
-        """Number of the line of the request at a position of `batches`."""
-        return int(self._lines[position])
+    def line(self, place: int) -> int:
+        """Number of the line of the request at a place."""
+        return int(self._lines[place])
 
-    def request(self, position: int) -> Request:
-        """The request at a position of `batches`, read from the file.
+    def request(self, place: int) -> Request:
+        """The request at a place, read from the file.
 
         Raises:
           JobError: the file has changed since the plan was made.
         """
         with open(self.path, "rb") as file:
-            file.seek(int(self._offsets[position]))
+            file.seek(int(self._offsets[place]))
             text = file.readline()
-        if _mark(text) != int(self._marks[position]):
+        if _mark(text) != int(self._marks[place]):
             raise JobError(
-                f"{self.path} was changed while the job was running: line {self.line(position)} is "
+                f"{self.path} was changed while the job was running: line {self.line(place)} is "
                 "another one now. Put the old input back, and the same command goes on; or start "
                 "a job with the new one and another output."
             )
-        return parse_request(text, self.line(position), self.settings, self.release)
+        return parse_request(text, self.line(place), self.settings, self.release)
 
 
 def _mark(text: bytes) -> int:

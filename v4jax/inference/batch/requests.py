@@ -39,6 +39,9 @@ class Settings:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     max_new_tokens: int = 256
     seed: int = 0  # a line without its own uses this plus its number
     stop: str | Sequence[str] = ()  # texts that end a completion and are not part of it
@@ -56,7 +59,7 @@ class Settings:
     @property
     def sampling(self) -> Sampling:
         """How the request's tokens are drawn, and how many."""
-        names = [field.name for field in dataclasses.fields(Sampling)]
+        names = {field.name for field in dataclasses.fields(Sampling)} & set(SETTINGS)
         return Sampling(**{name: getattr(self, name) for name in names})
 
     def updated(self, given: Mapping[str, Any]) -> "Settings":
