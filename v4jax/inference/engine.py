@@ -219,8 +219,10 @@ class Engine:
             snapshot=bound(steps.snapshot),
             restore=bound(steps.restore),
             copy_pages=bound(steps.copy_pages),
-            take_out=bound(steps.take_out),
-            put_back=bound(steps.put_back),
+            take_rows=bound(steps.take_rows),
+            put_rows=bound(steps.put_rows),
+            read_pages=bound(steps.read_pages),
+            write_pages=bound(steps.write_pages),
             place=placed if is_one else np.asarray,
             fetch=jax.device_get,
         )

@@ -124,15 +124,16 @@ class SamplingRows:
 
     @classmethod
     def of(
-        cls, requests: Sequence[Sampling], vocab: int, prompts: Sequence[Sequence[int]]
+        cls, requests: Sequence[Sampling], vocab: int, prompts: Sequence[Sequence[int]] = ()
     ) -> "SamplingRows":
-        """NumPy arrays, one row a request with its prompt."""
+        """NumPy arrays, one row a request with its prompt (default: all are empty)."""
 
         def column(values, dtype) -> np.ndarray:
             return np.array(list(values), dtype)
 
         bias = np.zeros((len(requests), vocab), np.float32)
         in_prompt = np.zeros((len(requests), vocab), bool)
+        prompts = prompts or [()] * len(requests)
         for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             bias[row, list(request.logit_bias)] = list(request.logit_bias.values())
             if request.repetition_penalty != 1:

@@ -40,8 +40,10 @@ class Programs:
     snapshot: Callable[..., Any]
     restore: Callable[..., Slots]
     copy_pages: Callable[..., Slots]
-    take_out: Callable[..., Any]
-    put_back: Callable[..., Slots]
+    take_rows: Callable[..., Slots]
+    put_rows: Callable[..., Slots]
+    read_pages: Callable[..., Any]
+    write_pages: Callable[..., Slots]
     place: Callable[[np.ndarray], Any]  # an array with a row a slot, on the devices
     fetch: Callable[[Any], Any]  # arrays of the devices as NumPy
 
@@ -227,9 +229,10 @@ class Scheduler:
             tokens = len(request.prompt) + len(request.tokens)
             if not self._reserve(request, self._needed(request, tokens + self._steps_per_call)):
                 return False
-            width, held = request._held
+            width, rows, pages = request._held
             tables = self._tables_of_width(width)
-            self.slots = self.run.put_back(self.slots, tables, slot, held)
+            self.slots = self.run.write_pages(self.slots, tables, slot, pages)
+            self.slots = self.run.put_rows(self.slots, slot, rows)
             request._held, request._stage = None, Stage.DECODING
             self._cancelled[request._slot] = False
             return True
@@ -329,8 +332,9 @@ class Scheduler:
             tokens = len(last.prompt) + len(last.tokens)
             width = next(width for width in self._widths if width >= tokens)
             slot = self._one_each([last._slot])
-            held = self.run.fetch(self.run.take_out(self.slots, self._tables_of_width(width), slot))
-            last._held = width, held
+            pages = self.run.read_pages(self.slots, self._tables_of_width(width), slot)
+            rows = self.run.take_rows(self.slots, slot)
+            last._held = width, *self.run.fetch((rows, pages))
             self._cancelled[last._slot] = True  # the device decodes it no further
         else:  # its prompt is fed again, to the same bits
             self.prompt_tokens -= len(last.prompt)

@@ -5,7 +5,8 @@
     slots         = start(slots, slot, rows)                               a request begins to decode
     state         = snapshot(slots, slot);  slots = restore(slots, slot, state, lengths)
     slots         = copy_pages(slots, source, target)
-    held          = take_out(slots, tables, slot);  slots = put_back(slots, tables, slot, held)
+    rows          = take_rows(slots, slot);  slots = put_rows(slots, slot, rows)
+    pages         = read_pages(slots, tables, slot);  slots = write_pages(slots, tables, slot, pages)
 
 Everything about a request is an array with one row a slot, so a step is compiled once for a model, a
 number of slots and a width of the tables. Sampled tokens stay on the devices, where the next step finds
@@ -126,7 +127,7 @@ def empty_slots(
         *(model.cfg, model.numerics, count, pages, {}, model.cfg.max_length, format), parts=parts
     )
     nobody = [Sampling()] * count
-    requests = RequestRows.of(nobody, [()] * count, vocab, [()] * count, stop_width)
+    requests = RequestRows.of(nobody, [()] * count, vocab, (), stop_width)
     return Slots(
         cache,
         jnp.zeros((count, vocab), jnp.float32),
@@ -282,8 +283,10 @@ class SlotSteps:
         self.snapshot = step(_snapshot, 2, ())  # (slots, slot [G]) -> states [G]
         self.restore = step(_restore, 4)  # (slots, slot [G], states [G], lengths [G]) -> slots
         self.copy_pages = step(_copy_pages, 3)  # (slots, source, target), by ratio [G] -> slots
-        self.take_out = step(_take_out, 3, ())  # (slots, tables, slot [G]) -> held
-        self.put_back = step(_put_back, 4)  # (slots, tables, slot [G], held) -> slots
+        self.take_rows = step(_take_rows, 2, ())  # (slots, slot [G]) -> rows
+        self.put_rows = step(_put_rows, 3)  # (slots, slot [G], rows) -> slots
+        self.read_pages = step(_read_pages, 3, ())  # (slots, tables, slot [G]) -> pages
+        self.write_pages = step(_write_pages, 4)  # (slots, tables, slot [G], pages) -> slots
 
 
 def _start(slots: Slots, slot: jax.Array, rows: RequestRows) -> Slots:
@@ -324,37 +327,45 @@ def _copy_pages(slots: Slots, source: Tables, target: Tables) -> Slots:
     return with_pools(slots, copy)
 
 
-def _take_out(slots: Slots, tables: Tables, slot: jax.Array):
-    """All that a slot has: rows of every array, and its pages as long as the tables are wide."""
-    pick, _ = _row(slot)
+def _take_rows(slots: Slots, slot: jax.Array) -> Slots:
+    """A slot's row of every array, without pages."""
     rows = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=()))
-    pages = [
+    return jax.tree.map(_row(slot)[0], rows)
+
+
+def _put_rows(slots: Slots, slot: jax.Array, rows: Slots) -> Slots:
+    """The inverse, into any slot."""
+    pools = slots.cache.pools
+    kept = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=()))
+    new = jax.tree.map(_row(slot)[1], kept, rows)
+    return dataclasses.replace(new, cache=dataclasses.replace(new.cache, pools=pools))
+
+
+def _read_pages(slots: Slots, tables: Tables, slot: jax.Array):
+    """What is in the pages of a slot's tables, layer by layer."""
+    pick, _ = _row(slot)
+    return [
         jax.tree.map(
             lambda pool, r=ratio: Pages(pool, pick(tables[r])).contiguous(), pools, is_leaf=_is_rows
         )
         for pools, ratio in zip(slots.cache.pools, slots.cache.ratios, strict=True)
     ]
-    return jax.tree.map(pick, rows), pages
 
 
-def _put_back(slots: Slots, tables: Tables, slot: jax.Array, held) -> Slots:
-    """The inverse, into another slot and other pages."""
-    pick, put = _row(slot)
-    rows, contents = held
+def _write_pages(slots: Slots, tables: Tables, slot: jax.Array, pages) -> Slots:
+    """The inverse, into the pages of any slot's tables; page 0 keeps what it has."""
+    pick, _ = _row(slot)
+    tables = {ratio: jnp.where(slot[0] >= 0, pick(table), 0) for ratio, table in tables.items()}
     pools = tuple(
         jax.tree.map(
-            lambda pool, new, r=ratio: Pages(pool, pick(tables[r])).replaced(new),
+            lambda pool, new, r=ratio: Pages(pool, tables[r]).replaced(new),
             pools,
             content,
             is_leaf=_is_rows,
         )
-        for pools, content, ratio in zip(
-            slots.cache.pools, contents, slots.cache.ratios, strict=True
-        )
+        for pools, content, ratio in zip(slots.cache.pools, pages, slots.cache.ratios, strict=True)
     )
-    kept = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=()))
-    new = jax.tree.map(put, kept, rows)
-    return dataclasses.replace(new, cache=dataclasses.replace(new.cache, pools=pools))
+    return dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=pools))
 
 
 def with_pools(slots: Slots, change: Callable) -> Slots:

@@ -1,0 +1,307 @@
+"""Requests that come, share, wait and leave: each gets the tokens that it gets alone."""
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import v4jax
+from tests.models import random_model
+from v4jax import Engine, Sampling, Transformer, tiny
+from v4jax.inference.ledger import Ledger
+from v4jax.inference.prefix import PIECE, Prefix, Prefixes, digests_of
+from v4jax.inference.requests import EngineFullError
+from v4jax.nn.cache import pages_of
+
+CHUNKS = (128, 256)
+RNG = np.random.default_rng(0)
+TEXT = RNG.integers(2, 256, 4000).tolist()
+# Past the window, past what the indexer selects, and lengths that divide nothing.
+PROMPTS = [TEXT[n : n + length] for n, length in enumerate((5, 131, 700, 257, 128, 1037))]
+SAMPLINGS = [
+    Sampling(temperature=0, max_new_tokens=20),
+    Sampling(seed=4, max_new_tokens=7),
+    Sampling(seed=5, top_k=20, top_p=0.9, max_new_tokens=30),
+    Sampling(seed=6, min_p=0.05, repetition_penalty=1.3, max_new_tokens=11),
+    Sampling(seed=7, presence_penalty=0.5, frequency_penalty=0.2, max_new_tokens=9),
+    Sampling(temperature=0, logit_bias={9: 3.0, 11: -5.0}, logprobs=3, max_new_tokens=13),
+]
+
+
+@pytest.fixture(scope="module", params=["plain float32", "released bfloat16"])
+def model(request) -> Transformer:
+    if request.param == "plain float32":
+        return random_model(tiny(), scan_layers=False, seed=1)
+    return random_model(tiny(), v4jax.released("bfloat16"), scan_layers=False, seed=1)
+
+
+@pytest.fixture(scope="module")
+def alone(model) -> list[tuple[list[int], list]]:
+    """Tokens and log-probabilities of each request in an engine where nothing else is."""
+    engine = Engine(model, slots=3, chunks=CHUNKS, prefixes=0)
+    found = []
+    for prompt, sampling in zip(PROMPTS, SAMPLINGS):
+        request = engine.submit(prompt, sampling, stop_ids=[])
+        engine.run_until_idle()
+        found.append((request.tokens, request.logprobs))
+    assert [len(tokens) for tokens, _ in found] == [20, 7, 30, 11, 9, 13]
+    return found
+
+
+def check(requests, alone):
+    for request, (tokens, logprobs) in zip(requests, alone, strict=True):
+        assert request.tokens == tokens and request.logprobs == logprobs
+        assert request.finish_reason == "length"
+
+
+def submit(engine, which=range(len(PROMPTS)), **options):
+    return [engine.submit(PROMPTS[i], SAMPLINGS[i], stop_ids=[], **options) for i in which]
+
+
+def test_together(model, alone):
+    engine = Engine(model, slots=3, chunks=CHUNKS)
+    requests = submit(engine)
+    engine.run_until_idle()
+    check(requests, alone)
+    stats = engine.stats()
+    assert (stats.queued, stats.running, stats.generated_tokens) == (0, 0, 90)
+    engine.forget_prefixes()
+    assert engine.stats().pages_used == 0
+
+
+def test_one_by_one_while_others_run(model, alone):
+    engine = Engine(model, slots=3, chunks=CHUNKS, steps_per_call=5)
+    order, requests = [2, 0, 5, 1, 3, 4], {}
+    for index in order:
+        requests[index] = submit(engine, [index])[0]
+        for _ in range(index):
+            engine.step()
+    engine.run_until_idle()
+    check([requests[i] for i in range(len(PROMPTS))], alone)
+
+
+def test_when_pages_run_out(model, alone):
+    """A cache with room for the longest request alone: others have to leave and come back."""
+    engine = Engine(model, slots=3, chunks=CHUNKS, cache_tokens=1100, prefixes=0)
+    scheduler = engine._scheduler
+    # Of the pages that slots have beside those of `cache_tokens`, some are taken away.
+    scarce = {ratio: max(1, len(f) - 3) for ratio, f in scheduler.ledger._free[0].items()}
+    taken = scheduler.ledger.allocate(
+        0, {r: len(scheduler.ledger._free[0][r]) - n for r, n in scarce.items()}
+    )
+    requests = submit(engine)
+    engine.run_until_idle()
+    check(requests, alone)
+    scheduler.ledger.release(0, taken)
+    assert engine.stats().pages_used == 0
+
+
+def test_who_leaves_its_slot_comes_back_as_it_was(model, alone):
+    """Forced: whoever decodes is put out at every third step."""
+    engine = Engine(model, slots=3, chunks=CHUNKS)
+    scheduler, requests = engine._scheduler, submit(engine)
+    for step in range(400):
+        engine.step()
+        decoding = [r for r in scheduler.in_slot if r is not None and r.tokens]
+        if step % 3 == 0 and decoding:
+            scheduler._make_room(decoding[0], {})
+        if not engine.has_work:
+            break
+    check(requests, alone)
+    assert engine.stats().preemptions > 5
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 5, 63, 127, 128, 129, 300, 895])
+def test_after_a_prefix_of_any_length(model, offset, alone, cached_engine):
+    """The prefix ends inside a window, a page and a chunk of the prompt, wherever that is."""
+    shared, length = PROMPTS[5][: 129 + offset], len(PROMPTS[5])
+    other = [*shared, 1, 1, 1]
+    cached_engine.forget_prefixes()
+    cached_engine.generate([other], Sampling(max_new_tokens=2), stop_ids=[])
+    request = cached_engine.submit(PROMPTS[5], SAMPLINGS[5], stop_ids=[])
+    cached_engine.run_until_idle()
+    assert request.cached_tokens == min(len(shared), length - 1) // PIECE * PIECE
+    check([request], alone[5:])
+
+
+@pytest.fixture(scope="module")
+def cached_engine(model) -> Engine:
+    return Engine(model, slots=3, chunks=CHUNKS)
+
+
+def test_prefixes_of_prefixes_and_their_end(model, alone, cached_engine):
+    """A chat: each turn begins with the one before. Then the oldest leave, and pages come back."""
+    engine = cached_engine
+    engine.forget_prefixes()
+    for length in (140, 300, 700, 1037):
+        request = engine.submit(PROMPTS[5][:length], SAMPLINGS[5], stop_ids=[])
+        engine.run_until_idle()
+    assert request.cached_tokens == 640
+    check([request], alone[5:])
+    prefixes, held = engine._scheduler.prefixes, engine.stats().pages_used
+    assert len(prefixes) >= 4
+    while prefixes.evict(0):
+        assert engine.stats().pages_used <= held
+        held = engine.stats().pages_used
+    assert held == 0
+
+
+def test_priority_and_order():
+    engine = Engine(random_model(tiny(), scan_layers=False, seed=1), slots=1, chunks=CHUNKS)
+    first, second = submit(engine, [0, 4])
+    urgent = engine.submit(PROMPTS[1], SAMPLINGS[1], stop_ids=[], priority=2)
+    engine.run_until_idle()
+    assert urgent.finished_at < first.finished_at < second.finished_at
+    assert first.submitted_at < first.first_token_at < first.finished_at
+
+
+def test_cancelled_requests_leave_at_once(cached_engine):
+    engine, seen = cached_engine, []
+    engine.forget_prefixes()
+    requests = submit(engine, [2, 2, 2, 2, 0], listener=lambda r: seen.append(r.number))
+    for _ in range(6):
+        engine.step()
+    for request in requests[:4]:
+        request.cancel()
+    engine.run_until_idle()
+    assert [r.finish_reason for r in requests] == ["cancelled"] * 4 + ["length"]
+    assert len(requests[4].tokens) == 20 and len(requests[0].tokens) < 30
+    assert {r.number for r in requests} == set(seen)
+    engine.forget_prefixes()
+    assert engine.stats().pages_used == 0
+
+
+def test_a_thread_serves_many(model, alone):
+    engine = Engine(model, slots=3, chunks=CHUNKS)
+    engine.start()
+    found: list = [None] * len(PROMPTS)
+
+    def ask(i):
+        (request,) = submit(engine, [i])
+        found[i] = list(engine.tokens(request))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert found == [tokens for tokens, _ in alone]
+    running = engine.submit(PROMPTS[0], Sampling(max_new_tokens=20_000), stop_ids=[])
+    while not running.tokens:
+        time.sleep(0.01)
+    engine.stop(grace=0.1)
+    assert running.finish_reason == "cancelled" and not engine.has_work
+
+
+def test_what_cannot_be_served_is_refused():
+    model = random_model(tiny(), scan_layers=False, seed=1)
+    engine = Engine(model, slots=1, cache_tokens=512, queue=2)
+    with pytest.raises(ValueError, match="5009 tokens are more than the cache_tokens=512"):
+        engine.submit([1] * 9, Sampling(max_new_tokens=5000))
+    with pytest.raises(ValueError, match=r"logit_bias has token ids up to 256: expected 0\.\.255"):
+        engine.submit([1], Sampling(logit_bias={256: 1.0}))
+    engine.submit([1])
+    engine.submit([1])
+    with pytest.raises(EngineFullError, match="2 requests are waiting"):
+        engine.submit([1])
+    for bad, message in (
+        (dict(slots=0), "slots=0: expected at least 1"),
+        (dict(cache_tokens=0), "cache_tokens=0: expected a positive number"),
+        (dict(steps_per_call=17), r"steps_per_call=17: expected 1\.\.16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(model, **bad)
+
+
+def test_the_cache_grows_for_a_long_request():
+    model = random_model(tiny(), scan_layers=False, seed=1)
+    engine = Engine(model, slots=1)
+    before = engine.stats().pages
+    prompt = (TEXT * 2)[:5000]
+    small, large = engine.generate([PROMPTS[1], prompt], Sampling(max_new_tokens=3), stop_ids=[])
+    assert engine.stats().pages > before and len(large.tokens) == 3
+    assert engine.generate([PROMPTS[1]], Sampling(max_new_tokens=3), stop_ids=[]) == [small]
+
+
+def test_a_step_does_not_touch_what_is_not_filled(cached_engine):
+    """Tables are as wide as the longest running request needs, whatever the cache has room for."""
+    engine = cached_engine
+    engine.generate([PROMPTS[0]], Sampling(max_new_tokens=3), stop_ids=[])
+    widths = set()
+    decode = engine._scheduler.run.decode
+
+    def spy(slots, tables, count, cancelled):
+        widths.add(tables[4].shape[1])
+        return decode(slots, tables, count, cancelled)
+
+    engine._scheduler.run = dataclasses.replace(engine._scheduler.run, decode=spy)
+    engine.generate([PROMPTS[0]], Sampling(max_new_tokens=3), stop_ids=[])
+    engine._scheduler.run = dataclasses.replace(engine._scheduler.run, decode=decode)
+    assert widths == {pages_of(4096, 4)}
+
+
+# Ledger and prefixes: of numbers alone.
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_a_page_belongs_to_those_that_hold_it(data):
+    ledger, held = Ledger({4: 9, 128: 4}), []
+    for _ in range(data.draw(st.integers(1, 40))):
+        match data.draw(st.sampled_from(["take", "share", "leave"])):
+            case "take":
+                wanted = {r: data.draw(st.integers(0, 4)) for r in (4, 128)}
+                free = {r: len(ledger._free[0][r]) for r in (4, 128)}
+                got = ledger.allocate(0, wanted)
+                assert (got is None) == any(free[r] < wanted[r] for r in free)
+                if got is not None:
+                    assert {r: len(p) for r, p in got.items()} == wanted
+                    used = [page for other in held for page in other[4]]
+                    assert not set(got[4]) & set(used) and 0 not in got[4]
+                    held.append(got)
+            case "share" if held:
+                held.append(data.draw(st.sampled_from(held)))
+                ledger.hold(0, held[-1])
+            case "leave" if held:
+                ledger.release(0, held.pop(data.draw(st.integers(0, len(held) - 1))))
+        distinct = {(r, page) for pages in held for r in pages for page in pages[r]}
+        assert ledger.used == len(distinct)
+    for pages in held:
+        ledger.release(0, pages)
+    assert ledger.used == 0 and ledger.total == 11
+
+
+def test_a_ledger_grows():
+    ledger = Ledger({4: 3}, parts=2)
+    first = ledger.allocate(1, {4: 2})
+    assert ledger.allocate(1, {4: 1}) is None and not ledger.fits(3 * 512)
+    ledger.grow({4: 5})
+    second = ledger.allocate(1, {4: 2})
+    assert sorted(first[4] + second[4]) == [1, 2, 3, 4] and ledger.fits(3 * 512)
+
+
+def test_digests_tell_prefixes_apart():
+    tokens = TEXT[:700]
+    digests = digests_of(tokens)
+    assert len(digests) == 5 and digests_of(tokens[:640]) == digests
+    for place in (0, 127, 128, 639):
+        other = digests_of([*tokens[:place], tokens[place] + 1, *tokens[place + 1 :]])
+        assert [a == b for a, b in zip(digests, other)] == [n < place // 128 for n in range(5)]
+
+
+def test_the_least_recently_used_prefix_leaves():
+    ledger = Ledger({4: 9})
+    prefixes = Prefixes(ledger, most=2)
+    for name in (b"a", b"b"):
+        pages = ledger.allocate(0, {4: 1})
+        prefixes.add(0, name, Prefix(128, pages, None))
+        ledger.release(0, pages)
+    assert prefixes.find(0, [b"a", b"x"]).length == 128 and prefixes.find(1, [b"a"]) is None
+    pages = ledger.allocate(0, {4: 1})
+    prefixes.add(0, b"c", Prefix(128, pages, None))
+    assert [prefixes.has(0, name) for name in (b"a", b"b", b"c")] == [True, False, True]
+    assert ledger.used == 2 and prefixes.evict(0) and ledger.used == 1 and not prefixes.evict(1)
