@@ -79,7 +79,10 @@ class Choice:
         if self.finish_reason is not None:
             return update
         ended = request.finish_reason  # before the tokens, which are there when it is set
-        for place in range(self.completion_tokens, len(request.tokens)):
+        count = len(request.tokens)
+        if self._asked.top_logprobs is not None:
+            count = min(count, len(request.logprobs))
+        for place in range(self.completion_tokens, count):
             if self._take(request, place, update):
                 request.cancel()
                 ended = "stop"

@@ -22,8 +22,8 @@ class TokenLogprobLike(Protocol):
 class RequestLike(Protocol):
     """A request of the engine. Its thread changes it, and any thread may read it.
 
-    `tokens` and `logprobs` are appended to before `finish_reason` is set, and `listener` is called
-    after both.
+    `tokens` and `logprobs` are appended to before `finish_reason` is set, and the listener is called
+    after that. It is quick and raises nothing.
     """
 
     prompt_length: int
