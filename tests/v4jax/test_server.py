@@ -654,6 +654,14 @@ def test_a_wrong_field_is_named(live, fields, param, text):
     assert not live.engine.all
 
 
+def test_the_context_may_be_shorter_than_the_models():
+    with Live(FakeEngine(), max_context=20) as live:
+        assert live.client.get("/v1/models/nano").json()["max_model_len"] == 20
+        assert "length is 20 tokens" in error(live.complete(prompt=[5] * 20), 400)["message"]
+        assert live.complete(prompt=[5] * 15).status_code == 200
+        assert live.engine.all[0].sampling.max_new_tokens == 5
+
+
 def test_a_prompt_that_does_not_fit_says_how_long_it_is(live):
     found = error(live.complete(prompt=[5] * (live.engine.cfg.max_length)), 400)
 

@@ -25,8 +25,6 @@ from v4jax.inference.engine import Engine
 from v4jax.text.format import MODES, resolve_mode
 from v4jax.text.tokenizer import Tokenizer
 
-CONTEXT = 32_768  # tokens of a sequence that a mesh is chosen for
-
 
 def main() -> None:
     """Loads the model and serves until a signal comes."""
@@ -44,6 +42,13 @@ def main() -> None:
     group.add_argument("--grace", type=float, default=30.0, help="seconds to finish at the end")
     group = parser.add_argument_group("generation")
     group.add_argument("--slots", type=int, default=8, help="requests that run together")
+    group.add_argument("--queue", type=int, default=1024, help="requests that may wait")
+    group.add_argument(
+        "--cache-tokens",
+        type=int,
+        default=131_072,
+        help="tokens of context of all requests together, and the longest of one",
+    )
     group.add_argument(
         "--mode", choices=list(MODES), default="non-think", help="of requests that ask for none"
     )
@@ -61,20 +66,30 @@ def main() -> None:
     tokenizer = Tokenizer(args.checkpoint)
     resolve_mode(args.mode, tokenizer.release)
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
-    if args.grace < 0:
-        raise ValueError(f"--grace {args.grace}: expected seconds from 0 on.")
+    for name, least in (("grace", 0), ("queue", 1), ("slots", 1), ("cache_tokens", args.slots)):
+        if getattr(args, name) < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(args, name)}: expected {least} or more.")
     settings = ServerSettings(
         model=args.served_name or checkpoint.Checkpoint(args.checkpoint).config.name,
         api_key=args.api_key or os.environ.get("V4JAX_API_KEY"),
         mode=args.mode,
         max_new_tokens=args.max_new_tokens,
+        max_context=args.cache_tokens,
         max_body_bytes=int(args.max_body_mb * 2**20),
         timeout=args.timeout,
     )
     sock = bind(args.host, args.port)  # fails before the model is loaded
-    model = load_for_serving(args, numerics, context=CONTEXT, batch=args.slots)
+    model = load_for_serving(
+        args, numerics, context=args.cache_tokens // args.slots, batch=args.slots
+    )
     engine = Engine(  # type: ignore[call-arg]
-        model, tokenizer, slots=args.slots, cache=args.cache
+        model,
+        tokenizer,
+        slots=args.slots,
+        cache=args.cache,
+        cache_tokens=args.cache_tokens,
+        queue=args.queue,
     )
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

@@ -22,7 +22,13 @@ from v4jax.inference.server.fields import read_object
 from v4jax.inference.server.http import ClientGoneError, EventStream, read_body, unless_gone
 from v4jax.inference.server.metrics import Metrics
 from v4jax.inference.server.protocol import EngineLike
-from v4jax.inference.server.requests import Asked, ServerSettings, read_chat, read_completion
+from v4jax.inference.server.requests import (
+    Asked,
+    ServerSettings,
+    context_of,
+    read_chat,
+    read_completion,
+)
 from v4jax.inference.server.responses import Answer
 from v4jax.text.format import shown
 
@@ -125,7 +131,7 @@ class Service:
             "object": "model",
             "created": self.began,
             "owned_by": "v4jax",
-            "max_model_len": self.engine.cfg.max_length,
+            "max_model_len": context_of(self.engine, self.settings),
             "modes": list(self.tokenizer.modes),
         }
 

@@ -50,13 +50,15 @@ class ServerSettings:
     api_key: str | None = None  # what requests have to show; None: nothing
     mode: str = "non-think"  # of requests that ask for none
     max_new_tokens: int = 32_768  # of requests that ask for none, if the context has room
+    max_context: int | None = None  # tokens of prompt and answer; None: what the model takes
     max_body_bytes: int = 16 * 2**20
     timeout: float = 3600.0  # seconds of a request, waiting included
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "max_body_bytes", "timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
+        for name in ("max_new_tokens", "max_context", "max_body_bytes", "timeout"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value}: expected a number above 0.")
         if not self.model:
             raise ValueError("model='': expected a name.")
         if self.api_key is not None and not self.api_key.isascii():
@@ -79,6 +81,12 @@ class Asked:
     top_logprobs: int | None  # None: no log-probabilities
     has_parallel_calls: bool  # else the first call ends the answer
     ignored: list[str]  # fields that are not known
+
+
+def context_of(engine: EngineLike, settings: ServerSettings) -> int:
+    """Tokens of prompt and answer that a request may have."""
+    longest = engine.cfg.max_length
+    return min(longest, settings.max_context or longest)
 
 
 def read_chat(values: Mapping[str, Any], engine: EngineLike, settings: ServerSettings) -> Asked:
@@ -237,12 +245,11 @@ def _limit(
     Raises:
       ApiError: the prompt and they are more than the model's context.
     """
-    context = engine.cfg.max_length
-    asked = limit or 1
+    context, asked = context_of(engine, settings), limit or 1
     if len(prompt) + asked > context:
         raise ApiError(
             400,
-            f"This model's maximum context length is {context} tokens. However, you requested "
+            f"This server's maximum context length is {context} tokens. However, you requested "
             f"{len(prompt) + asked} tokens ({len(prompt)} in the prompt, {asked} in the "
             "completion): shorten the prompt or generate fewer tokens.",
             param="prompt" if thinking_mode is None else "messages",
