@@ -60,8 +60,6 @@ class Metrics:
     def ended(self, request: RequestLike, outcome: str, now: float) -> None:
         """A choice has ended: "stop", "length", "tool_calls", "cancelled" or "error"."""
         self._outcomes.labels(outcome).inc()
-        if request.submitted_at is None:
-            return
         if request.first_token_at is not None:
             self._first.observe(request.first_token_at - request.submitted_at)
         self._whole.observe(now - request.submitted_at)

@@ -26,36 +26,36 @@ class RequestLike(Protocol):
     after that. It is quick and raises nothing.
     """
 
-    prompt_length: int
-    tokens: list[int]
-    finish_reason: str | None
-    error: str | None
-    cached_tokens: int
-    submitted_at: float | None
-    first_token_at: float | None
-    finished_at: float | None
+    @property
+    def tokens(self) -> Sequence[int]:
+        """What was generated so far, the stop token included."""
 
     @property
     def logprobs(self) -> Sequence[TokenLogprobLike]:
         """One a token, if the request asked for them."""
 
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it goes on, then "stop", "length", "cancelled" or "error"."""
+
+    @property
+    def error(self) -> str | None:
+        """What failed."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were in the cache."""
+
+    @property
+    def submitted_at(self) -> float:
+        """Of `time.monotonic`."""
+
+    @property
+    def first_token_at(self) -> float | None:
+        """The same of the first token; None before it."""
+
     def cancel(self) -> None:
         """Ends the request soon; does not wait, and does nothing if it has ended."""
-
-
-class StatsLike(Protocol):
-    """Counts of an engine; those of tokens, preemptions and steps since it began."""
-
-    queued: int
-    running: int
-    slots: int
-    pages: int
-    pages_used: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    preemptions: int
-    steps: int
 
 
 class EngineLike(Protocol):
@@ -84,5 +84,5 @@ class EngineLike(Protocol):
     def stop(self, grace: float = 0.0) -> None:
         """Ends what still runs after `grace` seconds, and the thread."""
 
-    def stats(self) -> StatsLike:
-        """Counts, at this moment."""
+    def stats(self) -> Any:
+        """Counts, as `v4jax.inference.engine.EngineStats` has them."""
