@@ -55,7 +55,8 @@ def bind(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except (OSError, OverflowError) as error:
         sock.close()
-        raise OSError(f"cannot listen at {host} port {port}: {error}.") from None
+        text = str(error).rstrip(".")
+        raise OSError(f"cannot listen at {host} port {port}: {text}.") from None
     return sock
 
 
