@@ -101,6 +101,7 @@ def test_the_installed_command_converts_and_scores(installed, run, tmp_path):
 def test_the_wheel_says_what_it_is(installed):
     assert (installed / "v4jax" / "py.typed").exists()
     assert (installed / "v4jax" / "assets" / "text" / "mansfield_park.txt").exists()  # for verify
+    assert (installed / "v4jax" / "inference" / "server" / "page.html").exists()
     (metadata,) = installed.glob("v4jax-*.dist-info/METADATA")
     fields = Parser().parsestr(metadata.read_text(encoding="utf-8"))
     version = re.search(

@@ -700,7 +700,7 @@ def steps_of(parse, text: str) -> int:
             steps += (found.end() if found else len(string)) - position
             return found
 
-    names = [name for name in vars(parsing) if name.startswith("_LOOSE_")]
+    names = [name for name in vars(parsing) if name.startswith("LOOSE_")]
     patterns = {name: Counting(getattr(parsing, name)) for name in names}
     any_of = parsing._any_of
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,7 @@ COMMANDS = {
     "score": "logits of given tokens, or the perplexity of a text",
     "verify": "does this installation compute the right thing with a checkpoint",
     "batch": "a file of requests, restartable",
+    "serve": "an OpenAI-compatible HTTP server",
     "finetune": "train from scratch or from a checkpoint",
     "convert": "checkpoints between formats and names",
     "plan": "does a job fit a TPU slice, and how fast could it be",

@@ -32,13 +32,13 @@ _INVOKE_HEAD = re.compile(r' name="(.*?)">\n\n?', re.DOTALL)
 _PARAMETER_HEAD = re.compile(r' name="(.*?)" string="(true|false)">', re.DOTALL)
 
 # The same tags as a model may garble them, for the tolerant parser.
-_LOOSE_CALLS_START = re.compile(rf"\n{{0,2}}<{DSML}tool_calls")
-_LOOSE_INVOKE_START = re.compile(rf'<{DSML}invoke\s+name="([^"]*)"\s*>')
-_LOOSE_INVOKE_END = re.compile(rf"</{DSML}invoke\s*>")
-_LOOSE_PARAMETER_START = re.compile(
+LOOSE_CALLS_START = re.compile(rf"\n{{0,2}}<{DSML}tool_calls")
+LOOSE_INVOKE_START = re.compile(rf'<{DSML}invoke\s+name="([^"]*)"\s*>')
+LOOSE_INVOKE_END = re.compile(rf"</{DSML}invoke\s*>")
+LOOSE_PARAMETER_START = re.compile(
     rf'<{DSML}parameter\s+name="([^"]*)"(?:\s+string="([^"]*)")?\s*>'
 )
-_LOOSE_PARAMETER_END = re.compile(rf"</{DSML}parameter\s*>")
+LOOSE_PARAMETER_END = re.compile(rf"</{DSML}parameter\s*>")
 
 
 def parse_message_from_completion_text(text: str, thinking_mode: str) -> dict[str, Any]:
@@ -105,16 +105,16 @@ def parse_partial_completion(
     if thinking_mode == "thinking":
         reasoning, end, answer = text.partition(THINK_END)
         if not end:
-            block = _LOOSE_CALLS_START.search(text)
+            block = LOOSE_CALLS_START.search(text)
             calls = _loose_calls(text, block.end()) if block else []
             if block and (calls or not is_complete):  # until the end THINK_END may come after them
                 return _assistant_message("", text[: block.start()], calls if is_complete else [])
-            return _assistant_message("", text if is_complete else _hold_back(text, *_ENDS), [])
-    block = _LOOSE_CALLS_START.search(answer)
+            return _assistant_message("", text if is_complete else hold_back(text, *_ENDS), [])
+    block = LOOSE_CALLS_START.search(answer)
     if block:
         calls = _loose_calls(answer, block.end())
         return _assistant_message(answer[: block.start()], reasoning, calls)
-    content = answer if is_complete else _hold_back(answer, *_ENDS[1:])
+    content = answer if is_complete else hold_back(answer, *_ENDS[1:])
     return _assistant_message(content, reasoning, [])
 
 
@@ -133,15 +133,15 @@ def answer_span(text: str, thinking_mode: str) -> tuple[int, int] | None:
     return start, end.start() if end else len(text)
 
 
-# What may end the reasoning, and but for the first the content; for `_hold_back`.
+# What may end the reasoning, and but for the first the content; for `hold_back`.
 _ENDS = (THINK_END, EOS, CALLS_START, CALLS_START[1:], CALLS_START[2:])
 
 
 def _loose_calls(text: str, position: int) -> list[dict[str, Any]]:
     """The closed calls after a position, as a model may garble them."""
     calls = []
-    for call, body in _elements(text[position:], _LOOSE_INVOKE_START, _LOOSE_INVOKE_END):
-        parameters = _elements(body, _LOOSE_PARAMETER_START, _LOOSE_PARAMETER_END)
+    for call, body in _elements(text[position:], LOOSE_INVOKE_START, LOOSE_INVOKE_END):
+        parameters = _elements(body, LOOSE_PARAMETER_START, LOOSE_PARAMETER_END)
         arguments = {head.group(1): (head.group(2) or "", value) for head, value in parameters}
         calls.append(_tool_call(call.group(1), arguments))
     return calls
@@ -160,7 +160,7 @@ def _elements(
         position = tail.end()
 
 
-def _hold_back(text: str, *tags: str) -> str:
+def hold_back(text: str, *tags: str) -> str:
     """`text` without an ending with which one of `tags` begins."""
     for size in range(min(len(text), max(map(len, tags))), 0, -1):
         if any(tag.startswith(text[-size:]) for tag in tags):

@@ -1,5 +1,7 @@
 """Tokenizers: the released `tokenizer.json`, or a small one trained here in the same form."""
 
+import codecs
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -142,16 +144,28 @@ class Tokenizer:
         Joined they are `decode` of all ids: what is held back of a character that was not finished
         comes at the end.
         """
-        stream = tokenizers.decoders.DecodeStream(skip_special_tokens=not keep_special)
-        held: list[int] = []
-        for index in map(int, ids):
-            held.append(index)
-            piece = stream.step(self._tokenizer, index)
-            if piece:
-                held.clear()
+        decoder = StreamDecoder(self, keep_special=keep_special)
+        for index in ids:
+            if piece := decoder.push(int(index)):
                 yield piece
-        if rest := self.decode(held, keep_special=keep_special):
+        if rest := decoder.close():
             yield rest
+
+    def token_bytes(self, index: int) -> bytes:
+        """UTF-8 of one token, which may be a part of a character; nothing for an id without token."""
+        token = self._tokenizer.id_to_token(index)
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTES[letter] for letter in token)
+        except KeyError:  # a token of the format, which stands for itself
+            return token.encode("utf-8")
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out: BOS, EOS and padding."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Puts `tokenizer.json` into a checkpoint folder, and what tells its release.
@@ -173,6 +187,41 @@ class Tokenizer:
             with open(f"{path}.new", "w", encoding="utf-8") as file:
                 file.write(json.dumps(config, indent=2) + "\n")
             os.replace(f"{path}.new", path)
+
+
+class StreamDecoder:
+    """Text of token ids that come one by one. A character is let go with its last byte.
+
+    Args:
+      tokenizer: whose ids they are.
+      keep_special: as in `Tokenizer.decode`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, keep_special: bool = False):
+        self._tokenizer = tokenizer
+        self._left_out = frozenset() if keep_special else tokenizer.special_ids
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, index: int) -> str:
+        """The text that this token completes; often that of the token, and "" within a character."""
+        if index in self._left_out:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(index))
+
+    def close(self) -> str:
+        """What is left of a character that was not finished, as U+FFFD; "" if there is none."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that byte-level BPE writes for each byte: itself, if it is printable Latin-1."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()
 
 
 def _read(path: str) -> tokenizers.Tokenizer:
