@@ -84,10 +84,11 @@ print(
 # ## The cache
 #
 # Each layer keeps a ring of the last 64 tokens. CSA layers add one compressed row per 4 tokens and
-# a key for their indexer, HCA layers one row per 128. That is why long contexts are cheap.
+# a key for their indexer, HCA layers one row per 128, in pages of 128 rows. That is why long contexts
+# are cheap.
 
 # %%
-cache = model.init_cache(batch=1, capacity=4096)
+cache = model.init_cache(batch=1, capacity=16_384)
 for spec, layer in zip(model.cfg.layers, cache.layers):
     shapes = {
         name: getattr(layer, name).shape
@@ -95,7 +96,7 @@ for spec, layer in zip(model.cfg.layers, cache.layers):
         if getattr(layer, name) is not None
     }
     print(f"ratio {spec.ratio:3d}:", shapes)
-growth = (model.init_cache(1, 8192).nbytes - cache.nbytes) / 4096
+growth = (model.init_cache(1, 32_768).nbytes - cache.nbytes) / 16_384
 dense = len(model.cfg.layers) * 2 * model.cfg.num_heads * model.cfg.head_dim * 4
 print(f"{growth:.0f} bytes per token of context; keys and values of every head: {dense}")
 

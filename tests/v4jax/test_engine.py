@@ -117,17 +117,20 @@ def test_stream_yields_minus_one_after_the_end(engine, prompts):
 
 
 def test_a_session_compiles_few_programs(model, prompts, compilations):
-    """Numbers of prompts, lengths, samplers, stop ids and limits are data."""
+    """Numbers of prompts, lengths, samplers, stop ids and limits are data, and so are weights."""
     engine = Engine(model, slots=3, chunks=CHUNKS)
     engine.generate([prompts[1]], Sampling(max_new_tokens=2), stop_ids=[])
     engine.generate([prompts[1]], Sampling(max_new_tokens=2), stop_ids=[])  # from a prefix
-    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == (1, 1)
 
     before = compilations()
     for length in (2, 15, 17, 40, 63, 65, 100, 130):
         request = Sampling(temperature=length / 100, top_k=length, max_new_tokens=3, seed=length)
         engine.generate([prompts[1][:length]], request, stop_ids=range(length % 8))
     engine.generate([*prompts, [5]], sampled(4, min_p=0.1), stop_ids=[7])
+    assert compilations() == before
+    other = Engine(random_model(tiny(), scan_layers=False, seed=2), slots=3, chunks=CHUNKS)
+    before = compilations()
+    other.generate(prompts, Sampling(max_new_tokens=2), stop_ids=[])
     assert compilations() == before
 
 

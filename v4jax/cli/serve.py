@@ -83,7 +83,7 @@ def main() -> None:
     model = load_for_serving(
         args, numerics, context=args.cache_tokens // args.slots, batch=args.slots
     )
-    engine = Engine(  # type: ignore[call-arg]
+    engine = Engine(
         model,
         tokenizer,
         slots=args.slots,
@@ -94,7 +94,7 @@ def main() -> None:
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"{'server':9} http://{shown}:{port}, model {settings.model!r}", file=sys.stderr)
-    app = make_app(engine, settings)  # type: ignore[arg-type]
+    app = make_app(engine, settings)
     serve(app, sock, args.grace)
 
 

@@ -38,10 +38,10 @@ from v4jax.inference.steps import (
     NO_TOKEN,
     STOP_SLOTS,
     Slots,
-    SlotSteps,
     decode_step,
     empty_slots,
     prefill_step,
+    slot_steps,
     with_pools,
 )
 from v4jax.nn.cache import CacheFormat, ratios_of
@@ -154,7 +154,7 @@ class Engine:
             parts = num_batch_parts(DECODE)
             self.leaves = jax.tree.leaves(params)
             self._prefill, self._decode = prefill_step(model), decode_step(model)
-            self._slot_steps = SlotSteps()
+            self._slot_steps = slot_steps()
         slots += -slots % parts
         self._grows = cache_tokens is None
         self._cache_tokens = cache_tokens or min(CACHE_TOKENS, self.cfg.max_length) * slots // parts
@@ -177,9 +177,11 @@ class Engine:
         )
         self._numbers = itertools.count()
         self._inbox: collections.deque[Request] = collections.deque()
-        self._turn = threading.Condition(threading.RLock())
+        self._turn = threading.Condition(threading.RLock())  # held by whoever steps
+        self._wake = threading.Event()  # there is work, or an end
         self._thread: threading.Thread | None = None
         self._is_stopping = False
+        self._failure: str | None = None
 
     def _check(self, slots: int, cache_tokens: int | None, steps_per_call: int) -> None:
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.cfg.vocab_size:
@@ -252,6 +254,7 @@ class Engine:
           ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for the
             model or the cache together with what it may generate; too many stop ids.
           EngineFullError: the queue is full.
+          RuntimeError: the engine's thread has failed.
         """
         (ids,) = self._ids([prompt])
         return self._submit(ids, sampling, self._stop_ids(stop_ids), priority, listener)
@@ -281,11 +284,14 @@ class Engine:
                 f"{queued} requests are waiting, which is all that may: try later."
             )
         request = Request(next(self._numbers), ids, sampling, stops, priority, listener)
+        self._require_working()
         self._inbox.append(request)
-        if self._thread is not None:
-            with self._turn:
-                self._turn.notify_all()
+        self._wake.set()
         return request
+
+    def _require_working(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"the engine has failed and serves no more: {self._failure}")
 
     def step(self) -> list[Request]:
         """One turn of the scheduler: the requests that got tokens or ended. Dispatches at most one call
@@ -339,6 +345,7 @@ class Engine:
         if self._thread is None:
             self._is_stopping = False
             self._thread = threading.Thread(target=self._loop, name="v4jax-engine", daemon=True)
+            self._wake.set()
             self._thread.start()
 
     def stop(self, grace: float = 0.0) -> None:
@@ -347,31 +354,51 @@ class Engine:
         if thread is None:
             return
         deadline = time.monotonic() + grace
-        while self.has_work and time.monotonic() < deadline:
+        while self.has_work and thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         for request in self._all_requests():
             request.cancel()
-        with self._turn:
-            self._is_stopping = True
-            self._turn.notify_all()
+        self._is_stopping = True
+        self._wake.set()
         thread.join()
         self._thread = None
 
     def _loop(self) -> None:
         while True:
-            with self._turn:
-                while not self.has_work and not self._is_stopping:
-                    self._turn.wait()
-            if not self.has_work:
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                while self.has_work:
+                    self.step()
+            except Exception as error:  # whoever waits has to hear of it
+                self._fail(f"{type(error).__name__}: {error}")
+                raise
+            if self._is_stopping:
                 return
-            self.step()
+
+    def _fail(self, why: str) -> None:
+        """Ends all requests: the devices' arrays may be gone."""
+        self._failure = why
+        requests = self._all_requests()
+        for request in requests:
+            request.error, request.finish_reason = why, "error"
+        with self._turn:
+            self._turn.notify_all()
+        for request in requests:
+            if request.listener is not None:
+                request.listener(request)
 
     def _all_requests(self) -> list[Request]:
         running = [request for request in self._scheduler.in_slot if request is not None]
         return [*self._inbox, *self._scheduler.waiting, *running]
 
     def stats(self) -> EngineStats:
-        """What it is doing and has done."""
+        """What it is doing and has done.
+
+        Raises:
+          RuntimeError: the engine's thread has failed.
+        """
+        self._require_working()
         scheduler = self._scheduler
         return EngineStats(
             queued=len(self._inbox) + len(scheduler.waiting),

@@ -50,6 +50,7 @@ from v4jax.nn.placement import num_batch_parts, specs
 NO_TOKEN = -1  # of a row that has ended
 STOP_SLOTS = 8  # stop ids of a row come in multiples of this
 MOST_STEPS = 16  # of one call of decode
+PROGRAMS = 32  # steps of a kind that are kept: models of the same parts share them
 
 Tables = dict[int, Any]  # by ratio: pages [S, n] int32
 
@@ -156,7 +157,12 @@ def prefill_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
 
     The slots are donated. `leaves` are those of the model's parameters.
     """
-    merged, leaf_specs = _parameters(model, rules)
+    return _prefill_step(_Parts.of(model, rules))
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def _prefill_step(parts: "_Parts") -> Callable:
+    rules = parts.rules
     rows = rules.spec("batch")
 
     def on_device(leaves, slots, tables, tokens, counts, slot):
@@ -169,7 +175,7 @@ def prefill_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
             lengths=pick(cache.lengths),
         )
         counts = jnp.where(slot >= 0, counts, 0)
-        logits, one = _chunk(merged(leaves), tokens, counts, one, pick(slots.logits))
+        logits, one = _chunk(parts.merged(leaves), tokens, counts, one, pick(slots.logits))
         cache = dataclasses.replace(
             cache,
             states=jax.tree.map(put, cache.states, one.states),
@@ -178,8 +184,7 @@ def prefill_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
         )
         return dataclasses.replace(slots, cache=cache, logits=put(slots.logits, logits))
 
-    placed = (leaf_specs, rows, rows, rules.tokens, rows, rows)
-    step = collectives.per_device(on_device, rules, placed, rows)
+    step = parts.per_device(on_device, (rows, rows, rules.tokens, rows, rows), rows)
     return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
 
 
@@ -189,11 +194,16 @@ def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
     Up to `count` tokens of every slot, fewer if all have ended. The slots are donated. Every process
     gets the tokens of all slots.
     """
-    merged, leaf_specs = _parameters(model, rules)
+    return _decode_step(_Parts.of(model, rules))
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def _decode_step(parts: "_Parts") -> Callable:
+    rules = parts.rules
     rows = rules.spec("batch")
 
     def on_device(leaves, slots, tables, count, cancelled):
-        model = merged(leaves)
+        model = parts.merged(leaves)
         slots = dataclasses.replace(slots, done=slots.done | cancelled)
         shape = (slots.done.shape[0], MOST_STEPS)
         top = min(TOP, model.cfg.vocab_size)
@@ -220,8 +230,7 @@ def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
         gather = functools.partial(collectives.all_gather, axis=0)
         return jax.tree.map(lambda x: gather(x, "batch"), output), slots
 
-    placed = (leaf_specs, rows, rows, jax.P(), rows)
-    step = collectives.per_device(on_device, rules, placed, (jax.P(), rows))
+    step = parts.per_device(on_device, (rows, rows, jax.P(), rows), (jax.P(), rows))
     return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
 
 
@@ -269,10 +278,21 @@ def _row(slot: jax.Array):
     return pick, put
 
 
+def slot_steps(rules: AxisRules = DECODE) -> "SlotSteps":
+    """Those of the ambient mesh."""
+    return _slot_steps(rules, jax.sharding.get_abstract_mesh())
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def _slot_steps(rules: AxisRules, mesh) -> "SlotSteps":
+    del mesh  # the ambient one
+    return SlotSteps(rules)
+
+
 class SlotSteps:
     """Steps that move what slots hold, without the model. Compiled on first use; slots are donated."""
 
-    def __init__(self, rules: AxisRules = DECODE):
+    def __init__(self, rules: AxisRules):
         rows = rules.spec("batch")
 
         def step(fn: Callable, arguments: int, donated: tuple[int, ...] = (0,)) -> Callable:
@@ -389,16 +409,19 @@ def chunk_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
     A chunk of every sequence of a cache that has its tables. Cache and logits are donated. Rows
     without a token in the chunk keep their logits.
     """
-    merged, leaf_specs = _parameters(model, rules)
+    return _chunk_step(_Parts.of(model, rules))
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def _chunk_step(parts: "_Parts") -> Callable:
+    rules = parts.rules
     rows = rules.spec("batch")
 
     def on_device(leaves, tokens, counts, cache, logits):
-        logits, cache = _chunk(merged(leaves), tokens, counts, cache, logits)
+        logits, cache = _chunk(parts.merged(leaves), tokens, counts, cache, logits)
         return cache, logits
 
-    step = collectives.per_device(
-        on_device, rules, (leaf_specs, rules.tokens, rows, rows, rows), (rows, rows)
-    )
+    step = parts.per_device(on_device, (rules.tokens, rows, rows, rows), (rows, rows))
     return jax.jit(step, donate_argnums=(3, 4), compiler_options=_compiler_options())
 
 
@@ -425,16 +448,21 @@ def whole_step(model: Transformer, count: int, rules: AxisRules = PREFILL) -> Ca
 
     Of whole sequences without a cache, after `count` tokens from each row's `first` on.
     """
-    merged, leaf_specs = _parameters(model, rules)
+    return _whole_step(_Parts.of(model, rules), count)
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def _whole_step(parts: "_Parts", count: int) -> Callable:
+    rules = parts.rules
     rows = rules.spec("batch")
 
     def on_device(leaves, tokens, first):
-        model = merged(leaves)
+        model = parts.merged(leaves)
         streams, _ = model.trunk(tokens)
         few = [collectives.row_at(streams, first + i, "seq") for i in range(count)]
         return model.logits(model.hidden(jnp.stack(few, axis=1)))
 
-    return jax.jit(collectives.per_device(on_device, rules, (leaf_specs, rules.tokens, rows), rows))
+    return jax.jit(parts.per_device(on_device, (rules.tokens, rows), rows))
 
 
 def losses_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
@@ -442,28 +470,49 @@ def losses_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
 
     -log p of each following token, `tokens` being a chunk after what the cache holds.
     """
-    merged, leaf_specs = _parameters(model, rules)
+    return _losses_step(_Parts.of(model, rules))
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def _losses_step(parts: "_Parts") -> Callable:
+    rules = parts.rules
     rows = rules.spec("batch")
 
     def on_device(leaves, tokens, following, cache):
-        model = merged(leaves)
+        model = parts.merged(leaves)
         length = collectives.psum(jnp.int32(tokens.shape[1]), "seq")
         streams, _ = model.extend(tokens, jnp.full(tokens.shape[0], length), cache)
         return cross_entropy(model, model.hidden(streams), following)
 
-    specs = (leaf_specs, rules.tokens, rules.tokens, rows)
-    return jax.jit(collectives.per_device(on_device, rules, specs, rules.tokens))
+    placed = (rules.tokens, rules.tokens, rows)
+    return jax.jit(parts.per_device(on_device, placed, rules.tokens))
 
 
-def _parameters(model: Transformer, rules: AxisRules):
-    """A function from the leaves of the model's parameters to the model, and their specs.
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a step is made of, but for the arrays: models that agree in it share their programs."""
 
-    Steps take leaves: flattening a module costs milliseconds of host time in every call.
-    """
-    graphdef, params = nnx.split(model)
-    treedef = jax.tree.structure(params)
+    graphdef: Any
+    treedef: Any
+    leaf_specs: tuple[jax.P, ...]
+    rules: AxisRules
+    mesh: Any  # the ambient one
 
-    def merged(leaves) -> Transformer:
-        return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+    @staticmethod
+    def of(model: Transformer, rules: AxisRules) -> "_Parts":
+        graphdef, params = nnx.split(model)
+        placed = jax.tree.leaves(specs(params, rules), is_leaf=lambda s: isinstance(s, jax.P))
+        mesh = jax.sharding.get_abstract_mesh()
+        return _Parts(graphdef, jax.tree.structure(params), tuple(placed), rules, mesh)
 
-    return merged, jax.tree.leaves(specs(params, rules), is_leaf=lambda s: isinstance(s, jax.P))
+    def merged(self, leaves) -> Transformer:
+        """The model with these leaves of its parameters.
+
+        Steps take leaves: flattening a module costs milliseconds of host time in every call.
+        """
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+    def per_device(self, fn: Callable, arguments: tuple, results) -> Callable:
+        """`fn(leaves, ...)` on every device; `arguments`, `results`: specs of what is not leaves."""
+        placed = (list(self.leaf_specs), *arguments)
+        return collectives.per_device(fn, self.rules, placed, results)

@@ -48,7 +48,7 @@ class Exchange:
                 self._requests.append(self._engine.submit(prompt, sampling, listener=listener))
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        except engines.EngineFullError as error:  # type: ignore[attr-defined]
+        except engines.EngineFullError as error:
             raise ApiError(429, f"{error} Try again later.", code="rate_limit_exceeded") from None
         except RuntimeError as error:
             raise ApiError(503, f"The engine takes no requests: {error}") from None
