@@ -117,8 +117,8 @@ class Engine:
       cache: how rows are held, see `v4jax.nn.cache.CacheFormat`.
       cache_tokens: tokens of context that all requests and kept prefixes have room for together, in
         each part. None: 4,096 a slot, and more as soon as a request needs it.
-      chunks: numbers of tokens that prefill is compiled for: multiples of 128, and of a mesh's context
-        axis.
+      chunks: numbers of tokens that prefill is compiled for: one, or a small and a large one; multiples
+        of 128, and of a mesh's context axis.
       steps_per_call: tokens that a slot generates between two looks of the host, where nobody waits.
       queue: requests that may wait; None: any number.
       prefixes: that are kept for requests which begin with the same tokens; 0: none.
@@ -197,6 +197,8 @@ class Engine:
             raise ValueError(f"steps_per_call={steps_per_call}: expected 1..{MOST_STEPS}.")
         if not self.chunks or any(size < 1 or size % PIECE for size in self.chunks):
             raise ValueError(f"chunks={self.chunks}: expected multiples of {PIECE} tokens.")
+        if len(self.chunks) > 2:
+            raise ValueError(f"chunks={self.chunks}: expected one or two sizes.")
 
     def _pages(self, tokens: int, slots: int) -> dict[int, int]:
         """Pages by ratio for so many tokens of `slots` sequences, whose last pages are partly filled."""

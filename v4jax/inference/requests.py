@@ -57,6 +57,7 @@ class Request:
     _in_flight: int = 0  # tokens that calls may generate whose results are not read
     _pages: Held = dataclasses.field(default_factory=dict)
     _held: Any = None  # what was in its slot when it had to leave it
+    _wide: int = 0  # tokens of the prompt that go in wide chunks
     _digests: list[bytes] = dataclasses.field(default_factory=list)
     _calls: int = 0  # of decode since it began
 
