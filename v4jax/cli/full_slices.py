@@ -21,6 +21,9 @@ def choices(
 
     Args:
       options: of `fullest`.
+
+    Raises:
+      ValueError: nothing fits.
     """
     found, refused = [], []
     for place in places:
@@ -28,9 +31,9 @@ def choices(
             try:
                 found.append(fullest(cfg, place, workload, **options))
             except ValueError as error:
-                if len(places) * len(workloads) == 1:
-                    raise
                 refused.append(str(error))
+    if not found:
+        raise ValueError("\n".join(refused))
     return found, refused
 
 
@@ -90,7 +93,7 @@ def _overview(found: Sequence[Choice]) -> str:
             rate += f", {_two_digits(full.generated_per_second)} of them generated"
         cell = f"{full.batch:,} at once, {_two_digits(full.step.seconds * 1e3)} ms a step, {rate}"
         by_work.setdefault(full.workload.name, {})[full.place.topology] = cell
-    model = found[0].full.model.capitalize() if found else ""
+    model = found[0].full.model.capitalize()
     rows = [
         [f"{model}, {work}", *(cells.get(place, "does not fit") for place in places)]
         for work, cells in by_work.items()
@@ -104,7 +107,7 @@ def _details(found: Sequence[Choice]) -> str:
     rows = []
     for choice in found:
         full, held = choice.full, choice.full.held
-        sizes = held.weights, held.slots + held.pages, held.prefixes, held.temporary, held.total
+        sizes = held.weights, held.state, held.prefixes, held.temporary, held.total
         prompt = f"{full.prompt.seconds * 1e3:,.0f} ms" if full.prompt else ""
         rows.append(
             [

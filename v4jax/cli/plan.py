@@ -134,6 +134,8 @@ def parse_args() -> argparse.Namespace:
     if args.job == SERVE:
         if args.answer and not args.context:
             parser.error("--answer: expected --context, the tokens before it")
+        if args.mesh and "," in args.topology:
+            parser.error("--mesh: expected one --topology")
         if args.schedule:
             parser.error("--schedule: --job serve compiles nothing")
     elif len(args.context or ()) != 1 or args.answer:
@@ -356,15 +358,14 @@ def serve(cfg: V4Config, args: argparse.Namespace) -> bool:
     workloads = [Workload(context, args.answer) for context in contexts]
     if not args.context:
         workloads.append(Workload(contexts[0], full_slices.ANSWER))
-    (devices,) = {place.devices for place in places} if args.mesh else {0}
     found, refused = full_slices.choices(
         *(cfg, places, workloads),
         batch=args.batch,
-        sizes=mesh_sizes(args.mesh, devices) if args.mesh else None,
+        sizes=mesh_sizes(args.mesh, places[0].devices) if args.mesh else None,
         experts=args.experts,
         cache=args.cache,
     )
-    others = full_slices.comparisons(cfg, places)
+    others = [] if args.layers else full_slices.comparisons(cfg, places)
     if args.json:
         print(full_slices.as_json(cfg, found, others))
     else:

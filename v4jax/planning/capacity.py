@@ -8,7 +8,7 @@ takes at least. The mesh that gives most tokens a second is taken.
 
 Memory: weights as they lie on the mesh; slots and pages as `empty_slots` allocates them, with pages for
 all slots at full length; the prefixes that an engine keeps; and an allowance for temporaries (below).
-Figures of slots and pages are those of shapes; the others are sums.
+Slots and pages are counted from shapes, weights from those of the model.
 
 Time is a bound: that of `roofline.py`, whose assumptions hold here too, and
 
@@ -38,7 +38,7 @@ from pallas_kernels.formats.pages import PAGE
 from sharding import DECODE, PREFILL
 from v4jax.config import V4Config
 from v4jax.inference.engine import CHUNKS, PREFIXES
-from v4jax.inference.steps import empty_slots
+from v4jax.inference.steps import Slots, empty_slots
 from v4jax.nn.cache import CacheFormat, pages_of, pool_pages, ratios_of
 from v4jax.nn.layers import HashTable
 from v4jax.nn.model import Transformer
@@ -107,43 +107,48 @@ class Held:
     """Bytes of one device."""
 
     weights: float
-    slots: float  # what has a row a slot: rings, open windows, logits, counts, options
-    pages: float
+    state: float  # slots (rings, open windows, logits, counts, options) and pages
     prefixes: float  # what is kept beside their pages
     temporary: float  # an allowance
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.slots + self.pages + self.prefixes + self.temporary
+        return self.weights + self.state + self.prefixes + self.temporary
 
 
 @dataclasses.dataclass(frozen=True)
 class StateSizes:
-    """Bytes of the engine's state in one part: fixed + slots * slot + sum of pages * page."""
+    """Bytes of the engine's state in one part."""
 
-    fixed: float
     slot: float
     page: dict[int, float]  # by ratio, of all layers together
     snapshot: float  # of a slot: what a prefix keeps beside its pages
 
     @staticmethod
     def of(model: Transformer, format: CacheFormat = None) -> "StateSizes":
-        """From the shapes of `empty_slots`, of which all arrays grow by whole rows and pages."""
-        ratios = ratios_of(model.cfg)
+        """From the shapes of `empty_slots`, taken eight at a time: packed pools are whole tiles."""
+        ratios, many = ratios_of(model.cfg), 8
 
-        def shapes(slots: int, pages: dict[int, int]):
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-                return jax.eval_shape(lambda: empty_slots(model, slots, pages, format))
+        def nbytes(slots: int, pages: dict[int, int]) -> float:
+            return _nbytes(_shapes(model, slots, pages, format))
 
-        one = dict.fromkeys(ratios, 1)
-        state = shapes(1, one)
-        whole = _nbytes(state)
-        slot = _nbytes(shapes(2, one)) - whole
-        page = {r: _nbytes(shapes(1, {**one, r: 2})) - whole for r in ratios}
-        return StateSizes(
-            whole - slot - sum(page.values()), slot, page, _nbytes(state.cache.states)
-        )
+        some = dict.fromkeys(ratios, many)
+        whole = nbytes(many, some)
+        slot = (nbytes(2 * many, some) - whole) / many
+        page = {r: (nbytes(many, {**some, r: 2 * many}) - whole) / many for r in ratios}
+        snapshot = _nbytes(_shapes(model, many, some, format).cache.states) / many
+        return StateSizes(slot, page, snapshot)
+
+    def nbytes(self, slots: int, pages: dict[int, int]) -> float:
+        """Of so many slots and pages by ratio."""
+        return slots * self.slot + sum(n * self.page[r] for r, n in pages.items())
+
+
+def _shapes(model: Transformer, slots: int, pages: dict[int, int], format: CacheFormat) -> Slots:
+    """Of `empty_slots` in one part."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.eval_shape(lambda: empty_slots(model, slots, pages, format))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,11 +362,9 @@ class Server:
         """What a device holds with so many slots in each part, all of them at full length."""
         cfg, state = self.cfg, self.state
         tokens = slots * _tokens_to_reserve(cfg, workload)
-        pages = pool_pages(cfg, tokens, slots)
         return Held(
             weights=self.weights.held,
-            slots=state.fixed + slots * state.slot,
-            pages=sum(count * state.page[ratio] for ratio, count in pages.items()),
+            state=state.nbytes(slots, pool_pages(cfg, tokens, slots)),
             prefixes=PREFIXES * state.snapshot,
             temporary=temporary_bytes(cfg, slots, slots * self.sizes["expert"], workload.context),
         )
@@ -465,18 +468,21 @@ class Server:
         return Roofline(flops, hbm, ici, flops / chip.flops, hbm / chip.bandwidth, links, tokens)
 
 
-def temporary_bytes(cfg: V4Config, slots: int, rows: int, context: int) -> float:
+def temporary_bytes(
+    cfg: V4Config, slots: int, rows: int, context: int, chunk: int = CHUNK
+) -> float:
     """An allowance for what a step holds beside its arguments, on a device.
 
     The larger of decoding, with so many slots and so many rows that meet experts, and of a chunk of a
-    prompt: its activations, and the entries of one layer as they are and as floats.
+    prompt: its activations, and the entries of one layer, packed side by side and in bfloat16.
     """
     moe, activations = cfg.moe, ROW_SHARE * row_bytes(cfg)
     copies = rows * moe.experts_per_token * 2 * (2 * cfg.embed_dim + moe.expert_dim)
     decode = slots * (activations + SAMPLING_ARRAYS * 4 * cfg.vocab_size) + copies
     ratio = min(ratios_of(cfg), default=context)
-    chunk = CHUNK * activations + context / ratio * cfg.head_dim * 4
-    return TEMPORARY_BYTES + max(decode, chunk)
+    entries = context / ratio * (costs.kv_row_bytes(cfg) + 2 * cfg.head_dim)
+    prefill = chunk * activations + entries
+    return TEMPORARY_BYTES + max(decode, prefill)
 
 
 def _tokens_to_reserve(cfg: V4Config, workload: Workload) -> int:
