@@ -274,6 +274,7 @@ def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> 
       ValueError: no mesh of that many devices divides the model and the batch.
     """
     model, limit = abstract_model(cfg, job, scan_layers=True), HBM_SHARE * chip.hbm
+    cache = _cache_bytes(model, job) if job.kind != "train" else (0.0, 0.0)
     candidates = []
     for sizes in meshes(num_devices):
         try:
@@ -283,7 +284,11 @@ def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> 
         if _is_sensible(sizes, job):
             parts = _parameter_parts(model, job.rules, sizes)
             candidates.append(
-                (_preference(cfg, job, sizes, parts), sizes, _estimate(model, job, sizes, parts))
+                (
+                    _preference(cfg, job, sizes, parts),
+                    sizes,
+                    _estimate(model, job, sizes, parts, cache),
+                )
             )
     if not candidates:
         raise ValueError(
@@ -319,14 +324,30 @@ def _is_sensible(sizes: dict[str, int], job: Job) -> bool:
     return True
 
 
-def _estimate(model: Transformer, job: Job, sizes: dict[str, int], parts: "_Parts") -> Estimate:
-    """What a device holds."""
+def _cache_bytes(model: Transformer, job: Job) -> tuple[float, float]:
+    """Of a sequence, and of the pages that are nobody's, which decoding has once on a device."""
+    one = dataclasses.replace(job, batch=1)
+    cache = jax.eval_shape(lambda: _cache_and_logits(model, one)[0]).nbytes
+    if job.kind != "decode":
+        return cache, 0.0
+    return cache, decode_shapes(model, 1, job.context, job.cache)[0].cache.nbytes - cache
+
+
+def _estimate(
+    model: Transformer,
+    job: Job,
+    sizes: dict[str, int],
+    parts: "_Parts",
+    cache: tuple[float, float],
+) -> Estimate:
+    """What a device holds; `cache` is that of `_cache_bytes`."""
     cfg, tokens = model.cfg, _local_tokens(job, sizes)
     if job.kind != "train":
-        one = dataclasses.replace(job, batch=1)
-        cache = jax.eval_shape(lambda: _cache_and_logits(model, one)[0]).nbytes
+        sequence, nobody = cache
         sequences = job.batch / (sizes["fsdp"] * sizes["expert"])
-        return Estimate(parts.held, cache=cache * sequences, transient=tokens * row_bytes(cfg))
+        return Estimate(
+            parts.held, cache=sequence * sequences + nobody, transient=tokens * row_bytes(cfg)
+        )
     saved = sum(stage.repeats for stage in model.stages) * cfg.num_streams * cfg.embed_dim * 2
     heads = cfg.num_heads * cfg.head_dim / sizes["tensor"]
     rows = cfg.moe.experts_per_token * (cfg.embed_dim + cfg.moe.expert_dim / sizes["tensor"])
