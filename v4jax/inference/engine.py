@@ -44,7 +44,7 @@ from v4jax.inference.steps import (
     slot_steps,
     with_pools,
 )
-from v4jax.nn.cache import CacheFormat, ratios_of
+from v4jax.nn.cache import CacheFormat, pool_pages
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, mesh_of, num_batch_parts, on_mesh, require_placed
@@ -54,6 +54,7 @@ from v4jax.text.tokenizer import Tokenizer
 
 CHUNKS = (128, 1024)
 CACHE_TOKENS = 4096  # a slot, where nothing else is said
+PREFIXES = 64  # that are kept, where nothing else is said
 Prompt = str | Sequence[int]
 
 
@@ -139,7 +140,7 @@ class Engine:
         chunks: Sequence[int] = CHUNKS,
         steps_per_call: int = 8,
         queue: int | None = None,
-        prefixes: int = 64,
+        prefixes: int = PREFIXES,
     ):
         keep_programs()
         self.cfg, self.tokenizer = model.cfg, tokenizer
@@ -158,7 +159,7 @@ class Engine:
         slots += -slots % parts
         self._grows = cache_tokens is None
         self._cache_tokens = cache_tokens or min(CACHE_TOKENS, self.cfg.max_length) * slots // parts
-        pages = self._pages(self._cache_tokens, slots // parts)
+        pages = pool_pages(self.cfg, self._cache_tokens, slots // parts)
         with self._on_mesh():
             empty = functools.partial(empty_slots, model, slots, pages, cache)
             made = jax.jit(empty, out_shardings=self._by_row())()
@@ -199,10 +200,6 @@ class Engine:
             raise ValueError(f"chunks={self.chunks}: expected multiples of {PIECE} tokens.")
         if len(self.chunks) > 2:
             raise ValueError(f"chunks={self.chunks}: expected one or two sizes.")
-
-    def _pages(self, tokens: int, slots: int) -> dict[int, int]:
-        """Pages by ratio for so many tokens of `slots` sequences, whose last pages are partly filled."""
-        return {r: 1 + slots + tokens // (r * PAGE) for r in ratios_of(self.cfg)}
 
     def _programs(self) -> Programs:
         """The steps, on the mesh and with the model's arrays."""
@@ -430,7 +427,7 @@ class Engine:
             return
         while self._cache_tokens < needed:
             self._cache_tokens *= 2
-        pages = self._pages(self._cache_tokens, len(scheduler.in_slot) // scheduler.parts)
+        pages = pool_pages(self.cfg, self._cache_tokens, len(scheduler.in_slot) // scheduler.parts)
         with self._on_mesh():
             grow = jax.jit(
                 functools.partial(_grown, pages=pages),
