@@ -159,7 +159,8 @@ class Engine:
         slots += -slots % parts
         self._grows = cache_tokens is None
         self._cache_tokens = cache_tokens or min(CACHE_TOKENS, self.cfg.max_length) * slots // parts
-        pages = pool_pages(self.cfg, self._cache_tokens, slots // parts)
+        self._sequences = slots // parts + prefixes
+        pages = pool_pages(self.cfg, self._cache_tokens, self._sequences)
         with self._on_mesh():
             empty = functools.partial(empty_slots, model, slots, pages, cache)
             made = jax.jit(empty, out_shardings=self._by_row())()
@@ -298,8 +299,8 @@ class Engine:
         with self._turn:
             while self._inbox:
                 request = self._inbox.popleft()
-                self._make_room(request)
                 self._scheduler.add(request)
+                self._make_room(request)
             events = self._scheduler.step()
             self._turn.notify_all()
         for request in events:
@@ -427,13 +428,9 @@ class Engine:
             return
         while self._cache_tokens < needed:
             self._cache_tokens *= 2
-        pages = pool_pages(self.cfg, self._cache_tokens, len(scheduler.in_slot) // scheduler.parts)
+        pages = pool_pages(self.cfg, self._cache_tokens, self._sequences)
         with self._on_mesh():
-            grow = jax.jit(
-                functools.partial(_grown, pages=pages),
-                donate_argnums=0,
-                out_shardings=self._by_row(),
-            )
+            grow = jax.jit(functools.partial(_grown, pages=pages), out_shardings=self._by_row())
             scheduler.slots = grow(scheduler.slots)
         scheduler.ledger.grow(pages)
 

@@ -362,10 +362,13 @@ class Server:
         """What a device holds with so many slots in each part, all of them at full length."""
         cfg, state = self.cfg, self.state
         tokens = slots * _tokens_to_reserve(cfg, workload)
+        in_slots, with_prefixes = (
+            state.nbytes(slots, pool_pages(cfg, tokens, n)) for n in (slots, slots + PREFIXES)
+        )
         return Held(
             weights=self.weights.held,
-            state=state.nbytes(slots, pool_pages(cfg, tokens, slots)),
-            prefixes=PREFIXES * state.snapshot,
+            state=in_slots,
+            prefixes=PREFIXES * state.snapshot + with_prefixes - in_slots,
             temporary=temporary_bytes(cfg, slots, slots * self.sizes["expert"], workload.context),
         )
 
