@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from benchmarks.case import Case, Trips, main
 from pallas_kernels.attention import decode_attention, tpu_decode
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.pages import PAGE, Pages, num_pages
 from v4jax import config
 
 ROPE = config.flash().rope_head_dim
@@ -23,28 +24,30 @@ def _make(cfg: config.V4Config, batch: int, num_entries: int, ratio: int, is_pac
     picks = cfg.indexer.topk if ratio == 4 else 0
     keys = jax.random.split(jax.random.key(0), 5)
     rows = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
-    entries = rows(keys[2], (batch, num_entries, cfg.head_dim))
+    pages = num_pages(num_entries)
+    held = rows(keys[2], (1, batch * pages * PAGE, cfg.head_dim))
+    if is_packed:
+        held = (PackedRows if picks else PackedColumns).pack(held, ROPE)
+    table = jax.random.permutation(keys[4], batch * pages).reshape(batch, pages)
+    places = jax.random.uniform(keys[3], (batch, num_entries))
     return (
         rows(keys[0], (batch, cfg.num_heads, cfg.head_dim)),
         rows(keys[1], (batch, cfg.window, cfg.head_dim)),
-        (PackedRows if picks else PackedColumns).pack(entries, ROPE) if is_packed else entries,
-        jnp.argsort(jax.random.uniform(keys[3], (batch, num_entries)))[:, :picks]
-        if picks
-        else None,
+        Pages(held, table.astype(jnp.int32)) if num_entries else None,
+        jnp.argsort(places)[:, :picks] if picks else None,
         jnp.zeros(cfg.num_heads),
         jnp.full(batch, max(num_entries * ratio, cfg.window) - 1, jnp.int32),
     )
 
 
-def _trips(batch: int, num_entries: int, num_picked: int, is_packed: bool, chip: str) -> Trips:
+def _trips(batch: int, num_entries: int, num_picked: int, chip: str) -> Trips:
     if not num_entries:
         return {"decode_ring": (batch,)}
-    shape = jax.ShapeDtypeStruct((batch, num_entries, 512), jnp.bfloat16)
-    if num_picked and (is_packed or tpu_decode.gathers(shape, num_picked, chip)):
+    if num_picked:
         turns = [tpu_decode.LANES // tpu_decode.GATHER_UNROLL] * (num_picked // tpu_decode.LANES)
         return {"decode_gather": (batch, *turns) if batch > 1 else tuple(turns)}
     blocks = -(-num_entries // min(tpu_decode.BLOCK_ENTRIES[chip], num_entries))
-    return {"decode_masked" if num_picked else "decode_stream": (batch * blocks,)}
+    return {"decode_stream": (batch * blocks,)}
 
 
 def _case(cfg, kind: str, batch: int, context: int, is_packed: bool = False) -> Case:
@@ -62,7 +65,7 @@ def _case(cfg, kind: str, batch: int, context: int, is_packed: bool = False) -> 
         make=functools.partial(_make, cfg, batch, num_entries, ratio, is_packed),
         flops=4.0 * heads * (cfg.window + num_used),
         bytes=4.0 * heads + batch * (1024 * cfg.window + ROW_BYTES[is_packed] * num_used),
-        trips=functools.partial(_trips, batch, num_entries, num_picked, is_packed),
+        trips=functools.partial(_trips, batch, num_entries, num_picked),
     )
 
 

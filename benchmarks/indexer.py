@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
 from pallas_kernels.formats.packed_rows import PackedKeys, key_words
+from pallas_kernels.formats.pages import Pages
 from pallas_kernels.formats.quantize import round_fp4
 from pallas_kernels.indexer import block_sizes, index_topk, threshold, tpu_prefill
 from v4jax import config
@@ -34,9 +35,17 @@ def _make(cfg: config.V4Config, batch: int, num_queries: int, context: int, is_p
     return (
         queries,
         jax.random.normal(keys[1], (batch, num_queries, heads)),
-        PackedKeys.pack(entries) if is_packed else entries,
+        _pages(entries, is_packed) if num_queries == 1 else entries,
         jnp.broadcast_to(positions, (batch, num_queries)),
     )
+
+
+def _pages(keys: jax.Array, is_packed: bool) -> Pages:
+    """Keys [B, S, I] in pages in any order."""
+    pages = Pages.of(keys)
+    pool = PackedKeys.pack(pages.pool) if is_packed else pages.pool
+    order = jax.random.permutation(jax.random.key(1), pages.num_pages)
+    return Pages(pool, order.astype(jnp.int32)[pages.table])
 
 
 def _prefill_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -> Trips:

@@ -129,17 +129,19 @@ def _call(data, new, start, counts, table, num_lines, on_lanes, chosen):
     interpret = chosen == "interpret"
     array = jnp.arange(batch, dtype=jnp.int32)  # of `data` that a sequence lies in
     last = data.shape[1] - num_lines
+    base = jnp.zeros_like(array)  # line that `start` counts from
     if table is not None:
         array = jnp.zeros_like(array)
         page = jnp.take_along_axis(table, (start // LINE)[:, None], axis=1)[:, 0]
-        start = page * LINE + start % LINE
-        last = (page + 1) * words - num_lines  # lines of the next page may be another's
+        base, start = page * words, start % LINE
+        last = words - num_lines  # lines of the next page may be another's
     if on_lanes:
         first = start // LINE * words
         offset = start % LINE
     else:
         first = jnp.minimum(start * words // LINE, last)
         offset = start * words - LINE * first
+    first = base + first
     first = jnp.where(counts > 0, first, 0)
     padding = -batch % TOGETHER
     scalars = [jnp.pad(x, (0, padding)) for x in (array, first, offset, counts)]
