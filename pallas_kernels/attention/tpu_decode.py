@@ -296,24 +296,26 @@ def _stream_kernel(
     b = grid.sequence(pl.program_id(0), pl.program_id(1))
     softmax = _Softmax(q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale=scale)
     is_packed = pool_ref.dtype == jnp.uint32
-    block = stream[0].shape[1] // lines * PAGE
+    block = stream[0].shape[0] // lines * PAGE
     softmax.start()
     softmax.visit_ring(ring_ref, ring_rows[b])
 
-    def visit(rows_ref, k):
+    def visit(rows_ref, k, start):
         limit = wanted[b] - k * block
 
         @pl.when(limit < block)
         def _():
             _clear(rows_ref, limit, lines, is_packed)
 
+        start(0, block // PAGE)
         if is_packed:
             keys = tpu_packed.keys_of_columns(rows_ref, q_ref.dtype)
         else:
             keys = rows_ref[...]
         softmax.visit(keys, _below(limit, block), is_transposed=is_packed)
+        return block // PAGE
 
-    tpu_pages.PageStream(grid, wanted, table, pool_ref, *stream).visit(lines, visit)
+    tpu_pages.PageStream(grid, lines, wanted, table, pool_ref, stream).visit(visit)
     softmax.finish(out_ref)
 
 

@@ -5,13 +5,15 @@ there, 128 pages to a row, and is looked up by permutations of lanes: 512 indice
 pages take some 30 cycles a sequence. As scalars, each index takes three; XLA's gather longer.
 
 `PageStream` reads all pages of one sequence after another. Pages of a block are scattered over the pool,
-so each is a copy of its own, which takes some ten scalar instructions to issue:
+so each is a copy of its own, which takes some ten scalar instructions to issue. Three blocks are held:
 
-    block 0, slot 0 | block 1, slot 1 | block 2, slot 0 | next sequence's block 0, slot 1 | ...
-    copies of the block behind it are issued before a block is waited for
+    used:    block 0  block 1  block 2  next sequence's block 0  its block 1  ...
+    copied:  block 2  next 0   next 1   ...
 
-Only pages with wanted rows are copied: time and traffic follow what is filled. What lies in the buffer
-where no page was copied, or in a page behind the last wanted row, may be another sequence's, and no number.
+so that one is always under way while another is waited for, and copies are issued beside the vector
+instructions of the block that is used. Only pages with wanted rows are copied: time and traffic follow
+what is filled. What lies in the buffer where no page was copied, or in a page behind the last wanted row,
+may be another sequence's, and no number.
 
 Copies run on over the steps of the grid, so these have to follow one another on one core. On a chip whose
 devices have two cores the grid has an axis for these before that of a core's sequences (`grid_of`): each
@@ -31,6 +33,7 @@ from pallas_kernels import chips, dispatch
 from pallas_kernels.formats.pages import PAGE, Rows
 
 UNROLL = 8  # pages whose copies are issued by one turn of the loop
+HELD = 3  # blocks
 _SUBLANES = 8
 
 
@@ -75,101 +78,132 @@ def array_of(pool: Rows, interpret) -> tuple[jax.Array, int]:
 
 
 def scratch(pages: int, lines: int, pool: jax.Array) -> list[Any]:
-    """What a `PageStream` of blocks of so many pages of `lines` lines keeps in a kernel."""
-    return [
-        pltpu.VMEM((2, pages * lines, pool.shape[2]), pool.dtype),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SMEM((1,), jnp.int32),
-    ]
+    """What a `PageStream` of blocks of so many pages of `lines` lines keeps in a kernel.
+
+    An array for each block that is held, not one of all: only so does the compiler know that what is
+    copied to one is not read from another, and moves the copies' instructions between those of the
+    vector unit.
+    """
+    blocks = [pltpu.VMEM((pages * lines, pool.shape[2]), pool.dtype)] * HELD
+    return [*blocks, pltpu.SemaphoreType.DMA((HELD,)), pltpu.SMEM((3,), jnp.int32)]
 
 
 class PageStream:
     """The pages of each sequence of a core, in blocks, in a kernel over `grid`."""
 
-    def __init__(self, grid: Grid, lengths_ref, table_ref, pool_ref, buffer_ref, arrived, turn_ref):
+    def __init__(self, grid: Grid, lines: int, lengths_ref, table_ref, pool_ref, scratch_refs):
         """
         Args:
+          lines: of a page.
           lengths_ref: [B] int32 in SMEM: rows wanted of each sequence, no more than its table has.
           table_ref: [B * n] int32 in SMEM.
           pool_ref: [1, P * lines, W] in HBM.
-          buffer_ref, arrived, turn_ref: see `scratch`.
+          scratch_refs: see `scratch`.
         """
-        self.grid, self.lengths, self.table, self.pool = grid, lengths_ref, table_ref, pool_ref
-        self.buffer, self.arrived, self.turn = buffer_ref, arrived, turn_ref
+        self.grid, self.lines = grid, lines
+        self.core, self.step = pl.program_id(0), pl.program_id(1)
+        self.lengths, self.table, self.pool = lengths_ref, table_ref, pool_ref
+        *self.blocks, self.arrived, self.state = scratch_refs
+        self.pages = self.blocks[0].shape[0] // lines  # of a block
 
-    def visit(self, lines: int, body: Callable[[Any, jax.Array], None]) -> None:
-        """`body(rows_ref, k)` for each block k of this step's sequence, at least for one.
+    def visit(self, body: Callable[[Any, jax.Array, Callable], Any]) -> None:
+        """`body(rows_ref, k, start)` for each block k of this step's sequence, at least for one.
 
-        Args:
-          lines: of a page.
+        `start(first, count)` issues the copies of `count` pages of a block that comes later, from its
+        page `first` on; of pages that it does not have, none. It is for the middle of vector code, which
+        the copies' scalar instructions then take no time beside. The body returns for how many pages it
+        has called that, from page 0 on; the others follow it.
         """
-        core, step = pl.program_id(0), pl.program_id(1)
-        b, following = self.grid.sequence(core, step), self.grid.sequence(core, step + 1)
-        pages = self.buffer.shape[1] // lines
+        b = self.grid.sequence(self.core, self.step)
         num_pages = self._num_pages(b)
-        pages_following = jnp.where(step + 1 < self.grid.per_core, self._num_pages(following), 0)
-        row, row_following = (x * (self.table.shape[0] // self.grid.batch) for x in (b, following))
 
-        @pl.when(step == 0)
+        @pl.when(self.step == 0)
         def _():
-            self.turn[0] = 0
-            self._start(row, num_pages, 0, lines)
+            for i in range(3):
+                self.state[i] = 0
+            for slot in range(HELD - 1):
+                page, count = self._next()
+                self._start(slot, page, 0, count)
 
-        count, first = jnp.maximum(pl.cdiv(num_pages, pages), 1), self.turn[0]
-
-        @pl.loop(0, count)
+        @pl.loop(0, jnp.maximum(pl.cdiv(num_pages, self.pages), 1))
         def _(k):
-            slot = (first + k) & 1
-            left = num_pages - (k + 1) * pages
-            is_last = k == count - 1
-            page = jnp.where(is_last, row_following, row + (k + 1) * pages)
-            self._start(page, jnp.where(is_last, pages_following, left), 1 - slot, lines)
-            self._wait(left + pages, slot, lines)
-            body(self.buffer.at[slot], k)
+            slot, (page, count) = self.state[0], self._next()
+            self.state[0] = jnp.where(slot == HELD - 1, 0, slot + 1)
+            for i in range(HELD):
+                # Not a branch: schedules count the turns of loops, but take every branch.
+                @pl.loop(0, jnp.where(slot == i, 1, 0))
+                def _(_, i=i):
+                    self._wait(i, num_pages - k * self.pages)
+                    started = body(self.blocks[i], k, self._starting((i - 1) % HELD, page, count))
+                    if not (isinstance(started, int) and started >= self.pages):
+                        self._start((i - 1) % HELD, page, started, count)
 
-        self.turn[0] = (first + count) & 1
+    def _next(self):
+        """The block to copy next: its first page among those of all tables, and how many it has.
+
+        After a sequence's last block comes the next one's first.
+        """
+        step, k = self.state[1], self.state[2]
+        b = self.grid.sequence(self.core, step)
+        left = self._num_pages(b) - k * self.pages
+        is_last = left <= self.pages
+        self.state[1] = jnp.where(is_last, step + 1, step)
+        self.state[2] = jnp.where(is_last, 0, k + 1)
+        count = jnp.where(step < self.grid.per_core, jnp.minimum(left, self.pages), 0)
+        return b * (self.table.shape[0] // self.grid.batch) + k * self.pages, count
 
     def _num_pages(self, b):
         return pl.cdiv(self.lengths[b], PAGE)
 
-    def _copy(self, page, slot, j, lines: int):
-        """Of page `page` of all tables, to be page j of a block."""
-        line = self.table[page + j] * lines
-        to = j * lines
-        if lines % PAGE == 0:
-            line, to = pl.multiple_of(line, PAGE), pl.multiple_of(to, PAGE)
+    def _copy(self, slot: int, page, line):
+        """Of a page among those of all tables, to lines of a block."""
+        source = self.table[page] * self.lines
+        if self.lines % PAGE == 0:
+            source, line = pl.multiple_of(source, PAGE), pl.multiple_of(line, PAGE)
         return pltpu.make_async_copy(
-            self.pool.at[0, pl.ds(line, lines)],
-            self.buffer.at[slot, pl.ds(to, lines)],
+            self.pool.at[0, pl.ds(source, self.lines)],
+            self.blocks[slot].at[pl.ds(line, self.lines)],
             self.arrived.at[slot],
         )
 
-    def _start(self, page, count, slot, lines: int):
-        """Copies of the first `count` pages of a block, the first of which is `page` of the tables."""
-        count = jnp.minimum(count, self.buffer.shape[1] // lines)
+    def _starting(self, slot: int, page, num_pages):
+        def start(first, count: int):
+            left, page_first, line = num_pages - first, page + first, first * self.lines
+            for j in range(count):
 
-        @pl.loop(0, count // UNROLL)
+                @pl.when(j < left)
+                def _(j=j):
+                    self._copy(slot, page_first + j, line + j * self.lines).start()
+
+        return start
+
+    def _start(self, slot: int, page, first, count):
+        """Copies of pages `first` .. `count` - 1 of a block, whose page 0 is `page` of the tables."""
+        turns = jnp.maximum(count - first, 0) // UNROLL
+
+        @pl.loop(0, turns)
         def _(i):
             for j in range(UNROLL):
-                self._copy(page, slot, i * UNROLL + j, lines).start()
+                at = first + i * UNROLL + j
+                self._copy(slot, page + at, at * self.lines).start()
 
-        @pl.loop(count // UNROLL * UNROLL, count)
-        def _(j):
-            self._copy(page, slot, j, lines).start()
+        @pl.loop(first + turns * UNROLL, count)
+        def _(at):
+            self._copy(slot, page + at, at * self.lines).start()
 
-    def _wait(self, count, slot, lines: int):
-        pages = self.buffer.shape[1] // lines
+    def _wait(self, slot: int, count):
+        """For a block of `count` pages, or of all it has room for."""
 
-        @pl.when(count >= pages)
+        @pl.when(count >= self.pages)
         def _():
-            block = self.buffer.at[slot]
+            block = self.blocks[slot]
             pltpu.make_async_copy(block, block, self.arrived.at[slot]).wait()
 
-        @pl.when(count < pages)
+        @pl.when(count < self.pages)
         def _():
             @pl.loop(0, count)
             def _(j):
-                self._copy(0, slot, j, lines).wait()
+                self._copy(slot, 0, j * self.lines).wait()
 
 
 def pool_rows(table: jax.Array, indices: jax.Array, *, interpret) -> jax.Array:

@@ -127,7 +127,7 @@ def _kernel(
 ):
     visible = visible_ref[grid.sequence(pl.program_id(0), pl.program_id(1))]
     is_packed = pool_ref.dtype == jnp.uint32
-    block = stream[0].shape[1] // lines * PAGE
+    block = stream[0].shape[0] // lines * PAGE
     some = block_sizes.decode_keys(num_entries)
     weights = jnp.broadcast_to(weights_ref[...], (weights_ref.shape[0], LANES))
 
@@ -154,14 +154,18 @@ def _kernel(
             first + _entry(some // LANES) < visible, found, MISSING
         )
 
-    def visit(keys_ref, k):
+    def visit(keys_ref, k, start):
         first = k * block
+        parts = pl.cdiv(jnp.clip(visible - first, 0, block), some)
 
-        @pl.loop(0, pl.cdiv(jnp.clip(visible - first, 0, block), some))
+        @pl.loop(0, parts)
         def _(c):
+            start(c * (some // PAGE), some // PAGE)
             score(keys_ref, first, c)
 
-    tpu_pages.PageStream(grid, visible_ref, table_ref, pool_ref, *stream).visit(lines, visit)
+        return parts * (some // PAGE)
+
+    tpu_pages.PageStream(grid, lines, visible_ref, table_ref, pool_ref, stream).visit(visit)
     tau = _threshold(visible, scores, topk=topk, num_entries=num_entries)
     num_blocks = pl.cdiv(visible, LANES * LANES)
     _list(tau, num_blocks, scores, starts, ends, prefixes, indices_ref, topk=topk)
