@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
+from benchmarks.page_stream import stream_trips
 from pallas_kernels.attention import decode_attention, tpu_decode
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.formats.pages import PAGE, Pages, num_pages
@@ -40,14 +41,18 @@ def _make(cfg: config.V4Config, batch: int, num_entries: int, ratio: int, is_pac
     )
 
 
-def _trips(batch: int, num_entries: int, num_picked: int, chip: str) -> Trips:
+def _trips(batch: int, num_entries: int, num_picked: int, is_packed: bool, chip: str) -> Trips:
     if not num_entries:
         return {"decode_ring": (batch,)}
     if num_picked:
         turns = [tpu_decode.LANES // tpu_decode.GATHER_UNROLL] * (num_picked // tpu_decode.LANES)
-        return {"decode_gather": (batch, *turns) if batch > 1 else tuple(turns)}
-    blocks = -(-num_entries // min(tpu_decode.BLOCK_ENTRIES[chip], num_entries))
-    return {"decode_stream": (batch * blocks,)}
+        looked_up = (-(-batch // 8),) if batch > 8 else ()
+        return {"decode_gather": (batch, *turns)[batch == 1 :], "pool_rows": looked_up}
+    pages = num_pages(num_entries)
+    block = min(tpu_decode.BLOCK_ENTRIES[chip] // PAGE, pages)
+    cleared = -pages % block / -(-pages // block)
+    behind = None if is_packed else True
+    return {"decode_stream": stream_trips(chip, batch, pages, block, (cleared,), behind)}
 
 
 def _case(cfg, kind: str, batch: int, context: int, is_packed: bool = False) -> Case:
@@ -65,7 +70,7 @@ def _case(cfg, kind: str, batch: int, context: int, is_packed: bool = False) -> 
         make=functools.partial(_make, cfg, batch, num_entries, ratio, is_packed),
         flops=4.0 * heads * (cfg.window + num_used),
         bytes=4.0 * heads + batch * (1024 * cfg.window + ROW_BYTES[is_packed] * num_used),
-        trips=functools.partial(_trips, batch, num_entries, num_picked),
+        trips=functools.partial(_trips, batch, num_entries, num_picked, is_packed),
     )
 
 
@@ -74,10 +79,19 @@ def cases() -> list[Case]:
     flash, pro = config.flash(), config.pro()
     sizes = [("CSA", 8, 8 << 10), ("CSA", 8, 32 << 10), ("CSA", 1, 128 << 10)]
     sizes += [("CSA", 8, 128 << 10), ("CSA", 64, 128 << 10), ("CSA", 8, 1 << 20)]
-    sizes += [("HCA", 8, 128 << 10), ("HCA", 1, 1 << 20), ("HCA", 8, 1 << 20), ("HCA", 64, 1 << 20)]
+    sizes += [
+        ("CSA", 64, 1 << 20),
+        ("HCA", 8, 128 << 10),
+        ("HCA", 1, 1 << 20),
+        ("HCA", 8, 1 << 20),
+        ("HCA", 64, 1 << 20),
+    ]
     found = [_case(flash, *size) for size in [*sizes, ("window", 8, 128 << 10)]]
-    found += [_case(flash, *size, is_packed=True) for size in (sizes[3], sizes[6], sizes[8])]
-    return found + [_case(pro, *size) for size in [sizes[0], sizes[3], sizes[8]]]
+    packed = [
+        (k, b, c) for k in ("CSA", "HCA") for b in (8, 64) for c in (32 << 10, 128 << 10, 1 << 20)
+    ]
+    found += [_case(flash, *size, is_packed=True) for size in packed]
+    return found + [_case(pro, *size) for size in [sizes[0], sizes[3], ("HCA", 8, 1 << 20)]]
 
 
 if __name__ == "__main__":

@@ -307,13 +307,13 @@ def _stream_kernel(
         def _():
             _clear(rows_ref, limit, lines, is_packed)
 
-        start(0, block // PAGE)
         if is_packed:
+            start(0, block // PAGE)
             keys = tpu_packed.keys_of_columns(rows_ref, q_ref.dtype)
         else:
             keys = rows_ref[...]
         softmax.visit(keys, _below(limit, block), is_transposed=is_packed)
-        return block // PAGE
+        return block // PAGE if is_packed else 0  # of floats they fit in worse than they follow
 
     tpu_pages.PageStream(grid, lines, wanted, table, pool_ref, stream).visit(visit)
     softmax.finish(out_ref)
