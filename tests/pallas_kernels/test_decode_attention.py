@@ -207,7 +207,7 @@ def test_picked_packed_rows_equal_the_rows_they_hold(num_entries, num_picked):
         np.testing.assert_array_equal(run(implementation, packed, positions), expected)
 
 
-@pytest.mark.parametrize("num_entries", [5, 300, 1300])
+@pytest.mark.parametrize("num_entries", [5, 1300])
 def test_packed_columns_equal_the_rows_they_hold(num_entries):
     args = packed_inputs(num_entries, None)
     packed = [*args[:2], paged(args[2], PackedColumns), *args[3:]]
@@ -217,18 +217,16 @@ def test_packed_columns_equal_the_rows_they_hold(num_entries):
         np.testing.assert_array_equal(run(implementation, packed, positions), expected)
 
 
-@pytest.mark.parametrize("size", [16, 128])
-def test_packed_window(size):
+@pytest.mark.parametrize("size, rope_dim", [(16, 64), (128, 64), (16, 128)])
+def test_packed_window(size, rope_dim):
     """Of widths that the kernel does not read, it is unpacked before."""
     args = packed_inputs(256, None)
-    ring, entries = args[2][:, :size], args[2][:, :20]
-    for rope_dim in (64, 128):
-        held = PackedColumns.pack(ring, rope_dim)
-        rows = held.unpack(jnp.bfloat16)
-        for implementation in IMPLEMENTATIONS:
-            expected = run(implementation, [args[0], rows, entries, *args[3:]], (10, 80))
-            out = run(implementation, [args[0], held, entries, *args[3:]], (10, 80))
-            assert_close(out, expected, BFLOAT16)
+    held = PackedColumns.pack(args[2][:, :size], rope_dim)
+    rows = held.unpack(jnp.bfloat16)
+    for implementation in IMPLEMENTATIONS:
+        expected = run(implementation, [args[0], rows, None, *args[3:]], (10, 80))
+        out = run(implementation, [args[0], held, None, *args[3:]], (10, 80))
+        assert_close(out, expected, BFLOAT16)
 
 
 def test_a_sequence_does_not_depend_on_its_batch():

@@ -17,7 +17,7 @@ from tests import models
 from v4jax import Transformer, flash, nano, plain, pro, released, tiny
 from v4jax.inference.engine import Engine
 from v4jax.inference.score import Scorer
-from v4jax.nn.cache import Chunk, append_entries, init_cache, window_rows, write_window
+from v4jax.nn.cache import Chunk, append_entries, init_cache, unpacked, window_rows, write_window
 from v4jax.planning import costs
 
 CAPACITY = 320  # 80 entries of CSA layers: more than top-k (16)
@@ -51,13 +51,13 @@ def test_logits_are_those_of_a_float_cache_bit_for_bit(model, extend, optimized)
     for packed, plainly in zip(caches[0].layers, caches[1].layers, strict=True):
         for name in ("window", "entries", "index_keys"):
             if getattr(plainly, name) is not None:
-                unpacked = getattr(packed, name).unpack(jnp.bfloat16)
-                np.testing.assert_array_equal(unpacked, getattr(plainly, name))
+                rows = (unpacked(getattr(x, name), jnp.bfloat16) for x in (packed, plainly))
+                np.testing.assert_array_equal(*rows)
 
 
 def test_it_is_updated_in_place(model, extend):
     cache = model.init_cache(1, CAPACITY)
-    assert isinstance(cache.layers[1].entries, PackedRows)
+    assert isinstance(cache.layers[1].entries.pool, PackedRows)
     args = np.zeros((1, 1), np.int32), jnp.ones(1, jnp.int32), cache
     compiled = extend.func.lower(*extend.args, *args).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == cache.nbytes
