@@ -14,6 +14,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.attention import tpu_packed
 from pallas_kernels.formats.packed_append import append
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedKeys, PackedRows
+from pallas_kernels.formats.pages import Pages
 from pallas_kernels.formats.quantize import round_fp4, round_fp8
 from pallas_kernels.indexer import index_topk
 from tests.paged import paged
@@ -99,7 +100,7 @@ def test_appending_to_pages(kind, length, new, start, counts):
     """In one call as a place-by-place copy in NumPy; nothing else changes, nor other pages."""
     old, added = random(kind, 4, length, 64), random(kind, 4, new, 64) * 2
     pages = paged(old, kind, rope_dim=8)
-    start, counts = np.array(start), np.array(counts)
+    start, counts = jnp.array(start), jnp.array(counts)
     put = jax.jit(lambda p, x: p.append(p.pool.words_of(x), start, counts))
     appended = put(pages, added)
     expected = np.array(pages.contiguous().unpack(jnp.float32))
@@ -107,8 +108,8 @@ def test_appending_to_pages(kind, length, new, start, counts):
         stop = min(first + count, pages.shape[1])
         expected[b, first:stop] = added[b, : max(stop - first, 0)]
     np.testing.assert_array_equal(appended.contiguous().unpack(jnp.float32), expected)
-    others = np.setdiff1d(np.arange(pages.num_pages), pages.table)
-    before, after = (x.pool.data.reshape(x.num_pages, -1)[others] for x in (pages, appended))
+    others = jnp.asarray(np.setdiff1d(np.arange(pages.num_pages), pages.table))[None]
+    before, after = (Pages(x.pool, others).contiguous().data for x in (pages, appended))
     np.testing.assert_array_equal(after, before)
 
 
@@ -121,7 +122,7 @@ def test_appending_to_pages(kind, length, new, start, counts):
 )
 def test_appending_columns_to_a_ring(length, new, start, counts):
     old, added = random(PackedColumns, 4, length, 64), random(PackedColumns, 4, new, 64) * 2
-    start, counts = np.array(start), np.array(counts)
+    start, counts = jnp.array(start), jnp.array(counts)
     put = jax.jit(lambda p, x: p.append(p.words_of(x), start, counts))
     expected = np.array(old)
     for b, (first, count) in enumerate(zip(start, counts)):
@@ -133,7 +134,7 @@ def test_appending_columns_to_a_ring(length, new, start, counts):
 @pytest.mark.parametrize("on_lanes, words", [(False, 146), (False, 34), (True, 146), (True, 17)])
 def test_the_kernel_appends_one_item_as_xla_does(on_lanes, words):
     """Nine sequences, two programs: at the beginning, over borders of lines and at the end."""
-    table = np.random.default_rng(0).permutation(45).reshape(9, 5).astype(np.int32)
+    table = jax.random.permutation(jax.random.key(2), 45).reshape(9, 5)
     data = jax.random.bits(jax.random.key(0), (1, 45 * words, 128), jnp.uint32)
     new = jax.random.bits(jax.random.key(1), (9, 1, words), jnp.uint32)
     start = jnp.array([0, 1, 63, 127, 128, 500, 638, 639, 639])
