@@ -13,7 +13,15 @@ import v4jax
 from tests.models import random_model
 from v4jax import Engine, Sampling, Transformer, tiny
 from v4jax.inference.ledger import Ledger
-from v4jax.inference.prefix import PIECE, Prefix, Prefixes, digests_of, wide_tokens
+from v4jax.inference.prefix import (
+    PIECE,
+    HostPrefixes,
+    Prefix,
+    Prefixes,
+    Stored,
+    digests_of,
+    wide_tokens,
+)
 from v4jax.inference.requests import EngineFullError
 from v4jax.nn.cache import pages_of
 
@@ -186,6 +194,50 @@ def test_prefixes_of_wide_chunks(model):
 )
 def test_which_tokens_go_in_wide_chunks(length, wide):
     assert wide_tokens(length, 1024) == wide
+
+
+def test_a_prefix_that_left_for_host_memory_comes_back(model, alone):
+    engine = Engine(model, slots=3, chunks=CHUNKS, host_bytes=1 << 30)
+    scheduler = engine._scheduler
+    engine.generate([PROMPTS[5]], Sampling(max_new_tokens=2), stop_ids=[])
+    while scheduler.prefixes.evict(0):
+        pass
+    assert engine.stats().pages_used == 0 and scheduler.host.nbytes > 0
+    request = engine.submit(PROMPTS[5], SAMPLINGS[5], stop_ids=[])
+    engine.run_until_idle()
+    assert request.cached_tokens == 1024
+    check([request], alone[5:])
+
+
+def test_host_memory_has_a_limit():
+    host = HostPrefixes(most_bytes=100)
+    for name in (b"a", b"b", b"c"):
+        host.add(name, Stored(128, 0, np.zeros(40, np.uint8), []))
+    assert host.nbytes == 80
+    found = [host.find([name], 0, longer_than=0) for name in (b"a", b"b", b"c")]
+    assert [one is not None for one in found] == [False, True, True]
+    assert host.find([b"b"], 0, longer_than=128) is None and host.find([b"b"], 128, 0) is None
+
+
+def test_a_prefix_in_a_file(model, alone, tmp_path):
+    path = tmp_path / "document.npz"
+    engine = Engine(model, slots=3, chunks=CHUNKS)
+    assert engine.save_prefix(PROMPTS[5], path) == 1024
+    other = Engine(model, slots=3, chunks=CHUNKS)
+    assert other.load_prefix(path) == 1024
+    request = other.submit(PROMPTS[5], SAMPLINGS[5], stop_ids=[])
+    other.run_until_idle()
+    assert request.cached_tokens == 1024
+    check([request], alone[5:])
+    wrong = random_model(tiny(), model.numerics, scan_layers=False, seed=2)
+    with pytest.raises(ValueError, match="was saved by an engine with another model"):
+        Engine(wrong, slots=3, chunks=CHUNKS).load_prefix(path)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match="is no prefix that an engine has saved"):
+        other.load_prefix(path)
+    with pytest.raises(ValueError, match="the prompt has 128 tokens: expected 129 or more"):
+        engine.save_prefix(PROMPTS[4], path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["document.npz"]
 
 
 def test_priority_and_order():

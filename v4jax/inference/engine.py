@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from flax import nnx
 
 from pallas_kernels.formats.pages import PAGE
 from sharding import DECODE, PREFILL
+from v4jax.inference import prefix_files
 from v4jax.inference.ledger import Ledger
 from v4jax.inference.prefix import PIECE, Prefixes
 from v4jax.inference.requests import EngineFullError, Request
@@ -123,6 +125,7 @@ class Engine:
       steps_per_call: tokens that a slot generates between two looks of the host, where nobody waits.
       queue: requests that may wait; None: any number.
       prefixes: that are kept for requests which begin with the same tokens; 0: none.
+      host_bytes: host memory for prefixes that had to leave the devices.
 
     Raises:
       ValueError: the mesh does not suit the model, its weights do not lie as the steps read them,
@@ -141,12 +144,14 @@ class Engine:
         steps_per_call: int = 8,
         queue: int | None = None,
         prefixes: int = PREFIXES,
+        host_bytes: int = 0,
     ):
         keep_programs()
         self.cfg, self.tokenizer = model.cfg, tokenizer
         self.chunks = tuple(sorted(chunks))
         self._check(slots, cache_tokens, steps_per_call)
         self._mesh, self._format, self._queue = mesh_of(model), cache, queue
+        self._numerics = model.numerics
         with self._on_mesh():
             check_mesh(model.cfg, DECODE)
             check_mesh(model.cfg, PREFILL, length=math.gcd(*self.chunks))
@@ -175,6 +180,7 @@ class Engine:
             budget=self.chunks[-1],
             steps_per_call=steps_per_call,
             max_length=self.cfg.max_length,
+            host_bytes=host_bytes,
             is_shared=jax.process_count() > 1,
         )
         self._numbers = itertools.count()
@@ -415,6 +421,68 @@ class Engine:
             useful_row_steps=scheduler.useful_row_steps / max(1, scheduler.row_steps),
         )
 
+    def save_prefix(self, prompt: Prompt, path: str | os.PathLike) -> int:
+        """Writes what was computed of a prompt to a file, for an engine with the same model.
+
+        The prompt is fed first, if it is not there. Not while `start` runs the engine.
+
+        Returns:
+          how many of its tokens the file has: the multiple of 128 before the last one.
+
+        Raises:
+          ValueError: a prompt of fewer than 129 tokens, or as `submit`; several processes.
+          OSError: the file cannot be written.
+        """
+        self._require_own_loop()
+        request = self.submit(prompt, Sampling(max_new_tokens=1))
+        if request.prompt_length <= PIECE:
+            request.cancel()
+            raise ValueError(
+                f"the prompt has {request.prompt_length} tokens: expected {PIECE + 1} or more."
+            )
+        self.run_until_idle()
+        scheduler = self._scheduler
+        found = (scheduler.find_prefix(part, request) for part in range(scheduler.parts))
+        part, prefix = max(enumerate(found), key=lambda one: one[1].length if one[1] else 0)
+        if prefix is None:
+            raise ValueError("this engine keeps no prefixes: expected prefixes=1 or more.")
+        digest = request._digests[prefix.length // PIECE - 1]
+        prefix_files.write(path, scheduler.store(part, prefix), digest, self._model_digest())
+        return prefix.length
+
+    def load_prefix(self, path: str | os.PathLike) -> int:
+        """Makes a saved prefix one of this engine's. Not while `start` runs the engine.
+
+        Returns:
+          how many tokens it has.
+
+        Raises:
+          ValueError: no file of a prefix, one of another model, or one that has no room here.
+          OSError: it cannot be read.
+        """
+        self._require_own_loop()
+        scheduler = self._scheduler
+        like = scheduler.shapes_of_stored()
+        stored, digest = prefix_files.read(path, like, self._model_digest())
+        self._grow_for(stored.length)
+        for part in range(scheduler.parts):
+            if scheduler.bring_back(part, digest, stored) is None:
+                raise ValueError(f"the cache has no room for the {stored.length} tokens of {path}.")
+        return stored.length
+
+    def _require_own_loop(self) -> None:
+        if self._thread is not None or jax.process_count() > 1:
+            raise ValueError(
+                "prefixes are saved and loaded in one process, before start() or after stop()."
+            )
+
+    @functools.cached_property
+    def _described(self) -> str:
+        return f"{self.cfg} {self._numerics} {self._format} {self.chunks}"
+
+    def _model_digest(self) -> str:
+        return prefix_files.model_digest(self.leaves, self._described)
+
     def forget_prefixes(self) -> None:
         """Lets go of all kept prefixes."""
         with self._turn:
@@ -422,8 +490,10 @@ class Engine:
 
     def _make_room(self, request: Request) -> None:
         """Larger pools, if a request needs more than there are."""
+        self._grow_for(len(request.prompt) + request.sampling.max_new_tokens)
+
+    def _grow_for(self, needed: int) -> None:
         scheduler = self._scheduler
-        needed = len(request.prompt) + request.sampling.max_new_tokens
         if not self._grows or scheduler.ledger.fits(needed):
             return
         while self._cache_tokens < needed:

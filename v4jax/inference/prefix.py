@@ -11,15 +11,18 @@ it first, and the one that filled it goes on writing behind the prefix's rows.
 Prefixes are found by a chain of digests of pieces of 128 tokens, and by how many of their tokens were
 computed in wide chunks: the last bits of a chunk depend on its shape (not on where it begins), so a
 prompt takes only what has the bits that it would compute itself (`wide_tokens`). All belong to one
-engine, that is to one checkpoint, numerics and cache format. The least recently used leaves first.
+engine, that is to one checkpoint, numerics and cache format. The least recently used leaves first: to
+host memory, if there is room for prefixes, and else for good. `prefix_files.py` keeps single ones on a
+disk.
 """
 
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from v4jax.inference.ledger import Held, Ledger
@@ -62,16 +65,70 @@ class Prefix:
     state: Any  # of `SlotSteps.snapshot`
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A prefix in host memory: NumPy arrays of one part, with a leading axis of 1."""
+
+    length: int
+    wide: int
+    state: Any  # of `SlotSteps.snapshot`
+    pages: Any  # of `SlotSteps.read_pages`
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.state, self.pages)))
+
+
+class HostPrefixes:
+    """Prefixes in host memory, whichever part they come from.
+
+    Args:
+      most_bytes: of their arrays; 0: none.
+    """
+
+    def __init__(self, most_bytes: int):
+        self._most, self.nbytes = most_bytes, 0
+        self._kept: collections.OrderedDict[tuple[bytes, int], Stored] = collections.OrderedDict()
+
+    def add(self, digest: bytes, stored: Stored) -> None:
+        """Keeps a prefix; the least recently used leave for it."""
+        self._kept.pop((digest, stored.wide), None)
+        self._kept[digest, stored.wide] = stored
+        self.nbytes = sum(one.nbytes for one in self._kept.values())
+        while self.nbytes > self._most:
+            _, oldest = self._kept.popitem(last=False)
+            self.nbytes -= oldest.nbytes
+
+    def find(self, digests: Sequence[bytes], wide: int, longer_than: int) -> Stored | None:
+        """The longest prefix of a prompt, if it has more tokens than so many."""
+        for count, digest in reversed(list(enumerate(digests, 1))):
+            key = digest, min(count * PIECE, wide)
+            if count * PIECE > longer_than and key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        return None
+
+    @property
+    def takes_any(self) -> bool:
+        """Whether there is room for any."""
+        return self._most > 0
+
+
 class Prefixes:
     """The prefixes of one engine.
 
     Args:
       ledger: of their pages.
       most: prefixes that are kept; 0: none.
+
+    Attributes:
+      leaving: called with a part, a digest and a prefix that is about to be let go.
     """
 
     def __init__(self, ledger: Ledger, most: int):
         self._ledger, self._most = ledger, most
+        self.leaving: Callable[[int, bytes, Prefix], None] | None = None
         self._kept: collections.OrderedDict[_Key, Prefix] = collections.OrderedDict()
 
     def __len__(self) -> int:
@@ -106,9 +163,12 @@ class Prefixes:
         return True
 
     def clear(self) -> None:
-        """Lets go of all of them."""
-        for key in list(self._kept):
-            self._drop(key)
+        """Lets go of all of them for good."""
+        for key, prefix in self._kept.items():
+            self._ledger.release(key[0], prefix.pages)
+        self._kept.clear()
 
     def _drop(self, key: _Key) -> None:
+        if self.leaving is not None:
+            self.leaving(key[0], key[1], self._kept[key])
         self._ledger.release(key[0], self._kept.pop(key).pages)

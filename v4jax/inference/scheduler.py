@@ -22,7 +22,16 @@ import jax
 import numpy as np
 
 from v4jax.inference.ledger import Ledger
-from v4jax.inference.prefix import EVERY, PIECE, Prefix, Prefixes, digests_of, wide_tokens
+from v4jax.inference.prefix import (
+    EVERY,
+    PIECE,
+    HostPrefixes,
+    Prefix,
+    Prefixes,
+    Stored,
+    digests_of,
+    wide_tokens,
+)
 from v4jax.inference.requests import Request, Stage, TokenLogprob
 from v4jax.inference.steps import MOST_STEPS, Output, RequestRows, Slots, Tables
 from v4jax.nn.cache import pages_of
@@ -66,6 +75,7 @@ class Scheduler:
       chunks: tokens of the compiled prefill chunks, the narrow and the wide ones, or one for both.
       budget: tokens of prompts that a step feeds.
       steps_per_call: tokens a slot that a call of decode generates at most where nobody waits.
+      host_bytes: host memory for prefixes that leave the devices.
       is_shared: whether several processes run these steps, so that nothing can be copied to a host.
     """
 
@@ -81,6 +91,7 @@ class Scheduler:
         budget: int,
         steps_per_call: int,
         max_length: int,
+        host_bytes: int = 0,
         is_shared: bool = False,
     ):
         self.run, self.slots, self.ledger, self.prefixes = programs, slots, ledger, prefixes
@@ -101,6 +112,11 @@ class Scheduler:
         self._cancelled = np.zeros(len(self.in_slot), bool)
         self._calls: collections.deque[_Call] = collections.deque()
         self._empty_state = None
+        self.host = HostPrefixes(0 if is_shared else host_bytes)
+        if self.host.takes_any:
+            prefixes.leaving = lambda part, digest, prefix: self.host.add(
+                digest, self.store(part, prefix)
+            )
 
     @property
     def has_work(self) -> bool:
@@ -217,10 +233,60 @@ class Scheduler:
             return next(iter(free.values())), None
         best: tuple[int, Prefix | None] = next(iter(free.values())), None
         for part, slot in free.items():
-            prefix = self.prefixes.find(part, request._digests, request._wide)
+            prefix = self.find_prefix(part, request)
             if prefix and (best[1] is None or prefix.length > best[1].length):
                 best = slot, prefix
         return best
+
+    def find_prefix(self, part: int, request: Request) -> Prefix | None:
+        """The longest prefix of its prompt, brought back from host memory if need be."""
+        found = self.prefixes.find(part, request._digests, request._wide)
+        length = found.length if found else 0
+        stored = self.host.find(request._digests, request._wide, length)
+        if stored is None:
+            return found
+        digest = request._digests[stored.length // PIECE - 1]
+        return self.bring_back(part, digest, stored) or found
+
+    def store(self, part: int, prefix: Prefix) -> Stored:
+        """A copy of a part's prefix in host memory."""
+        tables, slot = self._tables_of_pages(part, prefix.pages, prefix.length)
+        pages = self.run.read_pages(self.slots, tables, slot)
+        own = jax.tree.map(lambda x: x[part : part + 1], self.run.fetch((prefix.state, pages)))
+        return Stored(prefix.length, prefix.wide, *own)
+
+    def shapes_of_stored(self) -> tuple[Any, Any]:
+        """State and pages as a `Stored` has them, whatever the arrays hold."""
+        slot = self._one_each([0])
+        tables, _ = self._tables_of_pages(0, {ratio: [] for ratio in self.ledger.pages}, 1)
+        pages = self.run.read_pages(self.slots, tables, slot)
+        return self.run.snapshot(self.slots, slot), pages
+
+    def bring_back(self, part: int, digest: bytes, stored: Stored) -> Prefix | None:
+        """The inverse: a prefix of a part again; None if there are no pages for it."""
+        wanted = {ratio: pages_of(stored.length, ratio) for ratio in self.ledger.pages}
+        pages = self._allocate(part, wanted)
+        if pages is None:
+            return None
+        tables, slot = self._tables_of_pages(part, pages, stored.length)
+        state, content = jax.tree.map(
+            lambda x: np.repeat(x, self.parts, axis=0), (stored.state, stored.pages)
+        )
+        self.slots = self.run.write_pages(self.slots, tables, slot, content)
+        prefix = Prefix(stored.length, stored.wide, pages, state)
+        self.prefixes.add(part, digest, prefix)
+        self.ledger.release(part, pages)  # the prefix holds them
+        return prefix
+
+    def _tables_of_pages(self, part: int, pages, length: int) -> tuple[Tables, np.ndarray]:
+        """Tables with these pages in the first slot of a part, and that slot."""
+        width = next(width for width in self._widths if width >= length)
+        slot, tables = part * self._per_part, {}
+        for ratio, numbers in pages.items():
+            table = np.zeros((len(self.in_slot), pages_of(width, ratio)), np.int32)
+            table[slot, : len(numbers)] = numbers
+            tables[ratio] = self.run.place(table)
+        return tables, self._one_each([slot])
 
     def _enter(self, request: Request, prefix: Prefix | None) -> bool:
         """Gives a request what it begins with; False if there are no pages for it now."""
