@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention, checks, grouped_matmul, indexer
+from pallas_kernels.formats.pages import Pages
 from pallas_kernels.selection import Selection
 
 B, T, N, H, C, S = 1, 3, 2, 8, 4, 5
@@ -38,7 +39,8 @@ def window(positions):
 
 def decode(indices, position=20):
     return attention.decode_attention(
-        *(array(B, N, H), array(B, C, H), array(B, S, H), ints(indices), array(N), ints(position)),
+        *(array(B, N, H), array(B, C, H), Pages.of(array(B, S, H))),
+        *(ints(indices), array(N), ints(position)),
         ratio=4,
         scale=1.0,
     )
@@ -76,7 +78,8 @@ GOOD = [
 ]
 OUT_OF_RANGE, TWICE = "indices has 5: expected -1 .none. or 0..4", "indices has 3 twice"
 BAD = [
-    *((f, ((0, 5, -1),), OUT_OF_RANGE) for f in (selected, decode, scores, mass)),
+    *((f, ((0, 5, -1),), OUT_OF_RANGE) for f in (selected, scores, mass)),
+    (decode, ((0, 128, -1),), r"indices has 128: expected -1 .none. or 0\.\.127"),  # one page
     (decode, ((-2, 1, 3),), "indices has -2"),
     *((f, ((3, -1, 3),), TWICE) for f in (selected, decode, scores, mass)),
     *((f, ((-1, 0, 1),), "positions has -1: expected 0 or more") for f in (window, select)),
