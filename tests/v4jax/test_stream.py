@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tests.conftest import NANO
 from v4jax.inference.stop_text import StopScanner
 from v4jax.text.format import BOS, CALLS_END, CALLS_START, DSML, EOS, THINK_END, THINKING_MODES
-from v4jax.text.parse import answer_span, parse_partial_completion
+from v4jax.text.parse import parse_partial_completion
 from v4jax.text.prompt import encode_messages
 from v4jax.text.stream import CompletionStream
 from v4jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -26,6 +27,23 @@ PIECES = (
     *(THINK_END, CALLS_START, f"{CALLS_START}>\n", f"\n{CALLS_END}", INVOKE, END),
     *(TEXT_VALUE, JSON_VALUE, VALUE_END, DSML, f"<{DSML}invoke", f"</{DSML}parameter \n"),
 )
+
+
+def answer_span(text: str, thinking_mode: str) -> tuple[int, int] | None:
+    """(start, end) of the answer in a completion: after the reasoning, before calls and EOS.
+
+    None while the reasoning goes on.
+    """
+    start = 0
+    if thinking_mode == "thinking":
+        at = text.find(THINK_END)
+        if at < 0:
+            return None
+        start = at + len(THINK_END)
+    end = re.search(f"{re.escape(EOS)}|{re.escape(CALLS_START)}", text[start:])
+    return start, start + end.start() if end else len(text)
+
+
 texts = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 cuts = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 

@@ -118,21 +118,6 @@ def parse_partial_completion(
     return _assistant_message(content, reasoning, [])
 
 
-def answer_span(text: str, thinking_mode: str) -> tuple[int, int] | None:
-    """(start, end) of the answer in a completion: after the reasoning, before calls and EOS.
-
-    None while the reasoning goes on.
-    """
-    start = 0
-    if thinking_mode == "thinking":
-        at = text.find(THINK_END)
-        if at < 0:
-            return None
-        start = at + len(THINK_END)
-    end = _any_of((EOS, CALLS_START)).search(text, start)
-    return start, end.start() if end else len(text)
-
-
 # What may end the reasoning, and but for the first the content; for `hold_back`.
 _ENDS = (THINK_END, EOS, CALLS_START, CALLS_START[1:], CALLS_START[2:])
 

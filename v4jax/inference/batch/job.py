@@ -22,9 +22,9 @@ from v4jax.inference.batch.plan import Plan
 from v4jax.inference.batch.requests import Request, Settings
 from v4jax.inference.engine import Engine
 from v4jax.inference.requests import Request as EngineRequest
-from v4jax.text.format import THINK_END
-from v4jax.text.parse import answer_span, parse_partial_completion
-from v4jax.text.tokenizer import Tokenizer
+from v4jax.inference.stop_text import StopScanner
+from v4jax.text.parse import parse_partial_completion
+from v4jax.text.tokenizer import StreamDecoder, Tokenizer
 
 AHEAD = 2  # requests that are in slots or wait for one, for every slot
 
@@ -245,20 +245,22 @@ class _Row:
     """A request that is being generated."""
 
     def __init__(self, request: Request, running: EngineRequest, tokenizer: Tokenizer):
-        self.request, self.running, self._tokenizer = request, running, tokenizer
-        self._tokens: list[int] = []
+        self.request, self.running, self._stop_ids = request, running, tokenizer.stop_ids
+        self._decoder = StreamDecoder(tokenizer)
+        self._scanner = StopScanner(request.settings.stop, request.thinking_mode)
+        self._texts: list[str] = []
+        self._count = 0  # tokens
         self.is_ended = self._is_stopped = False
-        self._is_thinking = request.thinking_mode == "thinking"
-        # Every token has a byte at least, so these many show whether a text has come to an end.
-        texts = (THINK_END, *request.settings.stop)
-        self._tail = max(len(text.encode()) for text in texts) if request.settings.stop else 0
 
     def read(self) -> int:
         """Takes the engine's new tokens, up to one that ends the text; returns their number."""
-        new = self.running.tokens[len(self._tokens) :]
+        new = self.running.tokens[self._count :]
         for count, token in enumerate(new, 1):
-            self._tokens.append(token)
-            self._is_stopped = token in self._tokenizer.stop_ids or self._is_at_stop()
+            self._count += 1
+            self._is_stopped = token in self._stop_ids
+            if not self._is_stopped:
+                self._texts.append(self._scanner.push(self._decoder.push(token)))
+                self._is_stopped = self._scanner.is_met
             if self._is_stopped:
                 self.running.cancel()
                 self.is_ended = True
@@ -266,32 +268,11 @@ class _Row:
         self.is_ended = self.running.is_ended
         return len(new)
 
-    def _is_at_stop(self) -> bool:
-        """Whether the last token has brought a stop text to its end."""
-        if not self._tail:
-            return False
-        tail = self._tokenizer.decode(self._tokens[-self._tail :], keep_special=True)
-        self._is_thinking = self._is_thinking and THINK_END not in tail
-        if self._is_thinking or not any(text in tail for text in self.request.settings.stop):
-            return False
-        return self._stop_at(self._tokenizer.decode(self._tokens)) is not None
-
-    def _stop_at(self, text: str) -> int | None:
-        """Where the first stop text of an answer begins: one met in the reasoning is none."""
-        span: tuple[int, int] | None = (0, len(text))
-        if self.request.thinking_mode is not None:
-            span = answer_span(text, self.request.thinking_mode)
-        if span is None:
-            return None
-        ends = [text.find(stop, *span) for stop in self.request.settings.stop]
-        return min((at for at in ends if at >= 0), default=None)
-
     def record(self) -> dict[str, object]:
-        """The line for the output."""
-        request, tokens = self.request, self._tokens
-        is_ended = bool(tokens) and tokens[-1] in self._tokenizer.stop_ids
-        text = self._tokenizer.decode(tokens[:-1] if is_ended else tokens)
-        text = text[: self._stop_at(text)]
+        """The line for the output, once it has ended."""
+        request = self.request
+        self._texts += [self._scanner.push(self._decoder.close()), self._scanner.close()]
+        text = "".join(self._texts)
         record = {"line": request.line, "id": request.id, "text": text}
         if request.thinking_mode is not None:
             message = parse_partial_completion(text, request.thinking_mode, is_complete=True)
@@ -299,5 +280,5 @@ class _Row:
         return record | {
             "finish_reason": "stop" if self._is_stopped else "length",
             "prompt_tokens": self.running.prompt_length,
-            "completion_tokens": len(tokens),
+            "completion_tokens": self._count,
         }
