@@ -234,9 +234,9 @@ def test_a_step_does_not_touch_what_is_not_filled(cached_engine):
     widths = set()
     decode = engine._scheduler.run.decode
 
-    def spy(slots, tables, count, cancelled):
+    def spy(slots, tables, *others):
         widths.add(tables[4].shape[1])
-        return decode(slots, tables, count, cancelled)
+        return decode(slots, tables, *others)
 
     engine._scheduler.run = dataclasses.replace(engine._scheduler.run, decode=spy)
     engine.generate([PROMPTS[0]], Sampling(max_new_tokens=3), stop_ids=[])

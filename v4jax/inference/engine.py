@@ -28,6 +28,7 @@ from flax import nnx
 
 from pallas_kernels.formats.pages import PAGE
 from sharding import DECODE, PREFILL
+from v4jax.inference.grammar import Grammar, GrammarError, Matchers
 from v4jax.inference.ledger import Ledger
 from v4jax.inference.prefix import PIECE, Prefixes
 from v4jax.inference.requests import EngineFullError, Request
@@ -239,6 +240,7 @@ class Engine:
         stop_ids: Sequence[int] | None = None,
         priority: int = 0,
         listener: Callable[[Request], None] | None = None,
+        grammar: Grammar | None = None,
     ) -> Request:
         """Puts a request in the queue. From any thread.
 
@@ -249,17 +251,23 @@ class Engine:
           priority: the largest is served first; among equals, the one that came first.
           listener: called with the request when it has got tokens or has ended, by whoever runs the
             engine.
+          grammar: what the answer has to be. It ends where the grammar may end; `max_new_tokens` may cut
+            it before.
 
         Raises:
           ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for the
             model or the cache together with what it may generate; too many stop ids.
+          GrammarError: a ValueError; the grammar cannot be used, or there is no tokenizer.
           EngineFullError: the queue is full.
           RuntimeError: the engine's thread has failed.
         """
         (ids,) = self._ids([prompt])
-        return self._submit(ids, sampling, self._stop_ids(stop_ids), priority, listener)
+        stops = self._stop_ids(stop_ids)
+        return self._submit(ids, sampling, stops, priority, listener, grammar)
 
-    def _submit(self, ids, sampling, stops, priority=0, listener=None) -> Request:
+    def _submit(
+        self, ids, sampling, stops, priority=0, listener=None, grammar: Grammar | None = None
+    ) -> Request:
         needed = len(ids) + sampling.max_new_tokens
         if needed > self.cfg.max_length:
             raise ValueError(
@@ -283,11 +291,22 @@ class Engine:
             raise EngineFullError(
                 f"{queued} requests are waiting, which is all that may: try later."
             )
-        request = Request(next(self._numbers), ids, sampling, stops, priority, listener)
+        listeners = [] if listener is None else [listener]
+        matcher = None if grammar is None else self._matchers.matcher(grammar, ids, stops)
+        request = Request(next(self._numbers), ids, sampling, stops, priority, listeners)
+        request._matcher = matcher
         self._require_working()
         self._inbox.append(request)
         self._wake.set()
         return request
+
+    @functools.cached_property
+    def _matchers(self) -> Matchers:
+        if self.tokenizer is None:
+            raise GrammarError(
+                "a grammar needs a tokenizer: Engine(model, v4jax.Tokenizer(folder))."
+            )
+        return Matchers(self.tokenizer, self.cfg.vocab_size)
 
     def _require_working(self) -> None:
         if self._failure is not None:
@@ -304,8 +323,7 @@ class Engine:
             events = self._scheduler.step()
             self._turn.notify_all()
         for request in events:
-            if request.listener is not None:
-                request.listener(request)
+            request._tell()
         return events
 
     @property
@@ -385,8 +403,7 @@ class Engine:
         with self._turn:
             self._turn.notify_all()
         for request in requests:
-            if request.listener is not None:
-                request.listener(request)
+            request._tell()
 
     def _all_requests(self) -> list[Request]:
         running = [request for request in self._scheduler.in_slot if request is not None]

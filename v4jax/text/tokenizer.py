@@ -162,6 +162,11 @@ class Tokenizer:
             return token.encode("utf-8")
 
     @functools.cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of tokens that stand for themselves: those of the prompt format, and spare ones."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode` leaves out: BOS, EOS and padding."""
         added = self._tokenizer.get_added_tokens_decoder()
