@@ -464,6 +464,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         *,
         stop_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> Completion: ...
 
     @overload
@@ -473,6 +474,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         *,
         stop_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> list[Completion]: ...
 
     def generate(
@@ -481,6 +483,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         *,
         stop_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> Completion | list[Completion]:
         """Completions of prompts: one of a text, a list of a list.
 
@@ -491,13 +494,14 @@ class Engine:
             draws with its seed plus n.
           stop_ids: ids that end a completion; default those of the tokenizer that end a turn, or the
             model's end-of-sentence id.
+          grammar: what every completion has to be, behind its reasoning, see `submit`.
 
         Raises:
-          ValueError: see `stream`.
+          ValueError, RuntimeError: see `stream`.
         """
         several = [prompts] if isinstance(prompts, str) else prompts
         stops = self._stop_ids(stop_ids)
-        steps = list(self.stream(several, sampling, stop_ids=stops))
+        steps = list(self.stream(several, sampling, stop_ids=stops, grammar=grammar))
         completions = []
         for row in np.stack(steps, axis=1) if steps else ():
             tokens = tuple(int(token) for token in row[row >= 0])
@@ -515,6 +519,7 @@ class Engine:
         sampling: Sampling = Sampling(),
         *,
         tools: Sequence[Mapping] | None = None,
+        grammar: Grammar | None = None,
     ) -> Reply:
         """The assistant's next turn.
 
@@ -522,16 +527,20 @@ class Engine:
           messages: a text of the user, or messages as in docs/prompts.md.
           mode: "non-think", "think-high" or "think-max" (releases since 0731 also "think-low").
           tools: functions that the assistant may call.
+          grammar: what `content` has to be; tools are not called then.
 
         Raises:
-          ValueError: there is no tokenizer, or messages or mode that cannot be rendered.
+          ValueError: there is no tokenizer, or messages or mode that cannot be rendered; else as
+            `stream`.
+          RuntimeError: as `stream`.
         """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer: Engine(model, v4jax.Tokenizer(folder)).")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         prompt = self.tokenizer.render(messages, mode, tools=tools)
-        (completion,) = self.generate([self.tokenizer.encode(prompt.text)], sampling)
+        ids = self.tokenizer.encode(prompt.text)
+        (completion,) = self.generate([ids], sampling, grammar=grammar)
         text = completion.text or ""
         message = parse_partial_completion(text, prompt.thinking_mode, is_complete=True)
         return Reply(
@@ -548,6 +557,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         *,
         stop_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> Iterator[np.ndarray]:
         """As `generate`, token by token. A row depends on its own prompt and sampling alone.
 
@@ -556,18 +566,21 @@ class Engine:
 
         Raises:
           ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for
-            the model together with what it may generate.
+            the model together with what it may generate; a grammar that cannot be used.
+          RuntimeError: a request ended with an error.
         """
         ids = self._ids(prompts)
         stops = self._stop_ids(stop_ids)
         requests = []
         try:
             for prompt, one in zip(ids, self._requests(sampling, len(ids))):
-                requests.append(self._submit(prompt, one, stops))
+                requests.append(self._submit(prompt, one, stops, grammar=grammar))
             for step in itertools.count():
                 for request in requests:
                     while len(request.tokens) <= step and not request.is_ended:
                         self._advance(request, step)
+                if faults := [request.error for request in requests if request.error]:
+                    raise RuntimeError(faults[0])
                 tokens = [r.tokens[step] if step < len(r.tokens) else NO_TOKEN for r in requests]
                 if all(token == NO_TOKEN for token in tokens):
                     return

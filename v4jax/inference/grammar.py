@@ -100,7 +100,7 @@ class Matcher:
         """
         if self._end_of_reasoning is not None:
             return self._free
-        words = np.frombuffer(self._answer.compute_bitmask(), np.uint32).copy()
+        words = np.frombuffer(self._answer.compute_bitmask(), np.uint32)[: len(self._free)].copy()
         if fault := self._answer.get_error():
             raise GrammarError(_sentence(f"the grammar cannot be followed: {fault}"))
         _set(words, (self._eos,), False)
