@@ -127,7 +127,7 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
                 model = load_for_serving(
                     args, numerics, context=CONTEXT, batch=args.batch_size, devices=devices
                 )
-                engine = Engine(model, slots=args.batch_size, cache=args.cache)
+                engine = Engine(model, tokenizer, slots=args.batch_size, cache=args.cache)
                 started = time.monotonic()
                 for progress in job.run(engine, tokenizer):
                     tokens += progress.tokens

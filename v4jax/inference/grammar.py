@@ -131,6 +131,7 @@ class Matchers:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int):
         self._think, self._end = (tokenizer.id(token) for token in (THINK_START, THINK_END))
+        self._format = tokenizer.added_ids
         self._vocab = vocab
         library = _library()
         self._tokens = library.LLTokenizer(
@@ -142,7 +143,7 @@ class Matchers:
     def matcher(self, grammar: Grammar, prompt: Sequence[int], stop_ids: Sequence[int]) -> Matcher:
         """For the completion of a prompt.
 
-        If `<think>` is the last of `<think>` and `</think>` in it, the completion begins with reasoning.
+        If `<think>` is its last token of the prompt format, the completion begins with reasoning.
 
         Raises:
           GrammarError: llguidance cannot compile it, or there are no stop ids, so that nothing could
@@ -153,8 +154,8 @@ class Matchers:
             raise GrammarError(
                 f"stop_ids={list(stop_ids)}: expected an id that ends an answer of a grammar."
             )
-        marks = (token for token in reversed(prompt) if token in (self._think, self._end))
-        is_reasoning = next(marks, self._end) == self._think
+        last = next((token for token in reversed(prompt) if token in self._format), None)
+        is_reasoning = last == self._think
         free = np.full(num_words(self._vocab), EVERYTHING)
         _set(free, ends, False)
         answer = self._compiled(grammar).deep_copy()

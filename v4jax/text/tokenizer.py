@@ -100,12 +100,15 @@ class Tokenizer:
         mode: str = "non-think",
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
+        response_format: Mapping[str, object] | None = None,
     ) -> Prompt:
         """The prompt for a conversation, as this checkpoint's release writes it.
 
         Args and errors are those of `v4jax.text.prompt.render`.
         """
-        return render(messages, mode, release=self.release, tools=tools)
+        return render(
+            messages, mode, release=self.release, tools=tools, response_format=response_format
+        )
 
     def id(self, token: str) -> int:
         """Id of one token, say a special one.

@@ -70,17 +70,15 @@ def encode_chat(
     A special token that is spelled out in a message is text here, not that token: what a user or a
     tool says cannot begin another's turn. `<｜extracted_url｜>` is a token, since callers write it.
 
-    A schema of the answer stands where the prompt format has it: on the first system message, which is
-    made if there is none, unless a message has one already.
-
     Raises:
       ApiError: messages or tools that cannot be rendered.
     """
     try:
         prompt = tokenizer.render(
-            [_message(message) for message in _with_schema(messages, schema)],
+            [_message(message) for message in messages],
             mode,
             tools=_literal(tools),
+            response_format=_literal(schema),
         )
         pieces = prompt.text.split(_CUT)
         ids = [index for piece in pieces for index in tokenizer.encode(piece)]
@@ -88,17 +86,6 @@ def encode_chat(
         text = str(error).replace("\\ufdd0", "").replace(_CUT, "")
         raise ApiError(400, text, param="messages") from None
     return ids, prompt.thinking_mode
-
-
-def _with_schema(messages: Sequence[Any], schema: Mapping[str, Any] | None) -> Sequence[Any]:
-    fields = [message if isinstance(message, Mapping) else {} for message in messages]
-    if not schema or any(message.get("response_format") for message in fields):
-        return messages
-    for index, message in enumerate(fields):
-        if message.get("role") in ("system", "developer"):
-            told = {**message, "response_format": schema}
-            return [*messages[:index], told, *messages[index + 1 :]]
-    return [{"role": "system", "content": "", "response_format": schema}, *messages]
 
 
 def _message(message: Any) -> Any:
