@@ -26,6 +26,7 @@ from v4jax.cli.options import (
     command_parser,
     local_folder,
 )
+from v4jax.cli.profiling import add_profile_option, profiled
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.engine import Engine
 from v4jax.inference.grammar import Grammar
@@ -95,6 +96,7 @@ def main() -> None:
     add_mesh_option(parser)
     add_sampling_options(parser)
     add_numerics_options(parser)
+    add_profile_option(parser)
     args = parser.parse_args()
 
     sampling = sampling_of(args)
@@ -116,9 +118,10 @@ def main() -> None:
             if step[0] not in tokenizer.stop_ids:
                 yield step[0]
 
-    for piece in tokenizer.decode_stream(ids()):
-        print(piece, end="", flush=True)
-    print()
+    with profiled(engine, args.profile):
+        for piece in tokenizer.decode_stream(ids()):
+            print(piece, end="", flush=True)
+        print()
     count = len(times) - 1
     rate = (count - 1) / (times[-1] - times[1]) if count > 1 else 0.0
     print(

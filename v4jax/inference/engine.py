@@ -10,6 +10,7 @@
 It has a fixed number of slots, which requests enter and leave one by one. docs/engine.md says how.
 """
 
+import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -18,7 +19,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import overload
 
 import jax
@@ -124,6 +125,9 @@ class Engine:
       queue: requests that may wait; None: any number.
       prefixes: that are kept for requests which begin with the same tokens; 0: none.
 
+    Attributes:
+      before_step: called before every step, if it is set, by whoever steps.
+
     Raises:
       ValueError: the mesh does not suit the model, its weights do not lie as the steps read them,
         the tokenizer has ids that the model does not know, or numbers out of range.
@@ -176,6 +180,7 @@ class Engine:
             max_length=self.cfg.max_length,
             is_shared=jax.process_count() > 1,
         )
+        self.before_step: Callable[[], None] | None = None
         self._numbers = itertools.count()
         self._inbox: collections.deque[Request] = collections.deque()
         self._turn = threading.Condition(threading.RLock())  # held by whoever steps
@@ -213,8 +218,11 @@ class Engine:
 
             return call
 
+        def placed(array: np.ndarray) -> jax.Array:
+            # A copy: on a CPU jax may read the array itself, which the scheduler goes on to change.
+            return jax.device_put(np.array(array), self._by_row())
+
         steps, is_one = self._slot_steps, jax.process_count() == 1
-        placed = functools.partial(jnp.asarray, device=self._by_row())
         return Programs(
             prefill=bound(self._prefill, self.leaves),
             decode=bound(self._decode, self.leaves),
@@ -316,6 +324,8 @@ class Engine:
         """One turn of the scheduler: the requests that got tokens or ended. Dispatches at most one call
         of decode and `chunks[-1]` tokens of prompts, and waits for the call before."""
         with self._turn:
+            if self.before_step is not None:
+                self.before_step()
             while self._inbox:
                 request = self._inbox.popleft()
                 self._make_room(request)
@@ -357,6 +367,39 @@ class Engine:
                 self._turn.wait(timeout=1.0)
                 if self._thread is None:
                     return
+
+    async def async_tokens(self, request: Request) -> AsyncIterator[int]:
+        """As `tokens`, for asyncio. The engine has to run in its thread (`start`).
+
+        Raises:
+          RuntimeError: it does not, or no longer.
+        """
+        loop, woken, given = asyncio.get_running_loop(), asyncio.Event(), 0
+
+        def wake(_: Request) -> None:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the loop has ended, and with it who would read
+                loop.call_soon_threadsafe(woken.set)
+
+        request.listeners.append(wake)
+        try:
+            while True:
+                woken.clear()
+                is_ended = request.is_ended  # before the tokens, which are there when it is set
+                while given < len(request.tokens):
+                    yield request.tokens[given]
+                    given += 1
+                if is_ended:
+                    return
+                if self._thread is None:
+                    raise RuntimeError(
+                        "async_tokens reads an engine that runs: call start() first."
+                    )
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(woken.wait(), 1.0)
+        finally:
+            request.listeners.remove(wake)
 
     def start(self) -> None:
         """Runs the engine in a thread of its own, until `stop`."""
