@@ -17,7 +17,7 @@ ALLOWED = {
         "fsspec",
         *("pallas_kernels", "sharding"),
     },
-    "scripts": {"jax", "numpy", "ml_dtypes", "flax", "matplotlib", "v4jax"},
+    "scripts": {"jax", "numpy", "ml_dtypes", "flax", "matplotlib", "playwright", "v4jax"},
     "benchmarks": {
         *("jax", "numpy", "flax", "pallas_kernels", "sharding", "v4jax"),
         *("torch", "transformers"),  # wide_transformers.py, in an environment of its own
