@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
+from benchmarks.page_stream import stream_trips
 from pallas_kernels.attention import decode_attention, tpu_decode
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.pages import PAGE, Pages, num_pages
 from v4jax import config
 
 ROPE = config.flash().rope_head_dim
@@ -23,14 +25,17 @@ def _make(cfg: config.V4Config, batch: int, num_entries: int, ratio: int, is_pac
     picks = cfg.indexer.topk if ratio == 4 else 0
     keys = jax.random.split(jax.random.key(0), 5)
     rows = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
-    entries = rows(keys[2], (batch, num_entries, cfg.head_dim))
+    pages = num_pages(num_entries)
+    held = rows(keys[2], (1, batch * pages * PAGE, cfg.head_dim))
+    if is_packed:
+        held = (PackedRows if picks else PackedColumns).pack(held, ROPE)
+    table = jax.random.permutation(keys[4], batch * pages).reshape(batch, pages)
+    places = jax.random.uniform(keys[3], (batch, num_entries))
     return (
         rows(keys[0], (batch, cfg.num_heads, cfg.head_dim)),
         rows(keys[1], (batch, cfg.window, cfg.head_dim)),
-        (PackedRows if picks else PackedColumns).pack(entries, ROPE) if is_packed else entries,
-        jnp.argsort(jax.random.uniform(keys[3], (batch, num_entries)))[:, :picks]
-        if picks
-        else None,
+        Pages(held, table.astype(jnp.int32)) if num_entries else None,
+        jnp.argsort(places)[:, :picks] if picks else None,
         jnp.zeros(cfg.num_heads),
         jnp.full(batch, max(num_entries * ratio, cfg.window) - 1, jnp.int32),
     )
@@ -39,12 +44,15 @@ def _make(cfg: config.V4Config, batch: int, num_entries: int, ratio: int, is_pac
 def _trips(batch: int, num_entries: int, num_picked: int, is_packed: bool, chip: str) -> Trips:
     if not num_entries:
         return {"decode_ring": (batch,)}
-    shape = jax.ShapeDtypeStruct((batch, num_entries, 512), jnp.bfloat16)
-    if num_picked and (is_packed or tpu_decode.gathers(shape, num_picked, chip)):
+    if num_picked:
         turns = [tpu_decode.LANES // tpu_decode.GATHER_UNROLL] * (num_picked // tpu_decode.LANES)
-        return {"decode_gather": (batch, *turns) if batch > 1 else tuple(turns)}
-    blocks = -(-num_entries // min(tpu_decode.BLOCK_ENTRIES[chip], num_entries))
-    return {"decode_masked" if num_picked else "decode_stream": (batch * blocks,)}
+        looked_up = (-(-batch // 8),) if batch > 8 else ()
+        return {"decode_gather": (batch, *turns)[batch == 1 :], "pool_rows": looked_up}
+    pages = num_pages(num_entries)
+    block = min(tpu_decode.BLOCK_ENTRIES[chip] // PAGE, pages)
+    cleared = -pages % block / -(-pages // block)
+    behind = None if is_packed else True
+    return {"decode_stream": stream_trips(chip, batch, pages, block, (cleared,), behind)}
 
 
 def _case(cfg, kind: str, batch: int, context: int, is_packed: bool = False) -> Case:
@@ -71,10 +79,19 @@ def cases() -> list[Case]:
     flash, pro = config.flash(), config.pro()
     sizes = [("CSA", 8, 8 << 10), ("CSA", 8, 32 << 10), ("CSA", 1, 128 << 10)]
     sizes += [("CSA", 8, 128 << 10), ("CSA", 64, 128 << 10), ("CSA", 8, 1 << 20)]
-    sizes += [("HCA", 8, 128 << 10), ("HCA", 1, 1 << 20), ("HCA", 8, 1 << 20), ("HCA", 64, 1 << 20)]
+    sizes += [
+        ("CSA", 64, 1 << 20),
+        ("HCA", 8, 128 << 10),
+        ("HCA", 1, 1 << 20),
+        ("HCA", 8, 1 << 20),
+        ("HCA", 64, 1 << 20),
+    ]
     found = [_case(flash, *size) for size in [*sizes, ("window", 8, 128 << 10)]]
-    found += [_case(flash, *size, is_packed=True) for size in (sizes[3], sizes[6], sizes[8])]
-    return found + [_case(pro, *size) for size in [sizes[0], sizes[3], sizes[8]]]
+    packed = [
+        (k, b, c) for k in ("CSA", "HCA") for b in (8, 64) for c in (32 << 10, 128 << 10, 1 << 20)
+    ]
+    found += [_case(flash, *size, is_packed=True) for size in packed]
+    return found + [_case(pro, *size) for size in [sizes[0], sizes[3], ("HCA", 8, 1 << 20)]]
 
 
 if __name__ == "__main__":

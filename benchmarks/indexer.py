@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
+from benchmarks.page_stream import stream_trips
 from pallas_kernels.formats.packed_rows import PackedKeys, key_words
+from pallas_kernels.formats.pages import PAGE, Pages
 from pallas_kernels.formats.quantize import round_fp4
 from pallas_kernels.indexer import block_sizes, index_topk, threshold, tpu_prefill
 from v4jax import config
@@ -34,9 +36,17 @@ def _make(cfg: config.V4Config, batch: int, num_queries: int, context: int, is_p
     return (
         queries,
         jax.random.normal(keys[1], (batch, num_queries, heads)),
-        PackedKeys.pack(entries) if is_packed else entries,
+        _pages(entries, is_packed) if num_queries == 1 else entries,
         jnp.broadcast_to(positions, (batch, num_queries)),
     )
+
+
+def _pages(keys: jax.Array, is_packed: bool) -> Pages:
+    """Keys [B, S, I] in pages in any order."""
+    pages = Pages.of(keys)
+    pool = PackedKeys.pack(pages.pool) if is_packed else pages.pool
+    order = jax.random.permutation(jax.random.key(1), pages.num_pages)
+    return Pages(pool, order.astype(jnp.int32)[pages.table])
 
 
 def _prefill_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -> Trips:
@@ -71,19 +81,18 @@ def _prefill_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -
     return {"index_bits": trips}
 
 
-def _decode_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -> Trips:
+def _decode_trips(cfg, batch: int, context: int, chip: str) -> Trips:
     num_entries = context // RATIO
     block = block_sizes.decode_block(num_entries)
-    steps = -(-num_entries // block)
     keys = block_sizes.decode_keys(num_entries)
     pair = 2 * block_sizes.decode_chunk(num_entries)
     pairs = -(-num_entries // (pair * 128))
-    tiles = -(-num_entries // (128 * 128)) / steps
-    search = (PASSES["decode"] / steps, pairs, 0, 0, 0, 0)
+    tiles = -(-num_entries // (128 * 128))
+    search = (PASSES["decode"], pairs, 0, 0, 0, 0)
     visits = (tiles,) * (-(-cfg.indexer.topk // 128))
-    inner = (block // keys, 0, pair // 128 * pairs / steps, *search, tiles, *visits)
-    grid = (batch * steps,) if batch * steps > 1 else ()  # a grid of one step is no loop
-    return {"index_list": (*grid, *inner)}
+    pages = num_entries // PAGE
+    stream = stream_trips(chip, batch, pages, block // PAGE, (block // keys,), copies_behind=False)
+    return {"index_list": (*stream, 0, pair // 128 * pairs, *search, tiles, *visits)}
 
 
 def _case(cfg, batch: int, num_queries: int, context: int, is_packed: bool = False) -> Case:
@@ -95,10 +104,12 @@ def _case(cfg, batch: int, num_queries: int, context: int, is_packed: bool = Fal
         f"{n >> 10}k" if n < 1 << 20 else f"{n >> 20}M" for n in (num_queries, context)
     )
     if num_queries == 1:
-        shape, out_bytes, trips = f"decode {total} x{batch}", 4 * topk, _decode_trips
+        shape, out_bytes = f"decode {total} x{batch}", 4 * topk
+        trips = functools.partial(_decode_trips, cfg, batch, context)
     else:
         shape = f"prefill {length}" + (f" of {total}" if total != length else "")
-        out_bytes, trips = 512 * -(-num_entries // 4096), _prefill_trips
+        out_bytes = 512 * -(-num_entries // 4096)
+        trips = functools.partial(_prefill_trips, cfg, batch, num_queries, context)
     shape += " packed" * is_packed
     key_bytes = 4 * key_words(width) if is_packed else 2 * width
     per_query = heads * (2 * width + 4) + out_bytes
@@ -109,7 +120,7 @@ def _case(cfg, batch: int, num_queries: int, context: int, is_packed: bool = Fal
         make=functools.partial(_make, cfg, batch, num_queries, context, is_packed),
         flops=2.0 * batch * heads * width * scored,
         bytes=float(batch * (num_queries * per_query + key_bytes * num_entries)),
-        trips=functools.partial(trips, cfg, batch, num_queries, context),
+        trips=trips,
     )
 
 
@@ -121,7 +132,8 @@ def cases() -> list[Case]:
     decodes += [(1, 1, 1024 * k), (8, 1, 1024 * k)]
     flash, pro = config.flash(), config.pro()
     found = [_case(flash, *size) for size in prefills + decodes]
-    found += [_case(flash, *size, is_packed=True) for size in (decodes[3], decodes[5])]
+    packed = [(b, 1, context * k) for b in (8, 64) for context in (32, 128, 1024)]
+    found += [_case(flash, *size, is_packed=True) for size in packed]
     return found + [_case(pro, *size) for size in [*prefills[:3], decodes[3], decodes[4]]]
 
 

@@ -30,6 +30,7 @@ class Chip:
     clock: float  # Hz
     hbm: float  # bytes the compiler can use
     vmem: int  # bytes of one core
+    smem: int = MiB  # bytes of one core, for scalars
     ici: float  # bytes/s that a device can send over all its links together
     cores: int = 1  # TensorCores of a device; a kernel's parallel grid axes are split over them
     devices_per_chip: int = 1
@@ -44,7 +45,6 @@ class Chip:
     attention_vmem: int  # bytes that a kernel may ask for
     attention_blocks: tuple[int, int, int] = (2048, 256, 512)  # rows, rows of a chunk, entries
     decode_entries: int = 1024  # entries of a block that decoding streams
-    gather_ratio: int  # of entries to picks, from which decoding gathers instead of streaming
     grouped_budget: int  # bytes of VMEM for blocks of the experts' kernels
     grouped_vmem: int  # bytes that they may ask for
     grouped_step_weights: int  # weights that are unpacked by one step
@@ -88,7 +88,6 @@ V5E = Chip(
     vector_bfloat16=False,
     native_e4m3=False,
     fast_e5m2=False,
-    gather_ratio=8,
     grouped_step_weights=1 << 20,
     **_LARGE_VMEM,
 )
@@ -108,7 +107,6 @@ V5P = Chip(
     vector_bfloat16=False,
     native_e4m3=False,
     fast_e5m2=False,
-    gather_ratio=8,
     grouped_step_weights=1 << 20,
     **_SMALL_VMEM,
 )
@@ -127,7 +125,6 @@ V6E = Chip(
     vector_bfloat16=True,
     native_e4m3=False,
     fast_e5m2=False,
-    gather_ratio=10,
     grouped_step_weights=1 << 22,
     **_LARGE_VMEM,
 )
@@ -148,7 +145,6 @@ V7X = Chip(
     native_e4m3=True,
     fast_e5m2=True,
     decode_entries=2048,
-    gather_ratio=12,
     grouped_step_weights=1 << 22,
     **_SMALL_VMEM,
 )

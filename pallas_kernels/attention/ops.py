@@ -16,7 +16,7 @@ import jax
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
-from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.packed_rows import PackedColumns
 from pallas_kernels.formats.pages import Pages
 from pallas_kernels.selection import Selection
 
@@ -105,9 +105,10 @@ def selected_attention(
 @dispatch.operation
 def decode_attention(
     q: jax.Array,  # [B, N, H]: one query per sequence
-    window: jax.Array | PackedRows,  # [B, C, H] ring: token t in row t mod C, the query's included
-    entries: jax.Array | PackedRows | PackedColumns | Pages,  # [B, S, H]; S may be 0
-    indices: jax.Array | None,  # [B, K] int32, distinct (-1: none), or None for every visible entry
+    window: jax.Array
+    | PackedColumns,  # [B, C, H] ring: token t in row t mod C, the query's included
+    entries: Pages | None,  # [B, S, H]
+    indices: jax.Array | None,  # [B, K] int32, distinct (-1: none); None: every visible entry
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B] int32
     *,
@@ -115,7 +116,7 @@ def decode_attention(
     scale: float,
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:  # [B, N, H]
-    """One decoding step over a ring of window rows and a cache of entries. Not differentiable.
+    """One decoding step over a ring of window rows and pages of entries. Not differentiable.
 
     Args:
       ratio: tokens per entry (with indices, or without entries, it does not matter).
@@ -125,32 +126,27 @@ def decode_attention(
       ValueError: shapes do not agree, or an implementation that cannot run.
     """
     _check_decode(q, window, entries, indices, sink, positions)
-    held = entries.pool if isinstance(entries, Pages) else entries
-    unsupported = tpu_decode.unsupported(q, window, held, indices)
+    unsupported = tpu_decode.unsupported(q, window, entries, indices)
     chosen = dispatch.choose(implementation, unsupported=unsupported)
     static = dict(ratio=max(ratio, 1), scale=scale)
     if chosen in ("tpu", "interpret"):
         static["interpret"] = chosen == "interpret"
-        rows: Any = entries.contiguous() if isinstance(entries, Pages) else entries
-        return tpu_decode.decode_attention(q, window, rows, indices, sink, positions, **static)
+        return tpu_decode.decode_attention(q, window, entries, indices, sink, positions, **static)
     decode = xla_decode.decode_reference if chosen == "reference" else xla_decode.decode_attention
     return decode(q, window, entries, indices, sink, positions, **static)
 
 
 def _check_decode(q, window, entries, indices, sink, positions):
-    if q.ndim != 3 or window.ndim != 3 or entries.ndim != 3:
-        raise ValueError(
-            f"q {q.shape} must be [B, N, H], window {window.shape} [B, C, H] and entries "
-            f"{entries.shape} [B, S, H]."
-        )
+    if q.ndim != 3 or window.ndim != 3:
+        raise ValueError(f"q {q.shape} must be [B, N, H] and window {window.shape} [B, C, H].")
     batch, num_heads, width = q.shape
-    if any((x.shape[0], x.shape[2]) != (batch, width) for x in (window, entries)):
-        raise ValueError(
-            f"window {window.shape} and entries {entries.shape} must have q's batch {batch} and "
-            f"width {width}."
-        )
+    for name, x in (("window", window), ("entries", entries)):
+        if x is not None and (x.shape[0], x.shape[2]) != (batch, width):
+            raise ValueError(f"{name} {x.shape} must have q's batch {batch} and width {width}.")
     if indices is not None and (indices.ndim != 2 or indices.shape[0] != batch):
         raise ValueError(f"indices {indices.shape} must be [B, K] with B={batch}.")
+    if indices is not None and entries is None:
+        raise ValueError(f"indices {indices.shape} of no entries.")
     if sink.shape != (num_heads,):
         raise ValueError(f"sink {sink.shape} must be [N] with N={num_heads} heads of q.")
     if positions.shape != (batch,):

@@ -1,4 +1,4 @@
-"""Decode attention on a TPU: one query per sequence over a ring, then over a cache of entries.
+"""Decode attention on a TPU: one query per sequence over a ring, then over pages of entries.
 
 The N heads of a query share their keys: they are the rows of a product [N, H] x [H, keys]. Keys are
 values: a row fetched once serves both products. One running softmax (peak, denominator,
@@ -6,29 +6,24 @@ weighted sum) goes over the ring, over the entries and over the sink, which star
 
 Entries come in one of two ways:
 
-    stream   blocks of consecutive entries, those past the last wanted one being neither fetched nor
-             computed. With indices, a mask of the wanted entries is made of them in the kernel:
-             entry s is element [s // 128, s % 128] of the product of two one-hot matrices
-             [S / 128, K] x [K, 128].
-    gather   one copy per index from HBM, all of them under way at once. A copy takes whole 32-bit
-             words, that is the pair of bfloat16 rows an entry lies in; the other row is masked.
-             Issuing a copy takes about 8 cycles, so the gather is worth it from `GATHER_RATIO`
-             entries per index on.
+    stream   every visible entry, in blocks of pages (`tpu_pages.PageStream`). Pages behind the last
+             visible entry are neither fetched nor computed.
+    gather   picked ones: one copy per index from HBM, all of them under way at once. A copy takes whole
+             32-bit words, that is the pair of bfloat16 rows an entry lies in; the other row is masked.
+             Issuing a copy takes about 8 cycles.
 
-Packed rows are unpacked in VMEM (`tpu_packed.py`): `PackedRows` are gathered, whatever their number,
-and a copy takes the three lines that a row lies in; `PackedColumns` are streamed.
+Packed rows are unpacked in VMEM (`tpu_packed.py`): `PackedRows` are gathered, and a copy takes the three
+lines that a row lies in; `PackedColumns` are streamed.
 
 What XLA does instead: it gathers rows to HBM and reads them back, writes the scores, and visits
-every entry of the cache, be it written or not.
+every page up to the longest sequence's last.
 
-Grid: (batch, blocks of entries). The ring is visited in the first step of a sequence, and the sum
-divided in its last. HBM traffic of a sequence: the ring, q, the visited entries (twice the picked
-ones when gathered), out.
+Grid: (batch,), or that of `tpu_pages.py` for the stream. HBM traffic of a sequence: the ring, q, the
+visited pages, or the picked entries (twice if bfloat16), out.
 """
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,62 +32,58 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, dispatch
 from pallas_kernels.attention import tpu_packed
+from pallas_kernels.formats import pages, tpu_pages
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.pages import PAGE, Pages
 
-# Entries of a block. A block's copy should take longer than the 0.35 us a grid step costs.
+# Entries of a block. A block's work should take longer than waiting for the first of its copies.
 BLOCK_ENTRIES = chips.table("decode_entries")
-# Entries per index from which on fetching the picked ones takes less time than fetching all.
-GATHER_RATIO = chips.table("gather_ratio")
 GATHER_UNROLL = 16  # copies issued by one turn of the loop
 LANES = 128
 _LOWEST = -1e30
+_NOTHING = {False: 0, True: -1}  # what tells of a copy that no row was wanted, by `is_packed`
 _LOG2E = math.log2(math.e)
 
 
-def decode_attention(q, window, entries, indices, sink, positions, *, ratio, scale, interpret):
+def decode_attention(
+    q, window, entries: Pages | None, indices, sink, positions, *, ratio, scale, interpret
+):
     """See `ops.py`."""
-    chip = dispatch.target_chip()
-    if indices is not None and not indices.shape[1]:
-        entries, indices = jnp.zeros((q.shape[0], 0, q.shape[2]), q.dtype), None
-    ring_rows = jnp.minimum(positions + 1, window.shape[1])
     if not (isinstance(window, jax.Array) or _are_columns_it_reads(window)):
         window = window.unpack(q.dtype)
-    call = functools.partial(_call, q, window, sink, scale=scale, interpret=interpret)
-    num_entries = entries.shape[1]
-    if not num_entries:
-        return call(None, None, [ring_rows], block=0)
-    if indices is None:
-        wanted = jnp.minimum((positions + 1) // ratio, num_entries)
-    else:
-        if gathers(entries, indices.shape[1], chip):
-            # What a block of a one-dimensional array may be: a power of two, or so many 1024s.
-            size = max(LANES, min(1024, pl.next_power_of_2(indices.shape[1])))
-            missing = -indices.shape[1] % size
-            indices = jnp.pad(indices, ((0, 0), (0, missing)), constant_values=-1)
-            return call(entries, indices, [ring_rows], block=0)
-        wanted = jnp.minimum(jnp.max(indices, axis=1) + 1, num_entries)
-    block = min(BLOCK_ENTRIES[chip], -(-num_entries // LANES) * LANES)
-    return call(entries, indices, [ring_rows, wanted], block=block)
+    ring_rows = jnp.minimum(positions + 1, window.shape[1])
+    window = window.data if isinstance(window, PackedColumns) else window
+    common = q, sink.astype(jnp.float32)[:, None] * _LOG2E, window
+    static = dict(scale=scale * _LOG2E, interpret=interpret)
+    if entries is None or (indices is not None and not indices.shape[1]):
+        return _ring(ring_rows, *common, **static)
+    if indices is not None:
+        return _gather(ring_rows, *common, entries, indices, **static)
+    wanted = jnp.minimum((positions + 1) // ratio, entries.shape[1])
+    return _stream(ring_rows, wanted, *common, entries, **static)
 
 
-def unsupported(q, window, entries, indices) -> str | None:
+def unsupported(q, window, entries: Pages | None, indices) -> str | None:
     """Why the kernel cannot take these arguments, None if it can."""
-    if isinstance(entries, PackedRows | PackedColumns):
-        channels = entries.nope_dim, entries.rope_dim
+    pool = None if entries is None else entries.pool
+    if isinstance(pool, PackedRows | PackedColumns):
+        channels = pool.nope_dim, pool.rope_dim
         if channels != tpu_packed.CHANNELS:
             nope, rope = tpu_packed.CHANNELS
             return (
                 f"packed rows of {channels[0]} + {channels[1]} channels: the kernel unpacks "
                 f"{nope} + {rope}"
             )
-        if isinstance(entries, PackedRows) != (indices is not None):
+        if isinstance(pool, PackedRows) != (indices is not None):
             return "the kernel picks rows from PackedRows, and reads all of PackedColumns"
-        if isinstance(entries, PackedRows) and entries.data.shape[1] < tpu_packed.COPIED:
-            return f"{entries.length} packed rows are fewer than the kernel copies at once"
-    floats = [x for x in (q, window, entries) if isinstance(x, jax.Array)]
+    floats = [x for x in (q, window, pool) if isinstance(x, jax.Array)]
     dtypes = {jnp.dtype(x.dtype).name for x in floats}
     if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
         return f"q, window and entries are {sorted(dtypes)}: the kernel takes one of both floats"
+    if isinstance(pool, jax.Array) and pool.shape[2] % LANES:
+        return f"entries of {pool.shape[2]} channels: the kernel copies multiples of {LANES}"
+    if entries is not None and indices is None:
+        return pages.table_too_large(entries.table)
     return None
 
 
@@ -101,98 +92,93 @@ def _are_columns_it_reads(window) -> bool:
     return isinstance(window, PackedColumns) and channels == tpu_packed.CHANNELS
 
 
-def gathers(entries: jax.Array | PackedRows, num_picked: int, chip: str) -> bool:
-    """Whether picked rows are copied one by one."""
-    if isinstance(entries, PackedRows):
-        return True
-    _, num_entries, width = entries.shape
-    whole_words = num_entries % (4 // entries.dtype.itemsize) == 0
-    fits = width % LANES == 0 and whole_words and num_picked % LANES == 0
-    return fits and num_entries > GATHER_RATIO[chip] * num_picked
+def _ring(ring_rows, q, sink, window, *, scale, interpret):
+    """Without entries."""
+    return _call(
+        functools.partial(_ring_kernel, scale=scale),
+        *("decode_ring", tpu_pages.grid_of(q.shape[0]), [ring_rows], [q, sink, window]),
+        num_keys=window.shape[1],
+        interpret=interpret,
+    )
 
 
-def _call(q, window, sink, entries, indices, lengths, *, block, scale, interpret):
-    """Entries are streamed in blocks of `block`; 0: gathered by `indices`, or there are none."""
-    batch, num_heads, width = q.shape
-    ring = window.shape[1]
-    window = window.data if isinstance(window, PackedColumns) else window
-    is_packed = isinstance(entries, PackedRows | PackedColumns)
-    rows = entries.data if is_packed else entries
-    if is_packed and not interpret:  # or XLA moves a short cache to VMEM, and all of it back
-        rows = pltpu.with_memory_space_constraint(rows, pltpu.HBM)
-    num_blocks = pl.cdiv(entries.shape[1], block) if block else 1
+def _stream(ring_rows, wanted, q, sink, window, entries: Pages, *, scale, interpret):
+    """Over every visible entry."""
+    pool, lines = tpu_pages.array_of(entries.pool, interpret)
+    grid = tpu_pages.grid_of(q.shape[0])
+    block = min(BLOCK_ENTRIES[dispatch.target_chip()] // PAGE, entries.table.shape[1])
+    return _call(
+        functools.partial(_stream_kernel, grid=grid, lines=lines, scale=scale),
+        *("decode_stream", grid, [ring_rows, wanted, entries.table.reshape(-1)]),
+        *([q, sink, window, pool], [pl.BlockSpec(memory_space=pl.ANY)]),
+        tpu_pages.scratch(block, lines, pool),
+        num_keys=window.shape[1] + entries.shape[1],
+        interpret=interpret,
+    )
 
-    def row(b, k, *_):
-        return b, 0, 0
 
-    def visited(b, k, ring_rows, wanted=None):  # blocks past the last wanted one are not fetched
-        return b, jnp.minimum(k, jnp.maximum(pl.cdiv(wanted[b], block) - 1, 0)), 0
-
-    in_specs = [
-        pl.BlockSpec((None, num_heads, width), row),
-        pl.BlockSpec((num_heads, 1), lambda b, k, *_: (0, 0)),
-        pl.BlockSpec((None, *window.shape[1:]), row),
-    ]
-    args = [q, sink.astype(jnp.float32)[:, None] * _LOG2E, window]
-    scratch = [
-        pltpu.VMEM((num_heads, LANES), jnp.float32),
-        pltpu.VMEM((num_heads, LANES), jnp.float32),
-        pltpu.VMEM((num_heads, width), jnp.float32),
-    ]
-    num_keys = ring
-    if entries is None:
-        kernel, name = _ring_kernel, "decode_ring"
-    elif block:
-        kernel = functools.partial(
-            _stream_kernel, num_entries=entries.shape[1], is_packed=is_packed
-        )
-        name = "decode_stream"
-        lines = block
-        if is_packed:  # those of 128 columns are no multiple of 8: one block has all lines
-            lines = block // LANES * tpu_packed.WORDS if num_blocks > 1 else rows.shape[1]
-        in_specs.append(pl.BlockSpec((None, lines, rows.shape[2]), visited))
-        args.append(rows)
-        num_keys += entries.shape[1]
-        if indices is not None:
-            kernel, name = functools.partial(kernel, masked=True), "decode_masked"
-            in_specs.append(pl.BlockSpec((None, 1, indices.shape[1]), row))
-            args.append(indices[:, None])
-            scratch.append(pltpu.VMEM((num_blocks * block // LANES, LANES), jnp.float32))
-    else:
-        kernel, name = functools.partial(_gather_kernel, is_packed=is_packed), "decode_gather"
-        num_picked = indices.shape[1]
-        group, lines = (1, tpu_packed.COPIED) if is_packed else (4 // rows.dtype.itemsize, 1)
-        picked = (indices[..., None] & (group - 1)) == jnp.arange(group)
-        picked = jnp.where(picked & (indices[..., None] >= 0), 0.0, _LOWEST)
-        found = jnp.clip(indices, 0, entries.shape[1] - 1)
-        if is_packed:
-            copies, offset = tpu_packed.where_rows_are(found, rows.shape[1])
-        else:
-            copies = found // group
-        in_specs += [
+def _gather(ring_rows, q, sink, window, entries: Pages, indices, *, scale, interpret):
+    """Over the entries of `indices`."""
+    batch, num_picked = indices.shape
+    # What a block of a one-dimensional array may be: a power of two, or so many 1024s.
+    size = max(LANES, min(1024, pl.next_power_of_2(num_picked)))
+    indices = jnp.pad(indices, ((0, 0), (0, -num_picked % size)), constant_values=-1)
+    num_picked = indices.shape[1]
+    pool, _ = tpu_pages.array_of(entries.pool, interpret)
+    rows = tpu_pages.pool_rows(entries.table, indices, interpret=interpret)
+    grid = tpu_pages.grid_of(batch)
+    is_packed = isinstance(entries.pool, PackedRows)
+    group, lines = (1, tpu_packed.COPIED) if is_packed else (4 // pool.dtype.itemsize, 1)
+    picked = (indices[..., None] & (group - 1)) == jnp.arange(group)
+    picked = jnp.where(picked & (indices[..., None] >= 0), 0.0, _LOWEST)
+    if is_packed:
+        copies, held = tpu_packed.where_rows_are(rows)
+    else:  # which bits of a word are the row's
+        copies, held = rows // group, jnp.array([[-1], [0xFFFF, -0x10000]][group - 1])[rows % group]
+    held = jnp.where(indices < 0, _NOTHING[is_packed], held)
+    of_copies = [picked.reshape(batch, 1, -1), held[:, None]]
+    shape = (num_picked // GATHER_UNROLL, GATHER_UNROLL * lines, pool.shape[2])
+    return _call(
+        functools.partial(_gather_kernel, is_packed=is_packed, scale=scale),
+        *("decode_gather", grid, [ring_rows]),
+        [q, sink, window, pool, copies.reshape(-1), *of_copies],
+        [
             pl.BlockSpec(memory_space=pl.ANY),
-            pl.BlockSpec((num_picked,), lambda b, k, *_: (b,), memory_space=pltpu.SMEM),
-            pl.BlockSpec((None, 1, group * num_picked), row),
-        ]
-        args += [rows, copies.reshape(-1), picked.reshape(batch, 1, -1)]
-        if is_packed:
-            in_specs.append(pl.BlockSpec((None, 1, num_picked), row))
-            args.append(offset[:, None])
-        shape = (num_picked // GATHER_UNROLL, GATHER_UNROLL * lines, rows.shape[2])
-        scratch += [
-            pltpu.VMEM(shape, jnp.uint32),
-            pltpu.SemaphoreType.DMA((num_picked // LANES,)),
-        ]
-        num_keys += num_picked * group
-    fetched = batch * num_keys * width * q.dtype.itemsize
+            pl.BlockSpec(
+                (num_picked,), lambda *at: (grid.sequence(*at[:2]),), memory_space=pltpu.SMEM
+            ),
+            *(grid.block(*x.shape[1:]) for x in of_copies),
+        ],
+        [pltpu.VMEM(shape, jnp.uint32), pltpu.SemaphoreType.DMA((num_picked // LANES,))],
+        num_keys=window.shape[1] + group * num_picked,
+        interpret=interpret,
+    )
+
+
+def _call(
+    kernel, name, grid: tpu_pages.Grid, scalars, args, specs=(), scratch=(), *, num_keys, interpret
+):
+    """A kernel over sequences whose first arguments are q, sink and window."""
+    q, _, window = args[:3]
+    batch, num_heads, width = q.shape
     return pl.pallas_call(
-        functools.partial(kernel, scale=scale * _LOG2E),
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(lengths),
-            grid=(batch, num_blocks),
-            in_specs=in_specs,
-            out_specs=pl.BlockSpec((None, num_heads, width), row),
-            scratch_shapes=scratch,
+            num_scalar_prefetch=len(scalars),
+            grid=grid.shape,
+            in_specs=[
+                grid.block(num_heads, width),
+                pl.BlockSpec((num_heads, 1), lambda *_: (0, 0)),
+                grid.block(*window.shape[1:]),
+                *specs,
+            ],
+            out_specs=grid.block(num_heads, width),
+            scratch_shapes=[
+                pltpu.VMEM((num_heads, LANES), jnp.float32),
+                pltpu.VMEM((num_heads, LANES), jnp.float32),
+                pltpu.VMEM((num_heads, width), jnp.float32),
+                *scratch,
+            ],
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -202,11 +188,11 @@ def _call(q, window, sink, entries, indices, lengths, *, block, scale, interpret
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * num_heads * num_keys * width,
             transcendentals=batch * num_heads * num_keys,
-            bytes_accessed=fetched + 2 * q.size * q.dtype.itemsize,
+            bytes_accessed=batch * num_keys * width * q.dtype.itemsize + 2 * q.nbytes,
         ),
         interpret=interpret,
         name=name,
-    )(*lengths, *args)
+    )(*scalars, *args)
 
 
 class _Softmax:
@@ -271,78 +257,77 @@ def _fold_lanes(p):
     return functools.reduce(jnp.add, parts)
 
 
-def _below(limit, size: int, start=0):
-    """[1, size] bias: zero for positions `start` + i below `limit`."""
-    index = start + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+def _below(limit, size: int):
+    """[1, size] bias: zero for positions below `limit`."""
+    index = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
     return jnp.where(index < limit, 0.0, _LOWEST)
 
 
 def _ring_kernel(ring_rows, q_ref, sink_ref, ring_ref, out_ref, *state, scale):
     softmax = _Softmax(q_ref, sink_ref, *state, scale=scale)
     softmax.start()
-    softmax.visit_ring(ring_ref, ring_rows[pl.program_id(0)])
+    softmax.visit_ring(ring_ref, ring_rows[_sequence(ring_rows)])
     softmax.finish(out_ref)
+
+
+def _sequence(per_sequence):
+    """Which of the batch this step is at."""
+    grid = tpu_pages.grid_of(per_sequence.shape[0])
+    return grid.sequence(pl.program_id(0), pl.program_id(1))
 
 
 def _stream_kernel(
     ring_rows,  # [B] rows of the ring that are written
-    wanted,  # [B] no wanted entry is beyond
+    wanted,  # [B] entries
+    table,  # [B * n]
     q_ref,  # [N, H]
     sink_ref,  # [N, 1]
     ring_ref,  # [C, H], or lines of words
-    entries_ref,  # [block, H], or lines of words
-    *refs,  # [1, K] indices if masked; out [N, H]; peak, weight, total; [S / 128, 128] if masked
-    num_entries: int,
+    pool_ref,  # [1, P * 128, H] in HBM, or lines of words
+    out_ref,  # [N, H]
+    peak_ref,
+    weight_ref,
+    total_ref,
+    *stream,  # see `tpu_pages.scratch`
+    grid: tpu_pages.Grid,
+    lines: int,
     scale: float,
-    is_packed: bool,
-    masked: bool = False,
 ):
-    indices_ref: Any = refs[0] if masked else None
-    out_ref, *state = refs[1:] if masked else refs
-    mask_ref: Any = state.pop() if masked else None
-    b, k = pl.program_id(0), pl.program_id(1)
-    block = entries_ref.shape[0]
-    if is_packed:
-        block = block // tpu_packed.WORDS * LANES
-    softmax = _Softmax(q_ref, sink_ref, *state, scale=scale)
+    b = grid.sequence(pl.program_id(0), pl.program_id(1))
+    softmax = _Softmax(q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale=scale)
+    is_packed = pool_ref.dtype == jnp.uint32
+    block = stream[0].shape[0] // lines * PAGE
+    softmax.start()
+    softmax.visit_ring(ring_ref, ring_rows[b])
 
-    @pl.when(k == 0)
-    def _():
-        softmax.start()
-        softmax.visit_ring(ring_ref, ring_rows[b])
-        if masked:
-            mask_ref[...] = _mask_of(indices_ref[...], mask_ref.shape[0])
+    def visit(rows_ref, k, start):
+        limit = wanted[b] - k * block
 
-    @pl.when(k * block < wanted[b])
-    def _():
+        @pl.when(limit < block)
+        def _():
+            _clear(rows_ref, limit, lines, is_packed)
+
         if is_packed:
-            keys = tpu_packed.keys_of_columns(entries_ref, q_ref.dtype)
+            start(0, block // PAGE)
+            keys = tpu_packed.keys_of_columns(rows_ref, q_ref.dtype)
         else:
-            keys = entries_ref[...]
-        if num_entries % block:  # what lies behind the last entry is no number
-            row = k * block + jax.lax.broadcasted_iota(jnp.int32, keys.shape, int(is_packed))
-            keys = jnp.where(row < num_entries, keys, jnp.zeros_like(keys))
-        if masked:
-            rows = mask_ref[pl.ds(pl.multiple_of(k * (block // LANES), 8), block // LANES)]
-            bias = jnp.concatenate([rows[j : j + 1] for j in range(block // LANES)], axis=1)
-        else:
-            bias = _below(wanted[b], block, k * block)
-        softmax.visit(keys, bias, is_transposed=is_packed)
+            keys = rows_ref[...]
+        softmax.visit(keys, _below(limit, block), is_transposed=is_packed)
+        return block // PAGE if is_packed else 0  # of floats they fit in worse than they follow
 
-    @pl.when(k == pl.num_programs(1) - 1)
-    def _():
-        softmax.finish(out_ref)
+    tpu_pages.PageStream(grid, lines, wanted, table, pool_ref, stream).visit(visit)
+    softmax.finish(out_ref)
 
 
-def _mask_of(indices, num_words: int):
-    """[1, K] indices -> bias [S / 128, 128]: zero for the entries among them."""
-    word = jax.lax.broadcasted_iota(jnp.int32, (num_words, indices.shape[1]), 0)
-    lane = jax.lax.broadcasted_iota(jnp.int32, (LANES, indices.shape[1]), 0)
-    words, lanes = (
-        jnp.where(place == index, 1.0, 0.0).astype(jnp.bfloat16)
-        for place, index in ((word, indices >> 7), (lane, indices & (LANES - 1)))
-    )
-    return jnp.where(_dot(words, lanes, 1) > 0, 0.0, _LOWEST)
+def _clear(rows_ref, limit, lines: int, is_packed: bool):
+    """Zeros from row `limit` on: what is there may be no number."""
+
+    @pl.loop(limit // PAGE, rows_ref.shape[0] // lines)
+    def _(page):
+        first = page * lines if is_packed else pl.multiple_of(page * lines, PAGE)
+        old = rows_ref[pl.ds(first, lines)]
+        row = page * PAGE + jax.lax.broadcasted_iota(jnp.int32, old.shape, int(is_packed))
+        rows_ref[pl.ds(first, lines)] = jnp.where(row < limit, old, jnp.zeros_like(old))
 
 
 def _gather_kernel(
@@ -350,18 +335,21 @@ def _gather_kernel(
     q_ref,  # [N, H]
     sink_ref,  # [N, 1]
     ring_ref,  # [C, H], or lines of words
-    entries_ref,  # [B, S, H] in HBM, or lines of words
+    pool_ref,  # [1, P * 128, H] in HBM, or lines of words
     copies_ref,  # [K] in SMEM: the group of rows, or the line, that each copy begins with
     picked_ref,  # [1, group * K] bias: zero for the row of each copy that was picked
-    *refs,  # [1, K] the first word of each row if packed; out [N, H]; peak, weight, total;
-    #         [K / unroll, unroll * lines, H] 32-bit words; a semaphore per 128 copies
+    held_ref,  # [1, K] the first word of each row if packed, else the bits of each word that are its
+    out_ref,  # [N, H]
+    peak_ref,
+    weight_ref,
+    total_ref,
+    rows_ref,  # [K / unroll, unroll * lines, H] 32-bit words
+    arrived,  # a semaphore per 128 copies
+    *,
     scale: float,
     is_packed: bool,
 ):
-    offset_ref: Any = refs[0] if is_packed else None
-    out_ref, *state, rows_ref, arrived = refs[1:] if is_packed else refs
-    b = pl.program_id(0)
-    source = (entries_ref if is_packed else entries_ref.bitcast(jnp.uint32)).at[b]
+    source = (pool_ref if is_packed else pool_ref.bitcast(jnp.uint32)).at[0]
     turns = LANES // GATHER_UNROLL
     lines = rows_ref.shape[1] // GATHER_UNROLL
 
@@ -376,23 +364,25 @@ def _gather_kernel(
                     arrived.at[c],
                 ).start()
 
-    softmax = _Softmax(q_ref, sink_ref, *state, scale=scale)
+    softmax = _Softmax(q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale=scale)
     softmax.start()
-    softmax.visit_ring(ring_ref, ring_rows[b])
+    softmax.visit_ring(ring_ref, ring_rows[_sequence(ring_rows)])
     group = picked_ref.shape[1] // copies_ref.shape[0]
     for c in range(arrived.shape[0]):
         part = rows_ref.at[pl.ds(c * turns, turns)]
         pltpu.make_async_copy(part, part, arrived.at[c]).wait()
+        held = held_ref[:, pl.ds(c * LANES, LANES)]
+        held = jnp.transpose(jnp.broadcast_to(held, (LANES, LANES)))
         if is_packed:
             found = [
                 part[:, pl.ds(line, GATHER_UNROLL, stride=lines)].reshape(LANES, LANES)
                 for line in range(lines)
             ]
-            offset = offset_ref[:, pl.ds(c * LANES, LANES)]
-            offset = jnp.transpose(jnp.broadcast_to(offset, (LANES, LANES)))
-            keys = tpu_packed.keys_of_copies(found, offset, q_ref.dtype)
-        else:
+            keys = tpu_packed.keys_of_copies(found, held, q_ref.dtype)
+        else:  # the other row of a pair may be another sequence's, and no number
             words = part[...].reshape(LANES, rows_ref.shape[2])
-            keys = pltpu.bitcast(words, entries_ref.dtype)
+            bits = jax.lax.bitcast_convert_type(held, jnp.uint32)
+            words &= jnp.concatenate([bits] * (words.shape[1] // LANES), axis=1)
+            keys = pltpu.bitcast(words, pool_ref.dtype)
         softmax.visit(keys, picked_ref[:, pl.ds(c * LANES * group, LANES * group)])
     softmax.finish(out_ref)

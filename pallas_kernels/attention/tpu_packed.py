@@ -14,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.formats import tpu_formats
+from pallas_kernels.formats import tpu_formats, tpu_pages
 from pallas_kernels.formats.packed_rows import LINE, ROW_BLOCK, row_bytes
+from pallas_kernels.formats.pages import PAGE
 
 CHANNELS = (448, 64)
 WORDS = row_bytes(*CHANNELS) // 4
@@ -23,17 +24,20 @@ COPIED = 3  # lines that hold any row
 PLANES = 4  # bytes of a word: runs of 128 channels
 
 
-def where_rows_are(indices: jax.Array, num_lines: int) -> tuple[jax.Array, jax.Array]:
-    """For rows to copy: the first of `COPIED` lines, and the row's first word in them (< 256)."""
-    word = indices * WORDS
-    line = jnp.minimum(word // LINE, num_lines - COPIED)
-    return line, word - line * LINE
+def where_rows_are(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For rows of a pool to copy: the first of `COPIED` lines, and the row's first word in them (< 256).
+
+    All lines are the row's page's own.
+    """
+    word = rows % PAGE * WORDS
+    line = jnp.minimum(word // LINE, WORDS - COPIED)
+    return rows // PAGE * WORDS + line, word - line * LINE
 
 
 def keys_of_copies(lines: list[jax.Array], offset: jax.Array, dtype) -> jax.Array:
-    """Keys [R, 512] of R rows: lines [R, 128] and offset [R, 128] of `where_rows_are`."""
-    first, second, third = lines
-    is_late = offset >= LINE  # at the end of the cache
+    """Keys [R, 512] of R rows: lines [R, 128] and offset [R, 128] of `where_rows_are`; -1: zeros."""
+    first, second, third = (jnp.where(offset < 0, jnp.zeros_like(x), x) for x in lines)
+    is_late = offset >= LINE  # at the end of a page
     first, second = jnp.where(is_late, second, first), jnp.where(is_late, third, second)
     planes = _planes(first, second, third, offset & (LINE - 1))
     return jnp.concatenate([p.astype(jnp.bfloat16) for p in planes], axis=1).astype(dtype)
@@ -67,11 +71,11 @@ def _planes(first, second, third, offset):
     """Channels [R, 128] float32, four times, of rows that begin in lane `offset` of `first`."""
     lane = jax.lax.broadcasted_iota(jnp.int32, first.shape, 1)
     in_first = lane >= offset
-    body = _lanes(jnp.where(in_first, first, second), offset + lane)  # words 0..127
+    body = tpu_pages.lanes(jnp.where(in_first, first, second), offset + lane)  # words 0..127
     rest = jnp.where(in_first, second, third)  # 128..145
-    low = _lanes(rest, offset + (lane & 15)) >> _unsigned((lane >> 4 & 3) << 3) << 16
+    low = tpu_pages.lanes(rest, offset + (lane & 15)) >> _unsigned((lane >> 4 & 3) << 3) << 16
     # Scales are exponents, and so are 29 less here: magnitudes are 2**29 times theirs.
-    scales = _lanes(rest, offset + 16 + (lane >> 6)) - jnp.uint32(0x1D1D1D1D)
+    scales = tpu_pages.lanes(rest, offset + 16 + (lane >> 6)) - jnp.uint32(0x1D1D1D1D)
     planes = []
     for plane in range(PLANES):
         sign = _shift(body, 24 - 8 * plane) & jnp.uint32(1 << 31)
@@ -87,25 +91,6 @@ def _planes(first, second, third, offset):
 
 def _shift(x, bits: int):
     return x << bits if bits >= 0 else x >> -bits
-
-
-def _lanes(x, index):
-    """x [R, 128] at lanes index [R, 128], modulo 128."""
-    rows = (0,)
-    along_lanes = jax.lax.GatherDimensionNumbers(
-        offset_dims=(),
-        collapsed_slice_dims=(1,),
-        start_index_map=(1,),
-        operand_batching_dims=rows,
-        start_indices_batching_dims=rows,
-    )
-    return jax.lax.gather(
-        x,
-        (index & (LINE - 1))[..., None],
-        along_lanes,
-        slice_sizes=(1, 1),
-        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-    )
 
 
 def _float(x):

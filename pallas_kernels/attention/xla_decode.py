@@ -6,22 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import reference
-from pallas_kernels.formats.packed_rows import PackedRows
 from pallas_kernels.formats.pages import PAGE, Pages
 from pallas_kernels.formats.quantize import cast
 
 
-def decode_attention(q, window, entries, indices, sink, positions, *, ratio, scale):
+def decode_attention(q, window, entries: Pages | None, indices, sink, positions, *, ratio, scale):
     """See `ops.py`. Ring and entries share the softmax's sums; their keys are not joined."""
-    if isinstance(entries, Pages) and indices is None:
+    if entries is not None and indices is None:
         return _over_pages(q, window, entries, sink, positions, ratio=ratio, scale=scale)
-    if indices is not None:
-        entries, visible = _take(entries, indices, q.dtype), indices >= 0
-    else:
-        visible = reference.visible_entries(positions[:, None], entries.shape[1], ratio)[:, 0]
-    window, entries = _unpacked(window, q.dtype), _unpacked(entries, q.dtype)
+    window = _unpacked(window, q.dtype)
     written = jnp.arange(window.shape[1]) <= positions[:, None]
-    parts = [(window, written)] + [(entries, visible)] * (entries.shape[1] > 0)
+    parts = [(window, written)]
+    if entries is not None and indices.shape[1]:
+        is_picked = indices >= 0
+        keys = entries.take(indices, q.dtype)
+        parts.append((jnp.where(is_picked[..., None], keys, 0), is_picked))
     scores = [
         jnp.where(mask[:, None], scale * _einsum("bnh,bsh->bns", q, keys), -jnp.inf)
         for keys, mask in parts
@@ -77,30 +76,21 @@ def _over_pages(q, window, entries: Pages, sink, positions, *, ratio, scale):
     return cast(total / weight[..., None], q.dtype)
 
 
-def decode_reference(q, window, entries, indices, sink, positions, *, ratio, scale):
+def decode_reference(q, window, entries: Pages | None, indices, sink, positions, *, ratio, scale):
     """See `ops.py`: the ring in the order of time, and one dense softmax."""
-    entries = entries.contiguous() if isinstance(entries, Pages) else entries
-    window, entries = _unpacked(window, q.dtype), _unpacked(entries, q.dtype)
+    rows = q[:, :0] if entries is None else _unpacked(entries.contiguous(), q.dtype)
+    window = _unpacked(window, q.dtype)
     size = window.shape[1]
     order = (positions[:, None] - size + jnp.arange(size + 1)) % size
-    history = _take(window, order, q.dtype)
+    history = jnp.take_along_axis(window, order[..., None], axis=1)
     if indices is None:
-        mask = reference.visible_entries(positions[:, None], entries.shape[1], ratio)
+        mask = reference.visible_entries(positions[:, None], rows.shape[1], ratio)
     else:
-        mask = reference.selection_mask(indices[:, None], entries.shape[1])
+        mask = reference.selection_mask(indices[:, None], rows.shape[1])
     out, _ = reference.attention_reference(
-        q[:, None], history, entries, mask, sink, positions[:, None], scale
+        q[:, None], history, rows, mask, sink, positions[:, None], scale
     )
     return out[:, 0]
-
-
-def _take(rows, indices, dtype):
-    """rows [B, S, H], indices [B, K] -> [B, K, H]; index -1 gives row 0."""
-    if isinstance(rows, Pages):
-        return rows.take(indices, dtype)
-    if isinstance(rows, PackedRows):
-        return rows.take(jnp.maximum(indices, 0), dtype)
-    return jax.vmap(lambda r, i: jnp.take(r, jnp.maximum(i, 0), axis=0))(rows, indices)
 
 
 def _unpacked(rows, dtype):

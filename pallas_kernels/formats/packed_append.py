@@ -25,7 +25,7 @@ TOGETHER = 8  # sequences
 
 
 def append(
-    data: jax.Array,  # [B, lines, 128] uint32; [1, lines, 128] with a table
+    data: jax.Array,  # [B, lines, 128] uint32, items on lanes; with a table [1, lines, 128]
     new: jax.Array,  # [B, n, W] uint32
     start: jax.Array,  # [B] int32 place of the first new item
     counts: jax.Array,  # [B] int32: so many of the n are written, all of which have room
@@ -49,13 +49,11 @@ def append(
         unsupported = f"{data.shape[1]} lines: the kernel changes {num_lines}"
     chosen = dispatch.choose(implementation, unsupported=unsupported)
     if chosen in ("tpu", "interpret"):
-        return _call(data, new[:, 0], start, counts, table, num_lines, on_lanes, chosen)
+        interpret = chosen == "interpret"
+        return _call(data, new[:, 0], start, counts, table, num_lines, on_lanes, interpret)
     if table is not None:
         return _page_by_page(data, new, start, counts, table, on_lanes)
-    if on_lanes:
-        return _one_by_one(data, new, start, counts)
-    size = new.shape[2]
-    return _one_by_one(data, new.reshape(new.shape[0], -1, 1), start * size, counts * size)
+    return _one_by_one(data, new, start, counts)
 
 
 def to_lanes(words: jax.Array) -> jax.Array:
@@ -124,22 +122,17 @@ def _row_by_row(data, items, start, counts, table):
     return jax.lax.fori_loop(0, batch, put, data.reshape(-1)).reshape(data.shape)
 
 
-def _call(data, new, start, counts, table, num_lines, on_lanes, chosen):
+def _call(data, new, start, counts, table, num_lines, on_lanes, interpret):
     batch, words = new.shape
-    interpret = chosen == "interpret"
     array = jnp.arange(batch, dtype=jnp.int32)  # of `data` that a sequence lies in
-    last = data.shape[1] - num_lines
+    page, place = start // LINE, start % LINE
     if table is not None:
         array = jnp.zeros_like(array)
-        page = jnp.take_along_axis(table, (start // LINE)[:, None], axis=1)[:, 0]
-        start = page * LINE + start % LINE
-        last = (page + 1) * words - num_lines  # lines of the next page may be another's
-    if on_lanes:
-        first = start // LINE * words
-        offset = start % LINE
-    else:
-        first = jnp.minimum(start * words // LINE, last)
-        offset = start * words - LINE * first
+        page = jnp.take_along_axis(table, page[:, None], axis=1)[:, 0]
+    first, offset = page * words, place
+    if not on_lanes:
+        line = jnp.minimum(place * words // LINE, words - num_lines)  # the next page is another's
+        first, offset = first + line, place * words - LINE * line
     first = jnp.where(counts > 0, first, 0)
     padding = -batch % TOGETHER
     scalars = [jnp.pad(x, (0, padding)) for x in (array, first, offset, counts)]

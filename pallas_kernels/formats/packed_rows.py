@@ -182,12 +182,6 @@ class PackedRows(_KeyValueRows):
         sections = (jnp.concatenate([values, high], axis=-1), low, scale)
         return jnp.concatenate([_join(x) for x in sections], axis=-1)
 
-    def append(self, words: jax.Array, start: jax.Array, counts: jax.Array) -> Self:
-        """The first `counts` [B] of rows [B, n, W], as words, put at `start` [B]; none past S."""
-        counts = jnp.clip(counts, 0, self.length - start)
-        data = packed_append.append(self.data, words, start, counts, on_lanes=False)
-        return dataclasses.replace(self, data=data)
-
     def _from_words(self, words: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         first, second = (self.nope_dim + self.rope_dim) // 4, self.rope_dim // 4
         parts = jnp.split(words, [first, first + second], axis=-1)
@@ -326,12 +320,6 @@ class PackedKeys(_OnLanes):
             raise ValueError(f"keys of {width} channels: expected 8, 16, 32 or a multiple of 64.")
         lines = -(-length // LINE) * key_words(width)
         return PackedKeys(_no_words(batch, lines), length, width)
-
-    def unpack_groups(self, first: jax.Array, count: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Keys [B, 128 * count, I]: those of groups `first` .. first + count - 1."""
-        words = self.num_words
-        data = jax.lax.dynamic_slice_in_dim(self.data, first * words, count * words, axis=1)
-        return self._from_words(self._words_of(data), dtype)
 
     def words_of(self, keys: jax.Array) -> jax.Array:
         """Keys [..., n, I] in this format: [..., n, W] uint32."""

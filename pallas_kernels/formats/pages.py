@@ -18,10 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import chips, dispatch
 from pallas_kernels.formats import packed_append
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedKeys, PackedRows
 
 PAGE = 128  # rows
+SMEM_KEPT = 64 << 10  # bytes of a TPU's memory of scalars that are not the table's
 Rows = jax.Array | PackedRows | PackedColumns | PackedKeys  # [B, S, W]
 
 
@@ -32,6 +34,14 @@ class Pages:
 
     pool: Rows  # [1, P * 128, W]
     table: jax.Array  # [B, n] int32: page of the pool
+
+    @staticmethod
+    def of(rows: jax.Array) -> "Pages":
+        """Float rows [B, S, W] as pages, each sequence's side by side, with zeros behind S."""
+        rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % PAGE), (0, 0)))
+        batch, length, width = rows.shape
+        table = jnp.arange(batch * length // PAGE, dtype=jnp.int32).reshape(batch, -1)
+        return Pages(rows.reshape(1, -1, width), table)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -131,3 +141,22 @@ class Pages:
 def num_pages(rows: int) -> int:
     """Pages that hold so many rows."""
     return -(-rows // PAGE)
+
+
+def table_limit(chip: str) -> int:
+    """Pages in a table [B, n] that the kernels which read all pages take: B * n at most.
+
+    They hold it as scalars, beside what else they and the compiler hold as such.
+    """
+    return (chips.CHIPS[chip].smem - SMEM_KEPT) // 4
+
+
+def table_too_large(table: jax.Array) -> str | None:
+    """Why the kernels that read all pages cannot take a table, None if they can."""
+    limit = table_limit(dispatch.target_chip())
+    if table.size <= limit:
+        return None
+    return (
+        f"a table of {table.shape[0]} x {table.shape[1]} pages: the kernel holds {limit} in the "
+        "memory of scalars"
+    )

@@ -9,13 +9,10 @@ query at position p if s < (p + 1) // ratio.
 Source: report section 2.3.1 (eqs. 15-17); released `inference/model.py` (Indexer).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
-from pallas_kernels.formats.packed_rows import PackedKeys
 from pallas_kernels.formats.pages import Pages
 from pallas_kernels.indexer import reference, tpu_decode, tpu_prefill, xla
 from pallas_kernels.selection import Selection
@@ -25,7 +22,7 @@ from pallas_kernels.selection import Selection
 def index_topk(
     q: jax.Array,  # [B, T, A, I]
     weights: jax.Array,  # [B, T, A] float32, may be negative
-    keys: jax.Array | PackedKeys | Pages,  # [B, S, I]
+    keys: jax.Array | Pages,  # [B, S, I]
     positions: jax.Array,  # [B, T] int32
     *,
     topk: int,
@@ -34,9 +31,9 @@ def index_topk(
 ) -> Selection:
     """The entries each query attends to. No gradient.
 
-    A kernel selects as bits for many queries, and as indices for one per sequence (decoding); the
-    others as indices. Packed keys are read as they are by "xla" and, if they have 128 channels, by the
-    kernel that decodes; the others unpack them first.
+    A kernel selects as bits, and as indices for one query per sequence in pages (decoding); the others as
+    indices. Pages are read where they lie by "xla" and by the kernel that decodes; the others put them
+    side by side first.
 
     Args:
       topk: most entries of a query, no more than there are; all that are visible are selected where
@@ -65,11 +62,10 @@ def index_topk(
         raise ValueError(f"{ratio=} must be positive.")
     checks.check_positions(positions, are_consecutive=False)
     implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
-    if isinstance(keys, Pages) and implementation != "xla":
-        rows: Any = keys.contiguous()
-        keys = rows
-    if isinstance(keys, PackedKeys) and not _reads_packed(implementation, q, keys):
-        keys = keys.unpack(q.dtype)
+    lists = implementation in ("tpu", "interpret") and num_queries == 1
+    if isinstance(keys, Pages) and not lists and implementation != "xla":
+        held = keys.contiguous()
+        keys = held if isinstance(held, jax.Array) else held.unpack(q.dtype)
     q, weights = jax.lax.stop_gradient(q), jax.lax.stop_gradient(weights)
     keys = jax.lax.stop_gradient(keys)
     num_visible = jnp.minimum((positions + 1) // ratio, num_entries)
@@ -77,12 +73,11 @@ def index_topk(
         return Selection.of_indices(xla.all_visible(num_visible, num_entries), num_entries)
     match implementation:
         case "reference":
-            assert isinstance(keys, jax.Array)  # unpacked above
+            assert isinstance(keys, jax.Array)  # see above
             indices = reference.index_topk(q, weights, keys, num_visible, topk)
         case "xla":
             indices = xla.index_topk(q, weights, keys, num_visible, topk)
-        case _ if num_queries == 1:
-            assert not isinstance(keys, Pages)
+        case _ if isinstance(keys, Pages):
             indices = tpu_decode.index_list(
                 *(q[:, 0], weights[:, 0], keys, num_visible[:, 0]),
                 topk=topk,
@@ -110,17 +105,11 @@ def selected_scores(
     return xla.selected_scores(q, weights, keys, indices)
 
 
-def _reads_packed(implementation: str, q, keys: PackedKeys) -> bool:
-    is_kernel = implementation in ("tpu", "interpret")
-    decodes = is_kernel and q.shape[1] == 1 and keys.width == tpu_decode.PACKED_WIDTH
-    return implementation == "xla" or decodes
-
-
 def _unsupported(q, keys) -> str | None:
     held = keys.pool if isinstance(keys, Pages) else keys
     dtype = held.dtype if isinstance(held, jax.Array) else q.dtype
     if q.dtype != dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernel takes q {q.dtype} and keys {dtype} both in bfloat16 or float32"
-    if q.shape[1] == 1:
-        return tpu_decode.unsupported(keys.shape[1])
+    if q.shape[1] == 1 and isinstance(keys, Pages):
+        return tpu_decode.unsupported(keys)
     return tpu_prefill.unsupported(q.shape[2], keys.shape[1])

@@ -20,7 +20,8 @@ count of selected entries passes i. For 128 rows at once, with sums of zeros and
     row(i)      sum_r r taken[r,i]
     lane(i)     number of lanes l with (prefix taken)[l,i] <= i - start(row(i))
 
-Grid: (batch, blocks of entries). Blocks past the last visible entry are neither fetched nor scored.
+Keys come in blocks of pages (`tpu_pages.PageStream`, whose grid this is), a sequence's first while the
+sequence before it searches and lists. Pages past the last visible entry are neither fetched nor scored.
 """
 
 import functools
@@ -31,8 +32,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.formats import tpu_formats
+from pallas_kernels.formats import pages, tpu_formats, tpu_pages
 from pallas_kernels.formats.packed_rows import KEY_BLOCK, PackedKeys, key_words
+from pallas_kernels.formats.pages import PAGE, Pages
 from pallas_kernels.indexer import block_sizes, threshold
 from pallas_kernels.indexer.threshold import LANES, MISSING
 
@@ -40,17 +42,22 @@ PACKED_WIDTH = 128  # channels of packed keys
 PACKED_WORDS = key_words(PACKED_WIDTH)
 
 
-def unsupported(num_entries: int) -> str | None:
-    """Why the kernel cannot take that many entries, None if it can."""
+def unsupported(keys: Pages) -> str | None:
+    """Why the kernel cannot take these arguments, None if it can."""
+    num_entries, width = keys.shape[1:]
     if num_entries > block_sizes.MAX_DECODE_ENTRIES:
         return f"the kernel takes {block_sizes.MAX_DECODE_ENTRIES} entries, not {num_entries}"
-    return None
+    if isinstance(keys.pool, PackedKeys) and width != PACKED_WIDTH:
+        return f"packed keys of {width} channels: the kernel unpacks {PACKED_WIDTH}"
+    if width % LANES:
+        return f"keys of {width} channels: the kernel copies multiples of {LANES}"
+    return pages.table_too_large(keys.table)
 
 
 def index_list(
     q: jax.Array,  # [B, A, I]
     weights: jax.Array,  # [B, A] float32
-    keys: jax.Array | PackedKeys,  # [B, S, I]
+    keys: Pages,  # [B, S, I]
     num_visible: jax.Array,  # [B] int32, at most S
     *,
     topk: int,
@@ -59,78 +66,72 @@ def index_list(
     """The `topk` visible entries of largest score, ascending; then -1."""
     batch, num_heads, width = q.shape
     num_entries = keys.shape[1]
-    block = block_sizes.decode_block(num_entries)
     num_slots = -(-topk // LANES) * LANES
     pair = 2 * block_sizes.decode_chunk(num_entries)
     num_rows = -(-num_entries // (pair * LANES)) * pair
-
-    is_packed = isinstance(keys, PackedKeys)
-    if isinstance(keys, PackedKeys):
-        words, lines = keys.data, block // LANES * keys.num_words
-        if not interpret:  # or XLA moves short ones to VMEM, and all of them back
-            words = pltpu.with_memory_space_constraint(words, pltpu.HBM)
-    else:
-        words, lines = keys, block
-
-    def key_index(b, k, visible):
-        return b, jnp.minimum(k, jnp.maximum(pl.cdiv(visible[b], block) - 1, 0)), 0
-
+    pool, lines = tpu_pages.array_of(keys.pool, interpret)
+    grid = tpu_pages.grid_of(batch)
+    static = dict(topk=topk, num_entries=num_entries, lines=lines)
     indices = pl.pallas_call(
-        functools.partial(_kernel, topk=topk, num_entries=num_entries, is_packed=is_packed),
+        functools.partial(_kernel, grid=grid, **static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(batch, pl.cdiv(num_entries, block)),
+            num_scalar_prefetch=2,
+            grid=grid.shape,
             in_specs=[
-                pl.BlockSpec((None, num_heads, width), lambda b, k, _: (b, 0, 0)),
-                pl.BlockSpec((None, num_heads, 1), lambda b, k, _: (b, 0, 0)),
-                pl.BlockSpec((None, lines, words.shape[2]), key_index),
+                grid.block(num_heads, width),
+                grid.block(num_heads, 1),
+                pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=pl.BlockSpec((None, 1, num_slots), lambda b, k, _: (b, 0, 0)),
+            out_specs=grid.block(1, num_slots),
             scratch_shapes=[
                 pltpu.VMEM((num_rows, LANES), jnp.int32),
                 pltpu.VMEM((num_rows, LANES), jnp.float32),
                 pltpu.VMEM((num_rows, LANES), jnp.float32),
                 pltpu.VMEM((num_rows, LANES), jnp.bfloat16),
+                *tpu_pages.scratch(block_sizes.decode_block(num_entries) // PAGE, lines, pool),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, 1, num_slots), jnp.int32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,  # half of the cost of issuing a copy
             vmem_limit_bytes=block_sizes.VMEM_LIMIT,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * num_entries * num_heads * width,
-            bytes_accessed=words.nbytes,
+            bytes_accessed=batch * num_entries // PAGE * lines * pool.shape[2] * pool.itemsize,
             transcendentals=0,
         ),
         interpret=interpret,
         name="index_list",
-    )(num_visible, q, weights.astype(jnp.float32)[..., None], words)
+    )(num_visible, keys.table.reshape(-1), q, weights.astype(jnp.float32)[..., None], pool)
     return indices[:, 0, :topk]
 
 
 def _kernel(
     visible_ref,  # [B] int32
+    table_ref,  # [B * n] int32
     q_ref,  # [A, I]
     weights_ref,  # [A, 1] float32
-    keys_ref,  # [block, I], or lines of words
+    pool_ref,  # [1, P * 128, I] in HBM, or lines of words
     indices_ref,  # [1, slots] int32
     scores,  # [rows, 128] int32
     starts,  # [rows, 128] float32: `start` of each row, in all lanes
     ends,  # [rows, 128] float32: `end`
     prefixes,  # [rows, 128] bfloat16: `prefix` of 128 rows each
-    *,
+    *stream,  # see `tpu_pages.scratch`
+    grid: tpu_pages.Grid,
     topk: int,
     num_entries: int,
-    is_packed: bool,
+    lines: int,
 ):
-    visible = visible_ref[pl.program_id(0)]
-    step = pl.program_id(1)
-    block = keys_ref.shape[0] * LANES // PACKED_WORDS if is_packed else keys_ref.shape[0]
+    visible = visible_ref[grid.sequence(pl.program_id(0), pl.program_id(1))]
+    is_packed = pool_ref.dtype == jnp.uint32
+    block = stream[0].shape[0] // lines * PAGE
     some = block_sizes.decode_keys(num_entries)
     weights = jnp.broadcast_to(weights_ref[...], (weights_ref.shape[0], LANES))
 
-    def score(c, _):
+    def score(keys_ref, first, c):
         if is_packed:
             keys = _unpack(keys_ref, c * (some // LANES), some // LANES, q_ref.dtype)
         else:
@@ -146,22 +147,28 @@ def _kernel(
         for lanes in range(0, some, LANES):
             part = jnp.maximum(dots[:, lanes : lanes + LANES], 0.0) * weights
             rows.append(jnp.sum(part, axis=0, keepdims=True))
-        first = step * block + c * some
+        first += c * some
         row = pl.multiple_of(first // LANES, some // LANES)
         found = threshold.ordered(jnp.concatenate(rows, axis=0))
         scores[pl.ds(row, some // LANES)] = jnp.where(
             first + _entry(some // LANES) < visible, found, MISSING
         )
-        return 0
 
-    parts = pl.cdiv(jnp.clip(visible - step * block, 0, block), some)
-    jax.lax.fori_loop(0, parts, score, 0)
+    def visit(keys_ref, k, start):
+        first = k * block
+        parts = pl.cdiv(jnp.clip(visible - first, 0, block), some)
 
-    @pl.when(step == pl.num_programs(1) - 1)
-    def _():
-        tau = _threshold(visible, scores, topk=topk, num_entries=num_entries)
-        num_blocks = pl.cdiv(visible, LANES * LANES)
-        _list(tau, num_blocks, scores, starts, ends, prefixes, indices_ref, topk=topk)
+        @pl.loop(0, parts)
+        def _(c):
+            start(c * (some // PAGE), some // PAGE)
+            score(keys_ref, first, c)
+
+        return parts * (some // PAGE)
+
+    tpu_pages.PageStream(grid, lines, visible_ref, table_ref, pool_ref, stream).visit(visit)
+    tau = _threshold(visible, scores, topk=topk, num_entries=num_entries)
+    num_blocks = pl.cdiv(visible, LANES * LANES)
+    _list(tau, num_blocks, scores, starts, ends, prefixes, indices_ref, topk=topk)
 
 
 def _unpack(keys_ref, first, count: int, dtype):

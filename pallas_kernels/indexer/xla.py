@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target_platform
-from pallas_kernels.formats.packed_rows import LINE, PackedKeys
 from pallas_kernels.formats.pages import PAGE, Pages
 
 BLOCK_QUERIES = 128
@@ -24,7 +23,7 @@ def all_visible(num_visible: jax.Array, num_entries: int) -> jax.Array:
 def index_topk(
     q: jax.Array,  # [B, T, A, I]
     weights: jax.Array,  # [B, T, A]
-    keys: jax.Array | PackedKeys | Pages,  # [B, S, I]; what is packed is unpacked chunk by chunk
+    keys: jax.Array | Pages,  # [B, S, I]; what is packed is unpacked chunk by chunk
     num_visible: jax.Array,  # [B, T] int32, at most S
     topk: int,  # at most S
 ) -> jax.Array:  # [B, T, topk] int32
@@ -42,9 +41,7 @@ def index_topk(
         jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         for x in (q, weights, num_visible)
     )
-    is_float = isinstance(keys, jax.Array)
-    length = num_entries if is_float else -(-num_entries // LINE) * LINE
-    chunk = min(BLOCK_ENTRIES, length)
+    chunk = min(BLOCK_ENTRIES, num_entries)
 
     def select(i):
         q_i, weights_i, visible_i = (
@@ -53,24 +50,24 @@ def index_topk(
         )
 
         def fill(c, scores):
-            at = jnp.minimum(c * chunk, length - chunk)  # the last one may begin inside another
+            at = jnp.minimum(
+                c * chunk, num_entries - chunk
+            )  # the last one may begin inside another
             if isinstance(keys, Pages):
                 keys_c = keys.part(at // PAGE, chunk // PAGE, q.dtype)
-            elif isinstance(keys, PackedKeys):
-                keys_c = keys.unpack_groups(at // LINE, chunk // LINE, q.dtype)
             else:
                 keys_c = jax.lax.dynamic_slice_in_dim(keys, at, chunk, axis=1)
             part = scores_of(q_i, weights_i, keys_c, "bsi")
             return jax.lax.dynamic_update_slice_in_dim(scores, part, at, axis=2)
 
-        scores = jnp.zeros((q.shape[0], block, length), jnp.float32)
+        scores = jnp.zeros((q.shape[0], block, num_entries), jnp.float32)
         scores = jax.lax.fori_loop(0, -(-jnp.max(visible_i) // chunk), fill, scores)
-        scores = jnp.where(jnp.arange(length) < visible_i[..., None], scores, -jnp.inf)
+        scores = jnp.where(jnp.arange(num_entries) < visible_i[..., None], scores, -jnp.inf)
         _, index = jax.lax.top_k(scores, topk)
         is_visible = index < visible_i[..., None]
         if isinstance(keys, Pages):
-            index = jnp.sort(jnp.where(is_visible, index, length), axis=-1)
-            return jnp.where(index < length, index, -1)
+            index = jnp.sort(jnp.where(is_visible, index, num_entries), axis=-1)
+            return jnp.where(index < num_entries, index, -1)
         return jnp.where(is_visible, index, -1)
 
     indices = jnp.moveaxis(jax.lax.map(select, jnp.arange(num_blocks)), 0, 1)

@@ -5,6 +5,7 @@ must be equal, not close.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ import pytest
 from pallas_kernels import dispatch, indexer
 from pallas_kernels.formats import quantize
 from pallas_kernels.formats.packed_rows import PackedKeys
-from pallas_kernels.indexer import block_sizes, tpu_prefill, xla
+from pallas_kernels.formats.pages import Pages, table_limit
+from pallas_kernels.indexer import block_sizes, tpu_decode, tpu_prefill, xla
 from pallas_kernels.selection import Selection
+from tests.paged import paged
 from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
 
 
@@ -178,9 +181,7 @@ def test_entries_of_the_future_are_never_selected_nor_seen(ratio, blocks):
 
 
 KERNEL_CASES = [  # queries, entries, topk, ratio, first positions
-    (1, 30, 4, 4, (2, 77)),  # decoding; no visible entry
-    (1, 1500, 64, 4, (100, 5990)),  # all visible ones are selected; several scoring steps
-    (1, 17000, 200, 4, (66000, 67990)),  # more entries than 128 rows of 128
+    (1, 30, 4, 4, (2, 77)),  # one query; no visible entry
     (50, 21, 6, 4, (0, 37)),  # fewer queries than a block, fewer entries than a chunk
     (150, 300, 16, 4, (0, 900)),  # two blocks, two chunks
     (70, 8, 3, 128, (100, 900)),
@@ -198,12 +199,7 @@ def test_kernel_equals_stable_sort(num_queries, num_entries, topk, ratio, starts
         *(q, weights, keys, positions), topk=topk, ratio=ratio, implementation="interpret"
     )
     np.testing.assert_array_equal(actual.mask(), expected.mask())
-    if num_queries == 1:
-        listed = np.asarray(actual.indices)[:, 0]
-        for row in listed:
-            count = np.sum(row >= 0)
-            assert (np.diff(row[:count]) > 0).all() and (row[count:] == -1).all()
-    else:
+    if num_entries > topk or num_queries > 1:
         assert actual.bits.dtype == np.uint32 and actual.topk == topk
 
 
@@ -234,8 +230,11 @@ def test_kernel_breaks_ties_and_orders_scores_of_any_sign_and_size(num_queries, 
             keys = np.ascontiguousarray(keys[:, ::-1])
     options = dict(topk=6, ratio=4)
     expected = select(q, weights, keys, positions, **options, implementation="reference")
+    if num_queries == 1:  # over pages, whose keys have whole registers
+        q, keys = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 124)]) for x in (q, keys))
+        keys = paged(keys)
     actual = select(q, weights, keys, positions, **options, implementation="interpret")
-    np.testing.assert_array_equal(actual.mask(), expected.mask())
+    np.testing.assert_array_equal(actual.mask()[..., :40], expected.mask())
 
 
 @pytest.mark.parametrize("num_queries", [1, 50])
@@ -318,15 +317,101 @@ def test_kernel_does_not_see_entries_of_the_future():
     np.testing.assert_array_equal(actual.mask(), expected.mask())
 
 
-def test_packed_keys_are_unpacked():
-    q, weights, _, positions = inputs(5, 12, (20, 40))
-    q = np.random.default_rng(3).standard_normal((2, 5, 3, 64)).astype(np.float32)
-    keys = PackedKeys.pack(jax.random.normal(jax.random.key(0), (2, 12, 64)))
-    options = dict(topk=3, ratio=4, implementation="xla")
-    expected = select(q, weights, keys.unpack(jnp.float32), positions, **options)
-    np.testing.assert_array_equal(
-        select(q, weights, keys, positions, **options).indices, expected.indices
+@pytest.mark.parametrize("kind", [jnp.float32, PackedKeys])
+@pytest.mark.parametrize("implementation", ["xla", "interpret", "reference"])
+def test_pages_of_many_queries_are_as_keys_side_by_side(kind, implementation):
+    keys = quantize.round_fp4(jax.random.normal(jax.random.key(0), (2, 300, 64)), 32)
+    rng = np.random.default_rng(3)
+    q, weights = (np.float32(rng.integers(-2, 3, s)) for s in ((2, 5, 3, 64), (2, 5, 3)))
+    positions = np.array([[20], [1195]]) + np.arange(5, dtype=np.int32)
+    options = dict(topk=3, ratio=4)
+    expected = select(q, weights, keys, positions, **options, implementation="reference")
+    pages = Pages.of(keys)
+    pages = Pages(kind.pack(pages.pool), pages.table) if kind is PackedKeys else pages
+    actual = select(q, weights, pages, positions, **options, implementation=implementation)
+    np.testing.assert_array_equal(actual.mask()[..., :300], expected.mask())
+
+
+def decoding_inputs(batch: int, num_entries: int, dtype):
+    """q, weights and keys [B, S, 128] whose scores are exact in float32, ties among them."""
+    rng = np.random.default_rng(num_entries)
+    shapes = (batch, 1, 8, 128), (batch, num_entries, 128)
+    q, keys = (quantize.round_fp4(jnp.asarray(rng.standard_normal(s)), 32) for s in shapes)
+    weights = np.float32(rng.integers(-4, 9, (batch, 1, 8)))
+    return q.astype(dtype), weights, keys.astype(dtype)
+
+
+def listed(selection, visible, topk: int):
+    """Indices [B, topk] of a decoding step, ascending and then -1."""
+    indices = np.asarray(selection.indices)[:, 0]
+    for row, count in zip(indices, visible):
+        count = min(count, topk)
+        assert (np.diff(row[:count]) > 0).all() and (row[count:] == -1).all()
+        assert (row[:count] >= 0).all()
+    return indices
+
+
+def ascending(selection):
+    """Indices [B, topk] of a decoding step in order, -1 behind them."""
+    indices = np.asarray(selection.indices)[:, 0]
+    indices = np.sort(np.where(indices < 0, selection.num_entries, indices), axis=-1)
+    return np.where(indices < selection.num_entries, indices, -1)
+
+
+@pytest.fixture
+def short_turns(monkeypatch):
+    """Fewer keys in a turn of the loop and in a block, which interpreters compile sooner."""
+    monkeypatch.setattr(block_sizes, "MAX_DECODE_KEYS", 1024)
+    monkeypatch.setattr(block_sizes, "MAX_DECODE_BLOCK", 2048)
+
+
+@pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16, PackedKeys])
+@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+@pytest.mark.parametrize(
+    "num_entries, topk, visible",
+    [
+        (300, 40, (0, 127, 300, 128)),  # none, a page less one, all, a page
+        (9000, 200, (8192, 9000, 5, 8193)),  # four blocks, five
+    ],
+)
+def test_decoding_over_pages(num_entries, topk, visible, implementation, kind, short_turns):
+    """In a table that is wider than any sequence; what is behind each sequence is no number."""
+    dtype = jnp.bfloat16 if kind is PackedKeys else kind
+    q, weights, keys = decoding_inputs(4, num_entries, dtype)
+    positions = 4 * np.array(visible, np.int32)[:, None] + 2
+    expected = select(
+        *(q, weights, keys, positions), topk=topk, ratio=4, implementation="reference"
     )
+    is_held = (np.arange(num_entries) < np.array(visible)[:, None])[..., None]
+    pages = paged(jnp.where(is_held, keys, jnp.nan), kind, wider=2)
+    actual = select(
+        *(q, weights, pages, positions), topk=topk, ratio=4, implementation=implementation
+    )
+    indices = listed(actual, visible, topk)
+    np.testing.assert_array_equal(indices, ascending(expected))
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, PackedKeys])
+def test_decoding_over_more_blocks_than_are_held(kind):
+    """70,000 entries, in pages that are used again and again: ties, of which the lowest count."""
+    q, weights, keys = decoding_inputs(1, 12 * 128, jnp.bfloat16)
+    order = np.random.default_rng(0).integers(0, 12, 547, np.int32)
+    pool = PackedKeys.pack(keys) if kind is PackedKeys else keys
+    pages = Pages(pool, jnp.asarray(order)[None])
+    positions, options = np.array([[4 * 69990]], np.int32), dict(topk=512, ratio=4)
+    actual = select(q, weights, pages, positions, **options, implementation="interpret")
+    expected = select(q, weights, pages, positions, **options, implementation="reference")
+    indices = listed(actual, [69990], 512)
+    np.testing.assert_array_equal(indices, ascending(expected))
+
+
+def test_a_chip_of_two_cores_selects_for_every_sequence(monkeypatch):
+    q, weights, keys = decoding_inputs(3, 300, jnp.float32)
+    args = q, weights, paged(keys), np.array([[700], [1199], [90]], np.int32)
+    options = dict(topk=40, ratio=4, implementation="interpret")
+    expected = select(*args, **options).indices
+    monkeypatch.setattr(dispatch, "target_chip", lambda: "v5p")
+    np.testing.assert_array_equal(select(*args, **options).indices, expected)
 
 
 def chosen(num_queries: int, num_entries: int, topk: int) -> np.ndarray:
@@ -432,3 +517,21 @@ def test_kernel_refuses_what_it_cannot_take():
     many = jax.ShapeDtypeStruct((2, 1 << 20, 4), jnp.float32)
     with pytest.raises(ValueError, match="do not fit in VMEM"):
         jax.eval_shape(lambda k: indexer.index_topk(q, weights, k, positions, **options), many)
+
+
+def test_what_the_kernel_that_decodes_cannot_take_is_refused_by_name():
+    limit = table_limit("v6e")
+
+    def pages(width: int, *table: int):
+        shape = jax.ShapeDtypeStruct((1, 128, width), jnp.float32)
+        return Pages(shape, jax.ShapeDtypeStruct(table, jnp.int32))
+
+    for keys, message in [
+        (pages(64, 2, 3), "keys of 64 channels: the kernel copies multiples of 128"),
+        (pages(128, 1, 1 << 14), "the kernel takes 1048576 entries, not 2097152"),
+        (pages(128, limit, 2), rf"a table of {limit} x 2 pages: the kernel holds {limit} in"),
+    ]:
+        assert re.search(message, tpu_decode.unsupported(keys))
+    narrow = Pages(PackedKeys.zeros((1, 128, 64)), jnp.zeros((2, 3), jnp.int32))
+    assert "packed keys of 64 channels: the kernel unpacks 128" == tpu_decode.unsupported(narrow)
+    assert tpu_decode.unsupported(pages(128, 64, 2048)) is None

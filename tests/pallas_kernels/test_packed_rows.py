@@ -14,8 +14,10 @@ from pallas_kernels import dispatch
 from pallas_kernels.attention import tpu_packed
 from pallas_kernels.formats.packed_append import append
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedKeys, PackedRows
+from pallas_kernels.formats.pages import Pages
 from pallas_kernels.formats.quantize import round_fp4, round_fp8
 from pallas_kernels.indexer import index_topk
+from tests.paged import paged
 
 KINDS = pytest.mark.parametrize("kind", [PackedRows, PackedColumns, PackedKeys])
 
@@ -88,42 +90,74 @@ def test_every_code_of_e2m1():
 @pytest.mark.parametrize(
     "length, new, start, counts",
     [
-        (300, 1, (0, 299, 127, 128), (1, 1, 0, 1)),  # one each, the last place, none
-        (300, 5, (126, 297, 300, 0), (5, 5, 5, 3)),  # over a border, past the end
+        (300, 1, (0, 299, 127, 128), (1, 1, 0, 1)),  # one each, a page's last and first, none
+        (300, 5, (126, 380, 384, 0), (5, 5, 5, 3)),  # over a border, past the end
         (300, 290, (3, 150, 0, 299), (290, 290, 17, 0)),
-        (3, 9, (0, 2, 3, 1), (9, 9, 9, 1)),  # more than there is room for
+        (3, 9, (0, 120, 128, 1), (9, 9, 9, 1)),  # more than there is room for
     ],
 )
-def test_appending(kind, length, new, start, counts):
-    """In one call as a place-by-place copy in NumPy; nothing else changes."""
+def test_appending_to_pages(kind, length, new, start, counts):
+    """In one call as a place-by-place copy in NumPy; nothing else changes, nor other pages."""
     old, added = random(kind, 4, length, 64), random(kind, 4, new, 64) * 2
-    packed = pack(kind, old)
-    start, counts = np.array(start), np.array(counts)
-    packed = jax.jit(lambda p, x: p.append(p.words_of(x), start, counts))(packed, added)
+    pages = paged(old, kind, rope_dim=8)
+    start, counts = jnp.array(start), jnp.array(counts)
+    put = jax.jit(lambda p, x: p.append(p.pool.words_of(x), start, counts))
+    appended = put(pages, added)
+    expected = np.array(pages.contiguous().unpack(jnp.float32))
+    for b, (first, count) in enumerate(zip(start, counts)):
+        stop = min(first + count, pages.shape[1])
+        expected[b, first:stop] = added[b, : max(stop - first, 0)]
+    np.testing.assert_array_equal(appended.contiguous().unpack(jnp.float32), expected)
+    others = jnp.asarray(np.setdiff1d(np.arange(pages.num_pages), pages.table))[None]
+    before, after = (Pages(x.pool, others).contiguous().data for x in (pages, appended))
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize(
+    "length, new, start, counts",
+    [
+        (300, 1, (0, 299, 127, 128), (1, 1, 0, 1)),
+        (300, 290, (3, 10, 0, 299), (290, 290, 17, 0)),
+    ],
+)
+def test_appending_columns_to_a_ring(length, new, start, counts):
+    old, added = random(PackedColumns, 4, length, 64), random(PackedColumns, 4, new, 64) * 2
+    start, counts = jnp.array(start), jnp.array(counts)
+    put = jax.jit(lambda p, x: p.append(p.words_of(x), start, counts))
     expected = np.array(old)
     for b, (first, count) in enumerate(zip(start, counts)):
-        stop = min(first + count, length)
-        expected[b, first:stop] = added[b, : max(stop - first, 0)]
+        expected[b, first : first + count] = added[b, :count]
+    packed = put(pack(PackedColumns, old), added)
     np.testing.assert_array_equal(packed.unpack(jnp.float32), expected)
 
 
 @pytest.mark.parametrize("on_lanes, words", [(False, 146), (False, 34), (True, 146), (True, 17)])
 def test_the_kernel_appends_one_item_as_xla_does(on_lanes, words):
     """Nine sequences, two programs: at the beginning, over borders of lines and at the end."""
-    num_items = 640
-    shape = (9, num_items // 128 * words, 128)
-    data = jax.random.bits(jax.random.key(0), shape, jnp.uint32)
+    table = jax.random.permutation(jax.random.key(2), 45).reshape(9, 5)
+    data = jax.random.bits(jax.random.key(0), (1, 45 * words, 128), jnp.uint32)
     new = jax.random.bits(jax.random.key(1), (9, 1, words), jnp.uint32)
     start = jnp.array([0, 1, 63, 127, 128, 500, 638, 639, 639])
     counts = jnp.array([1, 1, 1, 1, 1, 0, 1, 1, 1])
 
     def run(implementation):
-        options = dict(on_lanes=on_lanes, implementation=implementation)
+        options = dict(on_lanes=on_lanes, table=table, implementation=implementation)
         return jax.jit(lambda *a: append(*a, **options))(data, new, start, counts)
 
     changed = run("xla")
     assert np.count_nonzero(changed != data) <= 8 * words
     np.testing.assert_array_equal(run("interpret"), changed)
+
+
+def test_the_kernel_appends_columns_to_a_ring_as_xla_does():
+    data = jax.random.bits(jax.random.key(0), (9, 146, 128), jnp.uint32)
+    new = jax.random.bits(jax.random.key(1), (9, 1, 146), jnp.uint32)
+    start, counts = jnp.arange(9) * 15, jnp.arange(9) % 3
+    changed = [
+        append(data, new, start, jnp.minimum(counts, 1), on_lanes=True, implementation=name)
+        for name in ("xla", "interpret")
+    ]
+    np.testing.assert_array_equal(*changed)
 
 
 @KINDS
@@ -149,9 +183,10 @@ def test_the_decoding_indexer_reads_packed_keys(num_entries, topk, dtype):
         selection = jax.jit(lambda *a: index_topk(*a, **options))(q, weights, keys, positions)
         return np.sort(selection.to_indices(), axis=-1)
 
-    expected = select(keys.astype(dtype), "interpret")
-    np.testing.assert_array_equal(select(PackedKeys.pack(keys), "interpret"), expected)
-    np.testing.assert_array_equal(select(PackedKeys.pack(keys), "xla"), expected)
+    expected = select(paged(keys, dtype), "interpret")
+    packed = paged(keys, PackedKeys)
+    np.testing.assert_array_equal(select(packed, "interpret"), expected)
+    np.testing.assert_array_equal(select(packed, "xla"), expected)
 
 
 @pytest.mark.parametrize(

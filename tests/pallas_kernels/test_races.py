@@ -18,7 +18,14 @@ from pallas_kernels.attention import (
     tpu_decode,
 )
 from pallas_kernels.formats import packed_append
+from pallas_kernels.formats.packed_rows import PackedKeys
+from pallas_kernels.formats.pages import Pages
+from pallas_kernels.formats.quantize import round_fp4
+from pallas_kernels.indexer import block_sizes as indexer_sizes
+from pallas_kernels.indexer import index_topk
+from pallas_kernels.indexer import tpu_decode as indexer_decode
 from pallas_kernels.selection import Selection
+from tests.paged import paged
 from tests.tolerances import FLOAT32, GRADIENT_FLOAT32, assert_close
 
 RACES = pltpu.InterpretParams(detect_races=True)
@@ -85,31 +92,58 @@ def test_decoding_with_copies_one_by_one(monkeypatch, capfd):
         gather(*refs[:4], AsFloat32(refs[4]), *refs[5:], **static)
 
     monkeypatch.setattr(tpu_decode, "_gather_kernel", on_words)
-    monkeypatch.setattr(tpu_decode, "GATHER_RATIO", dict.fromkeys(tpu_decode.GATHER_RATIO, 0))
     num_entries, num_picked = 512, 256
     rng = np.random.default_rng(0)
     indices = np.stack([rng.permutation(num_entries)[:num_picked] for _ in range(2)])
+    pages = paged(normal(2, 2, num_entries, H))
     args = (
-        *(normal(0, 2, N, H), normal(1, 2, SIZE, H), normal(2, 2, num_entries, H)),
+        *(normal(0, 2, N, H), normal(1, 2, SIZE, H), pages),
         *(jnp.asarray(indices, jnp.int32), jnp.linspace(-1.0, 1.0, N)),
         jnp.array([2000, 5000], jnp.int32),
     )
     static = dict(ratio=4, scale=SCALE)
-    assert tpu_decode.gathers(args[2], num_picked, "v6e")
-    words = jax.lax.bitcast_convert_type(args[2], jnp.uint32)
+    words = Pages(jax.lax.bitcast_convert_type(pages.pool, jnp.uint32), pages.table)
     out = tpu_decode.decode_attention(*args[:2], words, *args[3:], interpret=RACES, **static)
     assert FOUND not in capfd.readouterr().out
     assert_close(out, decode_attention(*args, implementation="xla", **static), FLOAT32)
 
 
+def test_decoding_over_blocks_of_pages(monkeypatch, capfd):
+    """Of two pages: more than are held, one, none and a part of one."""
+    monkeypatch.setattr(tpu_decode, "BLOCK_ENTRIES", {"v6e": 256})
+    pages = paged(normal(2, 4, 1200, H))
+    args = normal(0, 4, N, H), normal(1, 4, SIZE, H), pages, None, jnp.linspace(-1.0, 1.0, N)
+    positions, static = jnp.array([4799, 1023, 1, 700], jnp.int32), dict(ratio=4, scale=SCALE)
+    out = tpu_decode.decode_attention(*args, positions, interpret=RACES, **static)
+    assert FOUND not in capfd.readouterr().out
+    expected = decode_attention(*args, positions, implementation="xla", **static)
+    assert_close(out, expected, FLOAT32)
+
+
+def test_the_decoding_indexer(monkeypatch, capfd):
+    monkeypatch.setattr(indexer_sizes, "MAX_DECODE_BLOCK", 1024)
+    keys = paged(round_fp4(normal(2, 3, 4500, 128), 32), PackedKeys)
+    q = round_fp4(normal(0, 3, 8, 128), 32).astype(jnp.bfloat16)
+    weights, visible = jnp.round(normal(1, 3, 8)), jnp.array([4500, 0, 1100], jnp.int32)
+    monkeypatch.setattr(indexer_sizes, "MAX_DECODE_KEYS", 1024)
+    found = indexer_decode.index_list(q, weights, keys, visible, topk=64, interpret=RACES)
+    assert FOUND not in capfd.readouterr().out
+    args = q[:, None], weights[:, None], keys, 4 * visible[:, None]
+    expected = index_topk(*args, topk=64, ratio=4, implementation="xla").indices[:, 0]
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("on_lanes, words", [(False, 146), (True, 17)])
 def test_appending(on_lanes, words, capfd):
     """Three sequences of one program, of which two are written to."""
-    data = jax.random.bits(jax.random.key(0), (3, 2 * words, 128), jnp.uint32)
+    data = jax.random.bits(jax.random.key(0), (1, 6 * words, 128), jnp.uint32)
     new = jax.random.bits(jax.random.key(1), (3, 1, words), jnp.uint32)
     args = data, new, jnp.array([0, 200, 255]), jnp.array([1, 0, 1])
+    table = jnp.array([[3, 1], [0, 2], [5, 4]])
     num_lines = words if on_lanes else 3
-    changed = packed_append._call(args[0], new[:, 0], *args[2:], num_lines, on_lanes, RACES)
+    changed = packed_append._call(
+        *args[:1], new[:, 0], *args[2:], table, num_lines, on_lanes, RACES
+    )
     assert FOUND not in capfd.readouterr().out
-    expected = packed_append.append(*args, on_lanes=on_lanes, implementation="xla")
+    expected = packed_append.append(*args, on_lanes=on_lanes, table=table, implementation="xla")
     np.testing.assert_array_equal(changed, expected)

@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
+import random
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import NANO, ROOT
 from tests.models import random_model
+from tests.v4jax import killed_job
 from v4jax import tiny
 from v4jax.inference.batch import (
     Job,
@@ -644,6 +647,43 @@ def test_another_input_is_refused(requests, engine, tokenizer, tmp_path):
         file.write('{"prompt": "one more"}\n')
     with pytest.raises(JobError, match=r"another job \(input was .*requests was 7, is 8"):
         job_of(requests, output)
+
+
+def test_killed_at_any_moment_the_files_are_the_same(tmp_path):
+    """Twenty times at a random moment, reading, generating, writing or merging."""
+    path, whole, broken = (tmp_path / name for name in ("in", "whole", "broken"))
+    lines = [{"prompt": f"{n} times", "max_new_tokens": 1 + n % 7} for n in range(60)]
+    write(path, *lines[:30], "broken", *lines[30:])
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.v4jax.killed_job"])
+    draw, kills = random.Random(0), 0
+
+    def start(output, pause):
+        process = processes.Process(target=killed_job.run, args=(str(path), str(output), pause))
+        process.start()
+        return process
+
+    first = start(whole, 0.0)
+    first.join(timeout=120)
+    assert first.exitcode == 0
+    while kills < 20:
+        process = start(broken, 0.01)
+        process.join(timeout=draw.uniform(0.05, 0.6))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+        else:  # it was done: begin anew
+            assert process.exitcode == 0
+            assert broken.read_bytes() == whole.read_bytes()
+            for file in tmp_path.glob("broken*"):
+                file.unlink()
+    last = start(broken, 0.0)
+    last.join(timeout=120)
+    assert last.exitcode == 0
+    assert broken.read_bytes() == whole.read_bytes()
+    assert errors_path(broken).read_bytes() == errors_path(whole).read_bytes()
+    assert len(records(whole)) == 60
 
 
 class Scripted:

@@ -1,6 +1,6 @@
 """A decoding step on a TPU writes to a packed cache and moves nothing of it: from the compiled HLO.
 
-Compiled for TPUs that are not there, which needs libtpu: Flash, 128k tokens, 8 sequences.
+Compiled for TPUs that are not there, which needs libtpu: Flash, 8 sequences of 128k tokens and 64 of 1M.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("not_kept")
 
 CFG = flash()
 BATCH, CAPACITY = 8, 1 << 17
-RINGS = BATCH * CFG.window * CFG.head_dim * 2  # bytes of all windows in bfloat16
 
 
 def compiled_step(chip: str, fn, *shapes) -> jax.stages.Compiled:
@@ -77,17 +76,20 @@ def compiled_decoding(chip: str, cache: LayerCache) -> jax.stages.Compiled:
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("kind", ["CSA", "HCA"])
-def test_a_decoding_step_moves_nothing_of_the_cache(kind, chip):
-    cache = layer_of(kind)
-    assert isinstance(cache.entries, PackedRows if kind == "CSA" else PackedColumns)
+@pytest.mark.parametrize("batch, capacity", [(BATCH, CAPACITY), (64, 1 << 20)])
+def test_a_decoding_step_moves_nothing_of_the_cache(batch, capacity, kind, chip):
+    cache = layer_of(kind, batch, capacity)
+    rings = batch * CFG.window * CFG.head_dim * 2  # bytes of all windows in bfloat16
+    assert isinstance(cache.entries.pool, PackedRows if kind == "CSA" else PackedColumns)
     compiled = compiled_decoding(chip, cache)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text.count("tpu_custom_call") >= (2 if kind == "CSA" else 1)  # the kernels read it
-    assert memory.alias_size_in_bytes == sum(x.size * 4 for x in jax.tree.leaves(cache))
-    assert memory.temp_size_in_bytes < RINGS
-    assert largest_of_xla(text) < RINGS / 2
-    for held in jax.tree.leaves(cache):
-        assert moves(text, held.shape) == []
+    held = sum(x.size * 4 for x in jax.tree.leaves(cache))
+    assert held <= memory.alias_size_in_bytes < held + 512 * batch  # a table's lines are padded
+    assert memory.temp_size_in_bytes < rings
+    assert largest_of_xla(text) < rings / 2
+    for array in (cache.window, cache.entries.pool, cache.index_keys and cache.index_keys.pool):
+        assert array is None or moves(text, array.data.shape) == []
 
 
 @pytest.mark.parametrize("capacity", [40, 2600])
@@ -112,11 +114,12 @@ def test_copies_are_found():
 @pytest.mark.parametrize("kind", ["CSA", "HCA"])
 def test_a_prompt_moves_what_it_adds(kind):
     entries = layer_of(kind).entries
+    data = entries.pool.data
     num_new = entries.shape[1] // 16
     new = jax.ShapeDtypeStruct((BATCH, num_new, CFG.head_dim), jnp.bfloat16)
     place = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     compiled = compiled_step("v6e", append_entries, entries, new, place, place)
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes == entries.data.size * 4
+    assert memory.alias_size_in_bytes >= data.size * 4
     assert memory.temp_size_in_bytes < 4 * BATCH * num_new * CFG.head_dim * 2
-    assert moves(compiled.as_text(), entries.data.shape) == []
+    assert moves(compiled.as_text(), data.shape) == []

@@ -14,10 +14,11 @@ from pallas_kernels.indexer import index_topk
 from sharding import collectives, make_mesh
 from sharding.rules import PREFILL
 from tests import models
+from tests.paged import paged
 from v4jax import Transformer, flash, nano, plain, pro, released, tiny
 from v4jax.inference.engine import Engine
 from v4jax.inference.score import Scorer
-from v4jax.nn.cache import Chunk, append_entries, init_cache, window_rows, write_window
+from v4jax.nn.cache import Chunk, append_entries, init_cache, unpacked, window_rows, write_window
 from v4jax.planning import costs
 
 CAPACITY = 320  # 80 entries of CSA layers: more than top-k (16)
@@ -51,13 +52,13 @@ def test_logits_are_those_of_a_float_cache_bit_for_bit(model, extend, optimized)
     for packed, plainly in zip(caches[0].layers, caches[1].layers, strict=True):
         for name in ("window", "entries", "index_keys"):
             if getattr(plainly, name) is not None:
-                unpacked = getattr(packed, name).unpack(jnp.bfloat16)
-                np.testing.assert_array_equal(unpacked, getattr(plainly, name))
+                rows = (unpacked(getattr(x, name), jnp.bfloat16) for x in (packed, plainly))
+                np.testing.assert_array_equal(*rows)
 
 
 def test_it_is_updated_in_place(model, extend):
     cache = model.init_cache(1, CAPACITY)
-    assert isinstance(cache.layers[1].entries, PackedRows)
+    assert isinstance(cache.layers[1].entries.pool, PackedRows)
     args = np.zeros((1, 1), np.int32), jnp.ones(1, jnp.int32), cache
     compiled = extend.func.lower(*extend.args, *args).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == cache.nbytes
@@ -72,21 +73,24 @@ def test_bytes_of_the_released_models_at_a_million_tokens(make):
         leaves = jax.tree.leaves([getattr(layer, name) for layer in cache.layers])
         return sum(x.size * x.dtype.itemsize for x in leaves)
 
-    growing = nbytes("entries") + nbytes("index_keys")
+    growing = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.pools))
+    tables = sum(x.size * 4 for x in cache.tables.values())
     assert growing / MILLION == costs.cache_bytes_per_token(cfg)
     assert growing / MILLION == {"flash": 3514.25, "pro": 5031.4375}[cfg.name]
     assert cfg.window * 584 == 146 * 512  # lines, of which there are whole tiles of 8
     assert nbytes("window") == len(cfg.layers) * 152 * 512
     pools = nbytes("pool") + nbytes("index_pool")
-    assert cache.nbytes == growing + nbytes("window") + pools + 4  # and the length
+    assert tables == 4 * (MILLION // (4 * 128) + MILLION // (128 * 128))
+    assert cache.nbytes == growing + tables + nbytes("window") + pools + 4  # and the length
 
 
 @pytest.mark.parametrize("cfg", [tiny(), nano()], ids=lambda c: c.name)
 def test_small_models_grow_as_the_cost_model_says(cfg):
-    sizes = (1 << 14, 1 << 15)  # whole lines of 128 words, for HCA too
-    caches = [jax.eval_shape(lambda n=n: init_cache(cfg, released(), 3, n)) for n in sizes]
-    growth = (caches[1].nbytes - caches[0].nbytes) / sizes[0]
-    assert growth == 3 * costs.cache_bytes_per_token(cfg)
+    sizes = (1 << 14, 1 << 15)  # whole pages, for HCA too; of 8, whole tiles of lines
+    caches = [jax.eval_shape(lambda n=n: init_cache(cfg, released(), 8, n)) for n in sizes]
+    held = [sum(x.size * 4 for x in jax.tree.leaves(cache.pools)) for cache in caches]
+    growth = (held[1] - held[0]) / sizes[0]
+    assert growth == 8 * costs.cache_bytes_per_token(cfg)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -97,19 +101,23 @@ def _pack(kind, rows):
 _unpack = jax.jit(lambda packed: packed.unpack())
 
 
-@pytest.mark.parametrize("capacity", [5, 9])
+def _rows(pages):
+    return np.array(_unpack(pages.contiguous()))
+
+
 @pytest.mark.parametrize("kind", [PackedRows, PackedColumns, PackedKeys])
-def test_nothing_is_written_past_the_end(kind, capacity):
-    """Entries 3.. of 2 and 4 new ones, the rest of which are not complete."""
-    rows = jax.random.normal(jax.random.key(0), (2, capacity, 64), jnp.bfloat16)
+def test_nothing_is_written_past_the_end(kind):
+    """Entries 125.. or 127.. of a page: 2 and 4 new ones, the rest of which are not complete."""
+    rows = jax.random.normal(jax.random.key(0), (2, 128, 64), jnp.bfloat16)
     new = jax.random.normal(jax.random.key(1), (2, 4, 64), jnp.bfloat16)
-    start, counts = jnp.array([3, 3]), jnp.array([2, 4])
-    packed = jax.jit(append_entries)(_pack(kind, rows), new, start, counts)
-    expected, written = (np.array(_unpack(_pack(kind, x))) for x in (rows, new))
+    start, counts = jnp.array([125, 127]), jnp.array([2, 4])
+    pages = paged(rows, kind, rope_dim=16)
+    packed = jax.jit(append_entries)(pages, new, start, counts)
+    expected, written = _rows(pages), np.array(_unpack(_pack(kind, new)))
     for row, count in enumerate(counts):
-        stop = min(3 + int(count), capacity)
-        expected[row, 3:stop] = written[row, : stop - 3]
-    np.testing.assert_array_equal(_unpack(packed), expected)
+        first, stop = int(start[row]), min(int(start[row] + count), 128)
+        expected[row, first:stop] = written[row, : stop - first]
+    np.testing.assert_array_equal(_rows(packed), expected)
 
 
 @pytest.mark.parametrize("kind", [PackedRows, PackedColumns, PackedKeys])
@@ -121,13 +129,11 @@ def test_entries_of_all_devices_are_written(kind):
     def write(entries, new, start, counts):
         return append_entries(entries, new, start[0], counts[0])
 
-    parts, empty = (
-        (jax.P(), jax.P(None, "context"), *[jax.P("context")] * 2),
-        jnp.zeros((2, 40, 64)),
-    )
+    empty = paged(jnp.zeros((2, 128, 64)), kind, rope_dim=16)
+    parts = jax.P(), jax.P(None, "context"), *[jax.P("context")] * 2
     with jax.set_mesh(make_mesh(context=2)):
         written = jax.jit(collectives.per_device(write, PREFILL, parts, jax.P()))
-        written = _unpack(written(_pack(kind, empty), new, start, counts))
+        written = _rows(written(empty, new, start, counts))
     expected, rows = np.zeros(written.shape, written.dtype), np.array(_unpack(_pack(kind, new)))
     for device, b in np.ndindex(2, 2):
         first, count = start[device, b], counts[device, b]

@@ -14,11 +14,11 @@ import v4jax
 from tests.models import random_model
 from v4jax import Engine, Sampling, Transformer, tiny
 from v4jax.inference.ledger import Ledger
-from v4jax.inference.prefix import PIECE, Prefix, Prefixes, digests_of
+from v4jax.inference.prefix import PIECE, Prefix, Prefixes, digests_of, wide_tokens
 from v4jax.inference.requests import EngineFullError
 from v4jax.nn.cache import pages_of
 
-CHUNKS = (128, 256)
+CHUNKS = (128,)
 RNG = np.random.default_rng(0)
 TEXT = RNG.integers(2, 256, 4000).tolist()
 # Past the window, past what the indexer selects, and lengths that divide nothing.
@@ -85,20 +85,33 @@ def test_one_by_one_while_others_run(model, alone):
     check([requests[i] for i in range(len(PROMPTS))], alone)
 
 
-def test_when_pages_run_out(model, alone):
-    """A cache with room for the longest request alone: others have to leave and come back."""
-    engine = Engine(model, slots=3, chunks=CHUNKS, cache_tokens=1100, prefixes=0)
-    scheduler = engine._scheduler
-    # Of the pages that slots have beside those of `cache_tokens`, some are taken away.
-    scarce = {ratio: max(1, len(f) - 3) for ratio, f in scheduler.ledger._free[0].items()}
-    taken = scheduler.ledger.allocate(
-        0, {r: len(scheduler.ledger._free[0][r]) - n for r, n in scarce.items()}
-    )
+def scarce(engine: Engine, left: dict[int, int]) -> None:
+    """Takes all but so many free pages away."""
+    ledger = engine._scheduler.ledger
+    free = {ratio: len(pages) for ratio, pages in ledger._free[0].items()}
+    assert ledger.allocate(0, {ratio: free[ratio] - left[ratio] for ratio in left}) is not None
+
+
+def test_when_there_are_pages_for_the_longest_alone(model, alone):
+    engine = Engine(model, slots=3, chunks=CHUNKS)
+    scarce(engine, {4: 3, 128: 1})
     requests = submit(engine)
     engine.run_until_idle()
     check(requests, alone)
-    scheduler.ledger.release(0, taken)
-    assert engine.stats().pages_used == 0
+
+
+def test_when_pages_run_out_while_two_decode(model):
+    """Each of them needs a second page of CSA rows, and there are three: the later one has to leave."""
+    prompts = [TEXT[n : n + 500] for n in (0, 1)]
+    sampling = Sampling(seed=3, max_new_tokens=30)
+    engine = Engine(model, slots=3, chunks=CHUNKS, prefixes=0)
+    expected = [engine.generate([prompt], [sampling], stop_ids=[])[0].tokens for prompt in prompts]
+    scarce(engine, {4: 3, 128: 3})
+    requests = [engine.submit(prompt, sampling, stop_ids=[]) for prompt in prompts]
+    engine.run_until_idle()
+    assert [tuple(request.tokens) for request in requests] == expected
+    assert engine.stats().preemptions == 1
+    assert requests[0].finished_at < requests[1].finished_at
 
 
 def test_who_leaves_its_slot_comes_back_as_it_was(model, alone):
@@ -149,6 +162,31 @@ def test_prefixes_of_prefixes_and_their_end(model, alone, cached_engine):
         assert engine.stats().pages_used <= held
         held = engine.stats().pages_used
     assert held == 0
+
+
+def test_prefixes_of_wide_chunks(model):
+    """Of another shape are other bits, so of a chat's turns only those count that have the same."""
+    sampling = Sampling(temperature=0, logprobs=2, max_new_tokens=6)
+    turns = [PROMPTS[5][:length] for length in (140, 300, 530, 1037)]
+    whole = Engine(model, slots=3, chunks=(128, 256), prefixes=0)
+    engine, cached = Engine(model, slots=3, chunks=(128, 256)), []
+    for turn in turns:
+        alone = whole.submit(turn, sampling, stop_ids=[])
+        request = engine.submit(turn, sampling, stop_ids=[])
+        for one in (whole, engine):
+            one.run_until_idle()
+        assert (request.tokens, request.logprobs) == (alone.tokens, alone.logprobs)
+        cached.append(request.cached_tokens)
+    # 128 narrow tokens; 256 wide ones, twice; all wide ones.
+    assert cached == [0, 0, 256, 512]
+
+
+@pytest.mark.parametrize(
+    "length, wide",
+    [(1, 0), (129, 0), (513, 0), (641, 640), (1025, 1024), (1153, 1024), (1999, 1920)],
+)
+def test_which_tokens_go_in_wide_chunks(length, wide):
+    assert wide_tokens(length, 1024) == wide
 
 
 def test_priority_and_order():
@@ -333,10 +371,11 @@ def test_the_least_recently_used_prefix_leaves():
     prefixes = Prefixes(ledger, most=2)
     for name in (b"a", b"b"):
         pages = ledger.allocate(0, {4: 1})
-        prefixes.add(0, name, Prefix(128, pages, None))
+        prefixes.add(0, name, Prefix(128, 0, pages, None))
         ledger.release(0, pages)
-    assert prefixes.find(0, [b"a", b"x"]).length == 128 and prefixes.find(1, [b"a"]) is None
+    assert prefixes.find(0, [b"a", b"x"], 0).length == 128
+    assert prefixes.find(1, [b"a"], 0) is None and prefixes.find(0, [b"a"], 128) is None
     pages = ledger.allocate(0, {4: 1})
-    prefixes.add(0, b"c", Prefix(128, pages, None))
-    assert [prefixes.has(0, name) for name in (b"a", b"b", b"c")] == [True, False, True]
+    prefixes.add(0, b"c", Prefix(128, 0, pages, None))
+    assert [prefixes.wants(0, name, 0) for name in (b"a", b"b", b"c")] == [False, True, False]
     assert ledger.used == 2 and prefixes.evict(0) and ledger.used == 1 and not prefixes.evict(1)

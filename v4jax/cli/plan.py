@@ -1,9 +1,13 @@
 """Compiles a full-size job ahead of time for a TPU slice, and says what a device holds and does.
 
     v4jax plan --model flash --topology v6e:4x4 --job decode --context 131072 --batch 16
+    v4jax plan --model flash --topology v6e:2x4,tpu7x:2x2x1 --job serve
 
 Needs `pip install 'v4jax[tpu]'`, no TPU; of the model nothing but shapes is made. Without `--mesh` a
 mesh is chosen, and the choice explained. `--layers 5` gives a quick look at a shorter model.
+
+`--job serve` compiles nothing and needs seconds: by arithmetic it says how many requests a slice holds
+when it is full, how long a step of so many takes at least, and which mesh is fastest.
 """
 
 import argparse
@@ -24,16 +28,19 @@ import jax
 
 from pallas_kernels.chips import CHIPS, Chip
 from sharding import AXES, make_mesh
+from v4jax.cli import full_slices
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import command_parser
 from v4jax.config import VARIANTS, V4Config
 from v4jax.planning import costs
+from v4jax.planning.capacity import Workload
 from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
 from v4jax.planning.plan import EXPERTS, Job, MeshChoice, choose_mesh, program
 from v4jax.planning.roofline import Roofline, roofline
-from v4jax.planning.topologies import COMPILER_OPTIONS, chip_of, topology_devices
+from v4jax.planning.topologies import COMPILER_OPTIONS, Slice, chip_of, topology_devices
 
 GiB = 2**30
+SERVE = "serve"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +90,25 @@ def parse_args() -> argparse.Namespace:
         "--model", choices=sorted(VARIANTS), default="flash", help="the architecture"
     )
     slices = ", ".join(name for chip in CHIPS.values() for name in chip.slices[:2])
-    parser.add_argument("--topology", required=True, help=f"a slice: {slices} ...")
-    parser.add_argument("--job", choices=sorted(EXPERTS), required=True, help="what is run")
-    parser.add_argument("--context", type=int, required=True, help="tokens of a sequence")
-    parser.add_argument("--batch", type=int, default=0, help="sequences; default one a device")
+    parser.add_argument(
+        "--topology", required=True, help=f"a slice: {slices} ...; serve: several, with commas"
+    )
+    parser.add_argument(
+        "--job", choices=sorted([*EXPERTS, SERVE]), required=True, help="what is run"
+    )
+    parser.add_argument(
+        "--context",
+        type=lambda text: tuple(map(int, text.split(","))),
+        metavar="TOKENS",
+        help="tokens of a sequence; serve: several, with commas (default: 8k, 32k, 128k and 1M, and "
+        "8k with an answer of 1k)",
+    )
+    parser.add_argument(
+        "--answer", type=int, default=0, help="serve: tokens generated behind --context tokens"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=0, help="sequences; default one a device, serve: what fits"
+    )
     parser.add_argument("--chunk", type=int, default=4096, help="prefill: tokens fed at once")
     parser.add_argument("--mesh", default="", help="such as fsdp=4,expert=16 (default: chosen)")
     parser.add_argument(
@@ -107,8 +129,17 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args()
-    if args.layers < 0 or args.batch < 0:
-        parser.error("--layers and --batch: expected positive numbers")
+    if args.layers < 0 or args.batch < 0 or args.answer < 0:
+        parser.error("--layers, --batch and --answer: expected positive numbers")
+    if args.job == SERVE:
+        if args.answer and not args.context:
+            parser.error("--answer: expected --context, the tokens before it")
+        if args.mesh and "," in args.topology:
+            parser.error("--mesh: expected one --topology")
+        if args.schedule:
+            parser.error("--schedule: --job serve compiles nothing")
+    elif len(args.context or ()) != 1 or args.answer:
+        parser.error(f"--job {args.job}: expected one --context, and no --answer")
     return args
 
 
@@ -320,6 +351,28 @@ def _kinds(cfg: V4Config, job: Job) -> list[str]:
     return lines
 
 
+def serve(cfg: V4Config, args: argparse.Namespace) -> bool:
+    """Prints what slices do when they are full; whether something fits everywhere."""
+    places = [Slice.of(name) for name in args.topology.split(",")]
+    contexts = args.context or full_slices.CONTEXTS
+    workloads = [Workload(context, args.answer) for context in contexts]
+    if not args.context:
+        workloads.append(Workload(contexts[0], full_slices.ANSWER))
+    found, refused = full_slices.choices(
+        *(cfg, places, workloads),
+        batch=args.batch,
+        sizes=mesh_sizes(args.mesh, places[0].devices) if args.mesh else None,
+        experts=args.experts,
+        cache=args.cache,
+    )
+    others = [] if args.layers else full_slices.comparisons(cfg, places)
+    if args.json:
+        print(full_slices.as_json(cfg, found, others))
+    else:
+        print(full_slices.describe(cfg, found, refused, others))
+    return not refused
+
+
 def main() -> None:
     """Prints the plan; exits with 1 if it does not fit."""
     args = parse_args()
@@ -334,11 +387,13 @@ def main() -> None:
     cfg = VARIANTS[args.model]()
     if args.layers:
         cfg = dataclasses.replace(cfg, layers=cfg.layers[: args.layers])
+    if args.job == SERVE:
+        sys.exit(0 if serve(cfg, args) else 1)
     chip_of(args.topology)
     devices = len(topology_devices(args.topology))
     job = Job(
         kind=args.job,
-        context=args.context,
+        context=args.context[0],
         batch=args.batch or devices,
         chunk=args.chunk,
         experts=args.experts,

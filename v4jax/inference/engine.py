@@ -46,7 +46,7 @@ from v4jax.inference.steps import (
     slot_steps,
     with_pools,
 )
-from v4jax.nn.cache import CacheFormat, ratios_of
+from v4jax.nn.cache import CacheFormat, pool_pages
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, mesh_of, num_batch_parts, on_mesh, require_placed
@@ -56,6 +56,7 @@ from v4jax.text.tokenizer import Tokenizer
 
 CHUNKS = (128, 1024)
 CACHE_TOKENS = 4096  # a slot, where nothing else is said
+PREFIXES = 64  # that are kept, where nothing else is said
 Prompt = str | Sequence[int]
 
 
@@ -119,8 +120,8 @@ class Engine:
       cache: how rows are held, see `v4jax.nn.cache.CacheFormat`.
       cache_tokens: tokens of context that all requests and kept prefixes have room for together, in
         each part. None: 4,096 a slot, and more as soon as a request needs it.
-      chunks: numbers of tokens that prefill is compiled for: multiples of 128, and of a mesh's context
-        axis.
+      chunks: numbers of tokens that prefill is compiled for: one, or a small and a large one; multiples
+        of 128, and of a mesh's context axis.
       steps_per_call: tokens that a slot generates between two looks of the host, where nobody waits.
       queue: requests that may wait; None: any number.
       prefixes: that are kept for requests which begin with the same tokens; 0: none.
@@ -144,7 +145,7 @@ class Engine:
         chunks: Sequence[int] = CHUNKS,
         steps_per_call: int = 8,
         queue: int | None = None,
-        prefixes: int = 64,
+        prefixes: int = PREFIXES,
     ):
         keep_programs()
         self.cfg, self.tokenizer = model.cfg, tokenizer
@@ -163,7 +164,8 @@ class Engine:
         slots += -slots % parts
         self._grows = cache_tokens is None
         self._cache_tokens = cache_tokens or min(CACHE_TOKENS, self.cfg.max_length) * slots // parts
-        pages = self._pages(self._cache_tokens, slots // parts)
+        self._sequences = slots // parts + prefixes
+        pages = pool_pages(self.cfg, self._cache_tokens, self._sequences)
         with self._on_mesh():
             empty = functools.partial(empty_slots, model, slots, pages, cache)
             made = jax.jit(empty, out_shardings=self._by_row())()
@@ -203,10 +205,8 @@ class Engine:
             raise ValueError(f"steps_per_call={steps_per_call}: expected 1..{MOST_STEPS}.")
         if not self.chunks or any(size < 1 or size % PIECE for size in self.chunks):
             raise ValueError(f"chunks={self.chunks}: expected multiples of {PIECE} tokens.")
-
-    def _pages(self, tokens: int, slots: int) -> dict[int, int]:
-        """Pages by ratio for so many tokens of `slots` sequences, whose last pages are partly filled."""
-        return {r: 1 + slots + tokens // (r * PAGE) for r in ratios_of(self.cfg)}
+        if len(self.chunks) > 2:
+            raise ValueError(f"chunks={self.chunks}: expected one or two sizes.")
 
     def _programs(self) -> Programs:
         """The steps, on the mesh and with the model's arrays."""
@@ -328,8 +328,8 @@ class Engine:
                 self.before_step()
             while self._inbox:
                 request = self._inbox.popleft()
-                self._make_room(request)
                 self._scheduler.add(request)
+                self._make_room(request)
             events = self._scheduler.step()
             self._turn.notify_all()
         for request in events:
@@ -488,13 +488,9 @@ class Engine:
             return
         while self._cache_tokens < needed:
             self._cache_tokens *= 2
-        pages = self._pages(self._cache_tokens, len(scheduler.in_slot) // scheduler.parts)
+        pages = pool_pages(self.cfg, self._cache_tokens, self._sequences)
         with self._on_mesh():
-            grow = jax.jit(
-                functools.partial(_grown, pages=pages),
-                donate_argnums=0,
-                out_shardings=self._by_row(),
-            )
+            grow = jax.jit(functools.partial(_grown, pages=pages), out_shardings=self._by_row())
             scheduler.slots = grow(scheduler.slots)
         scheduler.ledger.grow(pages)
 

@@ -8,8 +8,10 @@ Snapshots are taken every `EVERY` tokens of a prompt and at its last multiple of
 Pages are shared. The last one of each ratio may be partly filled: whoever goes on from the prefix copies
 it first, and the one that filled it goes on writing behind the prefix's rows.
 
-Prefixes are found by a chain of digests of pieces of 128 tokens. All belong to one engine, that is to
-one checkpoint, numerics and cache format. The least recently used leaves first.
+Prefixes are found by a chain of digests of pieces of 128 tokens, and by how many of their tokens were
+computed in wide chunks: the last bits of a chunk depend on its shape (not on where it begins), so a
+prompt takes only what has the bits that it would compute itself (`wide_tokens`). All belong to one
+engine, that is to one checkpoint, numerics and cache format. The least recently used leaves first.
 """
 
 import collections
@@ -24,6 +26,7 @@ from v4jax.inference.ledger import Held, Ledger
 
 PIECE = 128  # tokens
 EVERY = 1024  # tokens between snapshots
+_Key = tuple[int, bytes, int]  # part, digest, tokens in wide chunks
 
 
 def digests_of(tokens: Sequence[int]) -> list[bytes]:
@@ -37,11 +40,24 @@ def digests_of(tokens: Sequence[int]) -> list[bytes]:
     return found
 
 
+def wide_tokens(length: int, chunk: int) -> int:
+    """How many tokens of a prompt of `length` are fed in wide chunks of so many, from its first on.
+
+    Whole ones, and all that is before the last multiple of 128 if more than half a chunk is left. The
+    rest goes in chunks of 128. So the shape in which a token is computed depends on its place and on
+    the length of the prompt, not on what was cached.
+    """
+    body = (length - 1) // PIECE * PIECE
+    whole = body // chunk * chunk
+    return body if body - whole > chunk // 2 else whole
+
+
 @dataclasses.dataclass(frozen=True)
 class Prefix:
     """L tokens that are in the cache."""
 
     length: int
+    wide: int  # of them, those that were computed in wide chunks
     pages: Held
     state: Any  # of `SlotSteps.snapshot`
 
@@ -56,32 +72,28 @@ class Prefixes:
 
     def __init__(self, ledger: Ledger, most: int):
         self._ledger, self._most = ledger, most
-        self._kept: collections.OrderedDict[tuple[int, bytes], Prefix] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[_Key, Prefix] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def find(self, part: int, digests: Sequence[bytes]) -> Prefix | None:
-        """The longest prefix that a part has of a prompt with these digests."""
-        for digest in reversed(digests):
-            found = self._kept.get((part, digest))
-            if found is not None:
-                self._kept.move_to_end((part, digest))
-                return found
+    def find(self, part: int, digests: Sequence[bytes], wide: int) -> Prefix | None:
+        """The longest prefix that a part has of a prompt: its digests, and its `wide_tokens`."""
+        for count, digest in reversed(list(enumerate(digests, 1))):
+            key = part, digest, min(count * PIECE, wide)
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
         return None
 
-    def has(self, part: int, digest: bytes) -> bool:
-        """Whether a part has it."""
-        return (part, digest) in self._kept
-
-    def wants(self, part: int, digest: bytes) -> bool:
-        """Whether a prefix is to be added."""
-        return self._most > 0 and not self.has(part, digest)
+    def wants(self, part: int, digest: bytes, wide: int) -> bool:
+        """Whether a prefix is to be added: there is none like it."""
+        return self._most > 0 and (part, digest, wide) not in self._kept
 
     def add(self, part: int, digest: bytes, prefix: Prefix) -> None:
         """Keeps a prefix, holding its pages; lets go of the oldest if there are too many."""
         self._ledger.hold(part, prefix.pages)
-        self._kept[part, digest] = prefix
+        self._kept[part, digest, prefix.wide] = prefix
         while len(self._kept) > self._most:
             self._drop(next(iter(self._kept)))
 
@@ -98,5 +110,5 @@ class Prefixes:
         for key in list(self._kept):
             self._drop(key)
 
-    def _drop(self, key: tuple[int, bytes]) -> None:
+    def _drop(self, key: _Key) -> None:
         self._ledger.release(key[0], self._kept.pop(key).pages)

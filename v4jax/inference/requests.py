@@ -59,6 +59,7 @@ class Request:
     _pages: Held = dataclasses.field(default_factory=dict)
     _held: Any = None  # what was in its slot when it had to leave it
     _matcher: Matcher | None = None  # of its grammar
+    _wide: int = 0  # tokens of the prompt that go in wide chunks
     _digests: list[bytes] = dataclasses.field(default_factory=list)
     _calls: int = 0  # of decode since it began
 

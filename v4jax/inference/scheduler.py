@@ -26,7 +26,7 @@ import numpy as np
 
 from v4jax.inference.grammar import GrammarError
 from v4jax.inference.ledger import Ledger
-from v4jax.inference.prefix import EVERY, PIECE, Prefix, Prefixes, digests_of
+from v4jax.inference.prefix import EVERY, PIECE, Prefix, Prefixes, digests_of, wide_tokens
 from v4jax.inference.requests import Request, Stage, TokenLogprob
 from v4jax.inference.sampling import EVERYTHING, num_words
 from v4jax.inference.steps import MOST_STEPS, Output, RequestRows, Slots, Tables
@@ -68,7 +68,7 @@ class Scheduler:
     Args:
       slots: on the devices.
       parts: that they lie in.
-      chunks: tokens of the compiled prefill chunks, increasing.
+      chunks: tokens of the compiled prefill chunks, the narrow and the wide ones, or one for both.
       budget: tokens of prompts that a step feeds.
       steps_per_call: tokens a slot that a call of decode generates at most where nobody waits.
       is_shared: whether several processes run these steps, so that nothing can be copied to a host.
@@ -226,7 +226,7 @@ class Scheduler:
             return next(iter(free.values())), None
         best: tuple[int, Prefix | None] = next(iter(free.values())), None
         for part, slot in free.items():
-            prefix = self.prefixes.find(part, request._digests)
+            prefix = self.prefixes.find(part, request._digests, request._wide)
             if prefix and (best[1] is None or prefix.length > best[1].length):
                 best = slot, prefix
         return best
@@ -381,17 +381,20 @@ class Scheduler:
         left = self._budget
         while left > 0:
             first: dict[int, Request] = {}
+            size = 0
             for request in self._requests(Stage.FEEDING):
-                first.setdefault(self._part(request._slot), request)
+                size = size or self._chunk_size(request)
+                if self._chunk_size(request) == size:
+                    first.setdefault(self._part(request._slot), request)
             if not first:
                 return
-            left -= self._feed_chunk(list(first.values()))
+            self._feed_chunk(list(first.values()), size)
+            left -= size
 
-    def _feed_chunk(self, requests: list[Request]) -> int:
+    def _feed_chunk(self, requests: list[Request], size: int) -> None:
         counts = np.zeros(self.parts, np.int32)
         for request in requests:
-            counts[self._part(request._slot)] = self._next_count(request)
-        size = self._chunk_size(int(counts.max()))
+            counts[self._part(request._slot)] = self._next_end(request, size) - request._fed
         tokens = np.zeros((self.parts, size), np.int32)
         for request in requests:
             part = self._part(request._slot)
@@ -405,18 +408,19 @@ class Scheduler:
             self._keep_prefix(request)
             if request._fed == len(request.prompt):
                 self._start(request)
-        return size
 
-    def _next_count(self, request: Request) -> int:
-        """Tokens of its next chunk: it ends where a snapshot is taken, or with the prompt."""
+    def _chunk_size(self, request: Request) -> int:
+        """Of its next chunk."""
+        return self._chunks[-1] if request._fed < request._wide else self._chunks[0]
+
+    def _next_end(self, request: Request, size: int) -> int:
+        """Where its next chunk ends: where a snapshot is taken, the shape changes, or with the prompt."""
         fed, length = request._fed, len(request.prompt)
         body = (length - 1) // PIECE * PIECE
         if fed >= body:
-            return length - fed
-        return min(body, (fed // EVERY + 1) * EVERY, fed + self._chunks[-1]) - fed
-
-    def _chunk_size(self, count: int) -> int:
-        return next(size for size in self._chunks if size >= count)
+            return length
+        limit = request._wide if fed < request._wide else body
+        return min(limit, (fed // EVERY + 1) * EVERY, fed + size)
 
     def _keep_prefix(self, request: Request) -> None:
         fed, length = request._fed, len(request.prompt)
@@ -424,12 +428,13 @@ class Scheduler:
         if not fed or fed % PIECE or not (is_end or fed % EVERY == 0):
             return
         part, digest = self._part(request._slot), request._digests[fed // PIECE - 1]
-        if self.prefixes.wants(part, digest):
+        wide = min(fed, request._wide)
+        if self.prefixes.wants(part, digest, wide):
             state = self.run.snapshot(self.slots, self._one_each([request._slot]))
             pages = {
                 ratio: numbers[: pages_of(fed, ratio)] for ratio, numbers in request._pages.items()
             }
-            self.prefixes.add(part, digest, Prefix(fed, pages, state))
+            self.prefixes.add(part, digest, Prefix(fed, wide, pages, state))
 
     def _start(self, request: Request) -> None:
         rows = RequestRows.of(
@@ -491,6 +496,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Another request that waits."""
         request._digests = digests_of(request.prompt[:-1])
+        request._wide = wide_tokens(len(request.prompt), self._chunks[-1])
         self.waiting.append(request)
 
 

@@ -179,14 +179,11 @@ class Attention(nnx.Module):
             )
 
     def _attend_decode(self, q, cache, selection, positions):
-        entries = cache.entries
-        if entries is None:
-            entries = jnp.zeros((q.shape[0], 0, q.shape[-1]), q.dtype)
         with jax.named_scope("decode"):
             out = decode_attention(
                 q[:, 0],
                 cache.window,
-                entries,
+                cache.entries,
                 None if selection is None else selection.to_indices()[:, 0],
                 self.sink[...],
                 positions[:, 0],

@@ -226,6 +226,15 @@ def pages_of(tokens: int, ratio: int) -> int:
     return max(1, num_pages(-(-tokens // ratio)))
 
 
+def pool_pages(cfg: V4Config, tokens: int, sequences: int) -> dict[int, int]:
+    """Pages by ratio that hold `tokens` of so many sequences, whose last pages are partly filled.
+
+    Kept prefixes count as sequences: they have a last page of their own. Page 0, which is nobody's, is
+    among the pages.
+    """
+    return {ratio: 1 + sequences + tokens // (ratio * PAGE) for ratio in ratios_of(cfg)}
+
+
 def empty_cache(
     cfg: V4Config,
     numerics: Numerics,

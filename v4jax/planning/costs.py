@@ -98,15 +98,17 @@ def decode_flops(cfg: V4Config, context: int) -> Flops:
     return sum(layers, head_flops(cfg))
 
 
-def prefill_flops(cfg: V4Config, length: int) -> Flops:
+def prefill_flops(cfg: V4Config, length: int, *, masked: bool = False) -> Flops:
     """A prompt of `length` tokens, causal, the head for its last token only.
 
-    Attention counts the entries that each query sees; a kernel that masks does more.
+    Args:
+      masked: attention of CSA layers counts all entries before a query, as the prefill kernels compute
+        them under a mask; else those that a query chooses.
     """
     flops = head_flops(cfg)
     for spec in cfg.layers:
         flops += _fixed_flops(cfg, spec) * length
-        flops += _prefill_context_flops(cfg, spec, length)
+        flops += _prefill_context_flops(cfg, spec, length, masked=masked)
     return flops
 
 
@@ -307,13 +309,15 @@ def _context_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:
     )
 
 
-def _prefill_context_flops(cfg: V4Config, spec: LayerSpec, length: int) -> Flops:
-    """The sum of `_context_flops` over contexts 1 .. length."""
+def _prefill_context_flops(
+    cfg: V4Config, spec: LayerSpec, length: int, *, masked: bool = False
+) -> Flops:
+    """The sum of `_context_flops` over contexts 1 .. length, or with all entries where it is masked."""
     rows = _sum_of_minima(length, cfg.window, 1)
     keys = 0
     if spec.indexer:
         keys = _sum_of_minima(length, length, spec.ratio)
-        rows += _sum_of_minima(length, spec.indexer.topk, spec.ratio)
+        rows += keys if masked else _sum_of_minima(length, spec.indexer.topk, spec.ratio)
     elif spec.compressor:
         rows += _sum_of_minima(length, length, spec.ratio)
     return Flops(

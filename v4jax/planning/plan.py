@@ -274,8 +274,9 @@ def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> 
       ValueError: no mesh of that many devices divides the model and the batch.
     """
     model, limit = abstract_model(cfg, job, scan_layers=True), HBM_SHARE * chip.hbm
+    cache = _cache_bytes(model, job) if job.kind != "train" else (0.0, 0.0)
     candidates = []
-    for sizes in _meshes(num_devices):
+    for sizes in meshes(num_devices):
         try:
             job.check(cfg, sizes)
         except ValueError:
@@ -283,7 +284,11 @@ def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> 
         if _is_sensible(sizes, job):
             parts = _parameter_parts(model, job.rules, sizes)
             candidates.append(
-                (_preference(cfg, job, sizes, parts), sizes, _estimate(model, job, sizes, parts))
+                (
+                    _preference(cfg, job, sizes, parts),
+                    sizes,
+                    _estimate(model, job, sizes, parts, cache),
+                )
             )
     if not candidates:
         raise ValueError(
@@ -300,7 +305,7 @@ def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> 
     return MeshChoice(sizes, held, bool(fitting), reasons)
 
 
-def _meshes(num_devices: int) -> Iterator[dict[str, int]]:
+def meshes(num_devices: int) -> Iterator[dict[str, int]]:
     """All sizes of the axes with that product."""
     divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     for fsdp in divisors:
@@ -319,15 +324,30 @@ def _is_sensible(sizes: dict[str, int], job: Job) -> bool:
     return True
 
 
-def _estimate(model: Transformer, job: Job, sizes: dict[str, int], parts: "_Parts") -> Estimate:
-    """What a device holds."""
+def _cache_bytes(model: Transformer, job: Job) -> tuple[float, float]:
+    """Of a sequence, and of the pages that are nobody's, which decoding has once on a device."""
+    one = dataclasses.replace(job, batch=1)
+    cache = jax.eval_shape(lambda: _cache_and_logits(model, one)[0]).nbytes
+    if job.kind != "decode":
+        return cache, 0.0
+    return cache, decode_shapes(model, 1, job.context, job.cache)[0].cache.nbytes - cache
+
+
+def _estimate(
+    model: Transformer,
+    job: Job,
+    sizes: dict[str, int],
+    parts: "_Parts",
+    cache: tuple[float, float],
+) -> Estimate:
+    """What a device holds; `cache` is that of `_cache_bytes`."""
     cfg, tokens = model.cfg, _local_tokens(job, sizes)
     if job.kind != "train":
-        one = dataclasses.replace(job, batch=1)
-        cache = jax.eval_shape(lambda: _cache_and_logits(model, one)[0]).nbytes
-        width = 4 * cfg.embed_dim * cfg.num_streams + 8 * cfg.num_heads * cfg.head_dim
+        sequence, nobody = cache
         sequences = job.batch / (sizes["fsdp"] * sizes["expert"])
-        return Estimate(parts.held, cache=cache * sequences, transient=tokens * width)
+        return Estimate(
+            parts.held, cache=sequence * sequences + nobody, transient=tokens * row_bytes(cfg)
+        )
     saved = sum(stage.repeats for stage in model.stages) * cfg.num_streams * cfg.embed_dim * 2
     heads = cfg.num_heads * cfg.head_dim / sizes["tensor"]
     rows = cfg.moe.experts_per_token * (cfg.embed_dim + cfg.moe.expert_dim / sizes["tensor"])
@@ -335,6 +355,11 @@ def _estimate(model: Transformer, job: Job, sizes: dict[str, int], parts: "_Part
     body = 2 * (20 * cfg.num_streams * cfg.embed_dim + 30 * heads + 12 * rows)
     transient = parts.largest_gathered + tokens * (saved + body)
     return Estimate(parts.held, optimizer=3 * parts.trained, transient=transient)
+
+
+def row_bytes(cfg: V4Config) -> int:
+    """Activations of a token when serving: residual streams, and queries and outputs of its heads."""
+    return 4 * cfg.embed_dim * cfg.num_streams + 8 * cfg.num_heads * cfg.head_dim
 
 
 def _local_tokens(job: Job, sizes: dict[str, int]) -> float:
@@ -354,8 +379,13 @@ class _Parts:
 
 def local_bytes(variable: nnx.Variable, rules: AxisRules, sizes: dict[str, int]) -> float:
     """Bytes of a variable on each device of a mesh; an axis that `sizes` does not name has one."""
+    return _nbytes(variable.get_value()) / num_parts(variable, rules, sizes)
+
+
+def num_parts(variable: nnx.Variable, rules: AxisRules, sizes: dict[str, int]) -> int:
+    """The number of parts that a mesh cuts a variable into."""
     axes = [axis for name in variable.axes if name for axis in rules.mesh_axes(name)]
-    return _nbytes(variable.get_value()) / math.prod(sizes.get(axis, 1) for axis in axes)
+    return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
 def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]) -> _Parts:

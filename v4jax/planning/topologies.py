@@ -7,6 +7,8 @@ Needs the `libtpu` package (`pip install 'v4jax[tpu]'`), no TPU. Executables can
 memory analysis, HLO and schedule can be read.
 """
 
+import dataclasses
+import math
 import os
 
 import jax
@@ -32,6 +34,45 @@ def chip_of(topology: str) -> Chip:
             return chip
     known = ", ".join(f"{chip.slices[0]} .. {chip.slices[-1]}" for chip in CHIPS.values())
     raise ValueError(f"no TPU topology {topology!r}: expected one of {known}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice by its name alone, which no libtpu is asked for."""
+
+    topology: str
+    chip: Chip
+    shape: tuple[int, ...]  # chips along each dimension of the torus
+
+    @staticmethod
+    def of(topology: str) -> "Slice":
+        """ "v6e:2x4" -> eight chips of v6e.
+
+        Raises:
+          ValueError: an unknown generation, or no such shape.
+        """
+        chip, sizes = chip_of(topology), topology.partition(":")[2].split("x")
+        if not all(size.isdigit() and int(size) > 0 for size in sizes):
+            raise ValueError(
+                f"no TPU topology {topology!r}: expected a name such as {chip.host!r}."
+            )
+        return Slice(topology, chip, tuple(map(int, sizes)))
+
+    @property
+    def chips(self) -> int:
+        """The number of chips."""
+        return math.prod(self.shape)
+
+    @property
+    def devices(self) -> int:
+        """The number of JAX devices."""
+        return self.chips * self.chip.devices_per_chip
+
+    def hops(self, devices: int) -> float:
+        """Links on the longest way between so many devices that lie together, half of each ring."""
+        rings = [size for size in self.shape if size > 1]
+        whole = sum(rings) / 2
+        return max(1.0, whole * (devices / self.devices) ** (1 / max(len(rings), 1)))
 
 
 def topology_devices(topology: str) -> list:

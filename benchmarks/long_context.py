@@ -1,0 +1,80 @@
+"""A long document through a model by chunks, then decoding: time and memory against context.
+
+    python -m benchmarks.long_context --lengths 65536 262144 1048576 --output docs/long_context.svg
+
+One engine of one slot with room for the longest. Of each length: seconds and tokens/s of its prompt, the
+time of a decoded token behind it (after the first), bytes of the pools, and the process's peak memory so far. Prompts share
+no prefix. The first prompt compiles; `--lengths` should be increasing.
+"""
+
+import argparse
+import resource
+import time
+
+import jax
+import numpy as np
+
+import v4jax
+from v4jax import Engine, Sampling
+from v4jax.inference.requests import Stage
+
+DECODED = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 65_536, 262_144])
+    parser.add_argument("--output", help="a plot (SVG)")
+    args = parser.parse_args()
+
+    model = v4jax.load("nano", v4jax.released())
+    most = max(args.lengths) + DECODED + 1
+    engine = Engine(model, slots=1, cache_tokens=most + 1024, prefixes=0)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._scheduler.slots.cache.pools))
+    print(f"{model.cfg.name}, room for {most} tokens: {held / 2**20:.0f} MiB of pages")
+    print("| tokens | prompt s | tokens/s | ms a decoded token | peak memory GiB |")
+    print("|---|---|---|---|---|")
+    figures = []
+    for length in args.lengths:
+        rng = np.random.default_rng(length)
+        tokens = rng.integers(3, model.cfg.vocab_size, length).tolist()
+        first = engine.submit(tokens, Sampling(max_new_tokens=DECODED), stop_ids=[])
+        for _ in range(2):  # compiles prefill for tables of this width
+            engine.step()
+        first.cancel()
+        engine.run_until_idle()
+        request = engine.submit(tokens, Sampling(max_new_tokens=DECODED), stop_ids=[])
+        started = time.monotonic()
+        while request._stage is not Stage.DECODING:
+            engine.step()
+        jax.block_until_ready(engine._scheduler.slots.logits)
+        prompt = time.monotonic() - started
+        engine.run_until_idle()
+        token = (request.finished_at - request.first_token_at) / (len(request.tokens) - 1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        figures.append((length, prompt, token))
+        print(
+            f"| {length:,} | {prompt:.1f} | {length / prompt:.0f} | {token * 1e3:.2f} | {peak:.2f} |",
+            flush=True,
+        )
+    if args.output:
+        plot(figures, args.output)
+
+
+def plot(figures, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    lengths, prompts, tokens = zip(*figures)
+    _, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.loglog(lengths, prompts, "o-")
+    left.set(xlabel="tokens of the prompt", ylabel="seconds to the first token")
+    right.semilogx(lengths, 1e3 * np.array(tokens), "o-")
+    right.set(xlabel="tokens of context", ylabel="ms a decoded token", ylim=(0, None))
+    pyplot.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

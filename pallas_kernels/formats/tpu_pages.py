@@ -1,0 +1,257 @@
+"""Pages on a TPU: rows found through the table, and blocks of pages that come while others are used.
+
+`pool_rows` turns indices of picked rows into rows of the pool. The table lies in vector registers
+there, 128 pages to a row, and is looked up by permutations of lanes: 512 indices into a table of 2,048
+pages take some 30 cycles a sequence. As scalars, each index takes three; XLA's gather longer.
+
+`PageStream` reads all pages of one sequence after another. Pages of a block are scattered over the pool,
+so each is a copy of its own, which takes some ten scalar instructions to issue. Three blocks are held:
+
+    used:    block 0  block 1  block 2  next sequence's block 0  its block 1  ...
+    copied:  block 2  next 0   next 1   ...
+
+so that one is always under way while another is waited for, and copies are issued beside the vector
+instructions of the block that is used. Only pages with wanted rows are copied: time and traffic follow
+what is filled. What lies in the buffer where no page was copied, or in a page behind the last wanted row,
+may be another sequence's, and no number.
+
+Copies run on over the steps of the grid, so these have to follow one another on one core. On a chip whose
+devices have two cores the grid has an axis for these before that of a core's sequences (`grid_of`): each
+core begins with a block it has to wait for, and of an odd batch one sequence is computed twice.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import chips, dispatch
+from pallas_kernels.formats.pages import PAGE, Rows
+
+UNROLL = 8  # pages whose copies are issued by one turn of the loop
+HELD = 3  # blocks
+_SUBLANES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Steps of a kernel that goes over sequences: those of a core follow one another."""
+
+    batch: int
+    cores: int
+    per_core: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(cores, sequences of a core)."""
+        return self.cores, self.per_core
+
+    def sequence(self, core, step):
+        """Which of the batch a step is at; the last of it again where a core has none left."""
+        return jnp.minimum(core * self.per_core + step, self.batch - 1)
+
+    def block(self, *shape: int) -> pl.BlockSpec:
+        """A sequence's part [*shape] of an array [B, *shape]."""
+
+        def where(core, step, *_):
+            return self.sequence(core, step), *[0] * len(shape)
+
+        return pl.BlockSpec((None, *shape), where)
+
+
+def grid_of(batch: int) -> Grid:
+    """For the target chip."""
+    cores = min(batch, chips.CHIPS[dispatch.target_chip()].cores)
+    return Grid(batch, cores, -(-batch // cores))
+
+
+def array_of(pool: Rows, interpret) -> tuple[jax.Array, int]:
+    """The array of a pool, to be read from HBM, and how many lines of it a page is."""
+    array, lines = (pool, PAGE) if isinstance(pool, jax.Array) else (pool.data, pool.num_words)
+    if not interpret:  # or XLA moves a short one to VMEM, and all of it back
+        array = pltpu.with_memory_space_constraint(array, pltpu.HBM)
+    return array, lines
+
+
+def scratch(pages: int, lines: int, pool: jax.Array) -> list[Any]:
+    """What a `PageStream` of blocks of so many pages of `lines` lines keeps in a kernel.
+
+    An array for each block that is held, not one of all: only so does the compiler know that what is
+    copied to one is not read from another, and moves the copies' instructions between those of the
+    vector unit.
+    """
+    blocks = [pltpu.VMEM((pages * lines, pool.shape[2]), pool.dtype)] * HELD
+    return [*blocks, pltpu.SemaphoreType.DMA((HELD,)), pltpu.SMEM((3,), jnp.int32)]
+
+
+class PageStream:
+    """The pages of each sequence of a core, in blocks, in a kernel over `grid`."""
+
+    def __init__(self, grid: Grid, lines: int, lengths_ref, table_ref, pool_ref, scratch_refs):
+        """
+        Args:
+          lines: of a page.
+          lengths_ref: [B] int32 in SMEM: rows wanted of each sequence, no more than its table has.
+          table_ref: [B * n] int32 in SMEM.
+          pool_ref: [1, P * lines, W] in HBM.
+          scratch_refs: see `scratch`.
+        """
+        self.grid, self.lines = grid, lines
+        self.core, self.step = pl.program_id(0), pl.program_id(1)
+        self.lengths, self.table, self.pool = lengths_ref, table_ref, pool_ref
+        *self.blocks, self.arrived, self.state = scratch_refs
+        self.pages = self.blocks[0].shape[0] // lines  # of a block
+
+    def visit(self, body: Callable[[Any, jax.Array, Callable], Any]) -> None:
+        """`body(rows_ref, k, start)` for each block k of this step's sequence, at least for one.
+
+        `start(first, count)` issues the copies of `count` pages of a block that comes later, from its
+        page `first` on; of pages that it does not have, none. It is for the middle of vector code, which
+        the copies' scalar instructions then take no time beside. The body returns for how many pages it
+        has called that, from page 0 on; the others follow it.
+        """
+        b = self.grid.sequence(self.core, self.step)
+        num_pages = self._num_pages(b)
+
+        @pl.when(self.step == 0)
+        def _():
+            for i in range(3):
+                self.state[i] = 0
+            for slot in range(HELD - 1):
+                page, count = self._next()
+                self._start(slot, page, 0, count)
+
+        @pl.loop(0, jnp.maximum(pl.cdiv(num_pages, self.pages), 1))
+        def _(k):
+            slot, (page, count) = self.state[0], self._next()
+            self.state[0] = jnp.where(slot == HELD - 1, 0, slot + 1)
+            for i in range(HELD):
+                # Not a branch: schedules count the turns of loops, but take every branch.
+                @pl.loop(0, jnp.where(slot == i, 1, 0))
+                def _(_, i=i):
+                    self._wait(i, num_pages - k * self.pages)
+                    started = body(self.blocks[i], k, self._starting((i - 1) % HELD, page, count))
+                    if not (isinstance(started, int) and started >= self.pages):
+                        self._start((i - 1) % HELD, page, started, count)
+
+    def _next(self):
+        """The block to copy next: its first page among those of all tables, and how many it has.
+
+        After a sequence's last block comes the next one's first.
+        """
+        step, k = self.state[1], self.state[2]
+        b = self.grid.sequence(self.core, step)
+        left = self._num_pages(b) - k * self.pages
+        is_last = left <= self.pages
+        self.state[1] = jnp.where(is_last, step + 1, step)
+        self.state[2] = jnp.where(is_last, 0, k + 1)
+        count = jnp.where(step < self.grid.per_core, jnp.minimum(left, self.pages), 0)
+        return b * (self.table.shape[0] // self.grid.batch) + k * self.pages, count
+
+    def _num_pages(self, b):
+        return pl.cdiv(self.lengths[b], PAGE)
+
+    def _copy(self, slot: int, page, line):
+        """Of a page among those of all tables, to lines of a block."""
+        source = self.table[page] * self.lines
+        if self.lines % PAGE == 0:
+            source, line = pl.multiple_of(source, PAGE), pl.multiple_of(line, PAGE)
+        return pltpu.make_async_copy(
+            self.pool.at[0, pl.ds(source, self.lines)],
+            self.blocks[slot].at[pl.ds(line, self.lines)],
+            self.arrived.at[slot],
+        )
+
+    def _starting(self, slot: int, page, num_pages):
+        def start(first, count: int):
+            left, page_first, line = num_pages - first, page + first, first * self.lines
+            for j in range(count):
+
+                @pl.when(j < left)
+                def _(j=j):
+                    self._copy(slot, page_first + j, line + j * self.lines).start()
+
+        return start
+
+    def _start(self, slot: int, page, first, count):
+        """Copies of pages `first` .. `count` - 1 of a block, whose page 0 is `page` of the tables."""
+        turns = jnp.maximum(count - first, 0) // UNROLL
+
+        @pl.loop(0, turns)
+        def _(i):
+            for j in range(UNROLL):
+                at = first + i * UNROLL + j
+                self._copy(slot, page + at, at * self.lines).start()
+
+        @pl.loop(first + turns * UNROLL, count)
+        def _(at):
+            self._copy(slot, page + at, at * self.lines).start()
+
+    def _wait(self, slot: int, count):
+        """For a block of `count` pages, or of all it has room for."""
+
+        @pl.when(count >= self.pages)
+        def _():
+            block = self.blocks[slot]
+            pltpu.make_async_copy(block, block, self.arrived.at[slot]).wait()
+
+        @pl.when(count < self.pages)
+        def _():
+            @pl.loop(0, count)
+            def _(j):
+                self._copy(slot, 0, j * self.lines).wait()
+
+
+def pool_rows(table: jax.Array, indices: jax.Array, *, interpret) -> jax.Array:
+    """As `Pages.rows_of`, for indices [B, 128 m] int32: rows of the pool, for -1 any."""
+    batch = indices.shape[0]
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % PAGE)))
+    rows = min(batch, _SUBLANES)
+
+    def block(x):
+        return pl.BlockSpec((rows, x.shape[1]), lambda i: (i, 0))
+
+    return pl.pallas_call(
+        _find,
+        grid=(pl.cdiv(batch, rows),),
+        in_specs=[block(table), block(indices)],
+        out_specs=block(indices),
+        out_shape=jax.ShapeDtypeStruct(indices.shape, jnp.int32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name="pool_rows",
+    )(table, indices)
+
+
+def _find(table_ref, indices_ref, rows_ref):
+    for i in range(0, indices_ref.shape[1], PAGE):
+        index = jnp.maximum(indices_ref[:, i : i + PAGE], 0)
+        wanted = index >> 7
+        page = jnp.zeros_like(index)
+        for j in range(0, table_ref.shape[1], PAGE):
+            found = lanes(table_ref[:, j : j + PAGE], wanted)
+            page = jnp.where(wanted >> 7 == j // PAGE, found, page)
+        rows_ref[:, i : i + PAGE] = page * PAGE + (index & (PAGE - 1))
+
+
+def lanes(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [R, 128] at lanes index [R, 128], modulo 128."""
+    rows = (0,)
+    along_lanes = jax.lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(1,),
+        start_index_map=(1,),
+        operand_batching_dims=rows,
+        start_indices_batching_dims=rows,
+    )
+    return jax.lax.gather(
+        x,
+        (index & (PAGE - 1))[..., None],
+        along_lanes,
+        slice_sizes=(1, 1),
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )
