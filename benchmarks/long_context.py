@@ -1,6 +1,7 @@
 """A long document through a model by chunks, then decoding: time and memory against context.
 
-    python -m benchmarks.long_context --lengths 65536 262144 1048576 --output docs/long_context.svg
+    python -m benchmarks.long_context --lengths 1024 65536 262144 1048576 --json figures.json
+    python -m scripts.plot_long_context figures.json docs/long_context.svg
 
 One engine of one slot with room for the longest. Of each length: seconds and tokens/s of its prompt, the
 time of a decoded token behind it (after the first), bytes of the pools, and the process's peak memory so far. Prompts share
@@ -8,6 +9,8 @@ no prefix. The first prompt compiles; `--lengths` should be increasing.
 """
 
 import argparse
+import json
+import pathlib
 import resource
 import time
 
@@ -24,7 +27,7 @@ DECODED = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 65_536, 262_144])
-    parser.add_argument("--output", help="a plot (SVG)")
+    parser.add_argument("--json", type=pathlib.Path, help="for scripts.plot_long_context")
     args = parser.parse_args()
 
     model = v4jax.load("nano", v4jax.released())
@@ -57,23 +60,8 @@ def main() -> None:
             f"| {length:,} | {prompt:.1f} | {length / prompt:.0f} | {token * 1e3:.2f} | {peak:.2f} |",
             flush=True,
         )
-    if args.output:
-        plot(figures, args.output)
-
-
-def plot(figures, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    lengths, prompts, tokens = zip(*figures)
-    _, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    left.loglog(lengths, prompts, "o-")
-    left.set(xlabel="tokens of the prompt", ylabel="seconds to the first token")
-    right.semilogx(lengths, 1e3 * np.array(tokens), "o-")
-    right.set(xlabel="tokens of context", ylabel="ms a decoded token", ylim=(0, None))
-    pyplot.savefig(path)
+    if args.json:
+        args.json.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

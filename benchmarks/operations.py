@@ -97,11 +97,12 @@ def load(name: str, numerics: Numerics) -> Transformer:
 def programs(model: Transformer) -> dict[str, tuple]:
     """Steps of one sequence, as `Engine` makes them, and their arguments."""
     leaves = jax.tree.leaves(nnx.split(model)[1])
-    slots, tables, count, cancelled = decode_shapes(model, 1, min(CAPACITY, model.cfg.max_length))
+    decoded = decode_shapes(model, 1, min(CAPACITY, model.cfg.max_length))
+    slots, tables, *_ = decoded
     chunk, one = np.zeros((1, CHUNK), np.int32), np.zeros(1, np.int32)
     return {
         "prefill": (lambda: prefill_step(model), (leaves, slots, tables, chunk, one + CHUNK, one)),
-        "decode": (lambda: decode_step(model), (leaves, slots, tables, count, cancelled)),
+        "decode": (lambda: decode_step(model), (leaves, *decoded)),
     }
 
 

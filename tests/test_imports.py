@@ -17,15 +17,17 @@ ALLOWED = {
         "fsspec",
         *("pallas_kernels", "sharding"),
     },
-    "scripts": {"jax", "numpy", "ml_dtypes", "flax", "matplotlib", "v4jax"},
+    "scripts": {"jax", "numpy", "ml_dtypes", "flax", "matplotlib", "playwright", "v4jax"},
     "benchmarks": {
         *("jax", "numpy", "flax", "pallas_kernels", "sharding", "v4jax"),
         *("torch", "transformers"),  # wide_transformers.py, in an environment of its own
     },
 }
-# What comes with the extra `serve`, which this folder alone may import.
-SERVER = ROOT / "v4jax" / "inference" / "server"
-EXTRA = {"starlette", "uvicorn", "prometheus_client"}
+# What comes with an extra, by the folder or file that alone may import it.
+EXTRAS = {
+    ROOT / "v4jax" / "inference" / "server": {"starlette", "uvicorn", "prometheus_client"},
+    ROOT / "v4jax" / "inference" / "grammar.py": {"llguidance"},
+}
 # Rooms of v4jax, and the rooms that each may import. No circles.
 ROOMS = {
     "config": set(),
@@ -68,7 +70,8 @@ def test_packages_import_only_what_they_may(package):
     for path in _files(package):
         top = {name.split(".")[0] for name in _imports(path)}
         extra = top - ALLOWED[package] - set(sys.stdlib_module_names) - {package}
-        extra -= EXTRA if path.is_relative_to(SERVER) else set()
+        for home, names in EXTRAS.items():
+            extra -= names if path.is_relative_to(home) else set()
         assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}"
 
 

@@ -21,6 +21,7 @@ import sys
 _HOMES = {
     "AxisRules": "sharding",
     "Engine": "v4jax.inference.engine",
+    "Grammar": "v4jax.inference.grammar",
     "LoRA": "v4jax.nn.lora",
     "Numerics": "v4jax.nn.numerics",
     "Sampling": "v4jax.inference.sampling",

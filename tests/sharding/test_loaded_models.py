@@ -48,8 +48,9 @@ def test_a_step_moves_no_weights(folder, alone, shape):
     assert engine.generate(PROMPTS, GREEDY, stop_ids=[]) == alone[0]
 
     with engine._on_mesh():
-        arguments = decode_shapes(model, 8, 4096)
-        text = engine._decode.lower(engine.leaves, *arguments).compile().as_text()
+        _, *others = decode_shapes(model, 8, 4096)
+        step = engine._decode.lower(engine.leaves, engine._scheduler.slots, *others)
+        text = step.compile().as_text()
     largest = max(leaf.nbytes for leaf in engine.leaves)
     sent = [found.sent_bytes for found in collectives(text)]
     assert sum(sent) < largest / 4, sent

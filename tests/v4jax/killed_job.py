@@ -20,7 +20,7 @@ class SlowEngine:
     def __init__(self, pause: float):
         self._pause, self._requests = pause, []
 
-    def submit(self, prompt, sampling, *, stop_ids):
+    def submit(self, prompt, sampling, *, stop_ids, grammar):
         request = Request(len(self._requests), prompt, sampling, tuple(stop_ids))
         self._requests.append(request)
         return request

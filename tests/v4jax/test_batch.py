@@ -40,6 +40,7 @@ from v4jax.inference.batch.files import (
 )
 from v4jax.inference.batch.requests import KEYS, line_text
 from v4jax.inference.engine import Engine
+from v4jax.inference.grammar import Grammar
 from v4jax.inference.requests import Request as EngineRequest
 from v4jax.inference.sampling import Sampling
 from v4jax.text.format import BOS, EOS, ROLES
@@ -70,6 +71,15 @@ def test_messages_are_rendered_in_their_mode():
     expected = encode_messages([USER], "thinking", reasoning_effort="max")
     assert (request.id, request.prompt, request.thinking_mode) == ("x", expected, "thinking")
     assert (request.settings.stop, request.settings.seed) == (("\n",), 1)
+
+
+def test_a_schema_is_told_and_makes_a_grammar():
+    schema = {"type": "array"}
+    request = parse({"messages": [USER], "json_schema": schema})
+
+    assert 'schema to reply:\n{"type": "array"}' in request.prompt
+    assert request.settings.grammar == Grammar.json_schema(schema)
+    assert parse({"prompt": "x", "json_schema": schema}).prompt == BOS + "x"
 
 
 def test_tools_go_to_the_system_message():
@@ -136,6 +146,9 @@ def test_a_line_chooses_its_sampling(given):
         ({"prompt": "x", "max_new_tokens": 1.0}, "max_new_tokens=1.0: expected a positive integer"),
         ({"prompt": "x", "seed": 2**32}, "seed=4294967296: expected an integer in"),
         ({"prompt": "x", "stop": ["a", ""]}, "stop=.* none empty"),
+        ({"prompt": "x", "json_schema": [1]}, r"json_schema=\[1\]: expected a JSON schema"),
+        ({"prompt": "x", "json_schema": {"type": "text"}}, "Invalid type: text"),
+        ({"messages": [USER], "json_schema": {}, "tools": [TOOL]}, "json_schema beside tools"),
         ({"prompt": "x", "stop": "\ud800"}, r"stop='\\ud800': expected"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -504,7 +517,7 @@ def engine(tokenizer) -> Engine:
     """Random weights, float32 and no rounding: a row does not depend on its batch."""
     cfg = dataclasses.replace(tiny(), vocab_size=tokenizer.vocab_size, max_length=512)
     model = random_model(cfg, scan_layers=False, seed=1)
-    return Engine(model, slots=2, chunks=(128,))
+    return Engine(model, tokenizer, slots=2, chunks=(128,))
 
 
 @pytest.fixture
@@ -681,7 +694,7 @@ class Scripted:
     def __init__(self, tokens):
         self.tokens, self.running = tokens, []
 
-    def submit(self, prompt, sampling, *, stop_ids):
+    def submit(self, prompt, sampling, *, stop_ids, grammar):
         self.running.append(EngineRequest(len(self.running), prompt, sampling, stop_ids))
         return self.running[-1]
 
@@ -700,6 +713,26 @@ def answers(tmp_path, tokenizer, text: str, *lines: object) -> list[dict]:
     job = Job(tmp_path / "in", tmp_path / "out", Settings(), batch_size=2, identity={})
     assert finish(job, Scripted(tokenizer.encode(text)), tokenizer) == 0
     return records(tmp_path / "out")
+
+
+def test_answers_of_a_schema(engine, tokenizer, tmp_path, monkeypatch):
+    schema = {"type": "array", "items": {"enum": ["tea", 7]}, "minItems": 2, "maxItems": 3}
+    asked = {"json_schema": schema, "max_new_tokens": 300}
+    lines = [{"messages": [USER], **asked}, {"prompt": "She"}, {"prompt": "He", **asked}]
+    write(tmp_path / "in", *lines)
+    assert finish(job_of(tmp_path / "in", tmp_path / "out"), engine, tokenizer) == 0
+    first, other, last = records(tmp_path / "out")
+    assert {len(json.loads(text)) for text in (first["content"], last["text"])} <= {2, 3}
+    assert first["finish_reason"] == last["finish_reason"] == "stop"
+    request = parse({"prompt": "She"}, line=2, max_new_tokens=12)
+    alone = engine.generate([tokenizer.encode(request.prompt)], [request.settings.sampling])
+    assert other["text"] == alone[0].text
+    monkeypatch.setattr(engine, "tokenizer", None)
+    monkeypatch.delitem(engine.__dict__, "_matchers")
+    assert finish(job_of(tmp_path / "in", tmp_path / "again"), engine, tokenizer) == 0
+    assert {r["error"][:27] for r in records(errors_path(tmp_path / "again"))} == {
+        "a grammar needs a tokenizer"
+    }
 
 
 def test_tool_calls_are_parsed(tokenizer, tmp_path):

@@ -1,5 +1,6 @@
 """Requests that come, share, wait and leave: each gets the tokens that it gets alone."""
 
+import asyncio
 import dataclasses
 import threading
 import time
@@ -287,6 +288,40 @@ def test_a_thread_serves_many(model, alone):
     assert running.finish_reason == "cancelled" and not engine.has_work
 
 
+def test_tokens_for_asyncio(model, alone):
+    engine, seen = Engine(model, slots=3, chunks=CHUNKS), []
+    engine.start()
+
+    async def read(index):
+        (request,) = submit(engine, [index], listener=lambda r: seen.append(r.number))
+        return [token async for token in engine.async_tokens(request)]
+
+    async def all_of_them():
+        found = await asyncio.gather(*map(read, range(len(PROMPTS))))
+        (request,) = submit(engine, [2])
+        async for token in engine.async_tokens(request):  # who reads no further does no harm
+            return found, token
+
+    found, first = asyncio.run(all_of_them())
+    assert found == [tokens for tokens, _ in alone] and first == alone[2][0][0]
+    assert len(set(seen)) == len(PROMPTS)  # its own listener is called as well
+    running = engine.submit(PROMPTS[0], Sampling(max_new_tokens=20_000), stop_ids=[])
+
+    async def until_the_end():
+        return [token async for token in engine.async_tokens(running)]
+
+    threading.Timer(0.3, engine.stop).start()
+    assert asyncio.run(until_the_end()) == running.tokens
+    assert running.finish_reason == "cancelled"
+    waits = engine.submit(PROMPTS[0], SAMPLINGS[0], stop_ids=[])
+
+    async def one():
+        return await anext(engine.async_tokens(waits))
+
+    with pytest.raises(RuntimeError, match=r"call start\(\) first"):
+        asyncio.run(one())
+
+
 def test_what_cannot_be_served_is_refused():
     model = random_model(tiny(), scan_layers=False, seed=1)
     engine = Engine(model, slots=1, cache_tokens=512, queue=2)
@@ -324,9 +359,9 @@ def test_a_step_does_not_touch_what_is_not_filled(cached_engine):
     widths = set()
     decode = engine._scheduler.run.decode
 
-    def spy(slots, tables, count, cancelled):
+    def spy(slots, tables, *others):
         widths.add(tables[4].shape[1])
-        return decode(slots, tables, count, cancelled)
+        return decode(slots, tables, *others)
 
     engine._scheduler.run = dataclasses.replace(engine._scheduler.run, decode=spy)
     engine.generate([PROMPTS[0]], Sampling(max_new_tokens=3), stop_ids=[])

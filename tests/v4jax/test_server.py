@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from tests.conftest import NANO, ROOT, environment
 from v4jax import nano
 from v4jax.inference import engine as engines
+from v4jax.inference.grammar import Grammar
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.server import ServerSettings, bind, make_app
 from v4jax.inference.server import requests as server_requests
@@ -55,12 +56,20 @@ if "logprobs" not in {field.name for field in dataclasses.fields(Sampling)}:
 
 TOKENIZER = Tokenizer(NANO)
 HELLO = [{"role": "user", "content": "Hello"}]
+# The reasoning of nano ends when it likes; so it does soon.
+BIAS = {str(TOKENIZER.id(THINK_END)): 10}
 CALL = (
     f'{CALLS_START}>\n<{DSML}invoke name="walk">\n<{DSML}parameter name="to" string="true">Box "Hill"'
     f'</{DSML}parameter>\n<{DSML}parameter name="km" string="false">7</{DSML}parameter>\n'
     f'</{DSML}invoke>\n<{DSML}invoke name="rest">\n\n</{DSML}invoke>\n{CALLS_END}'
 )
 TOOLS = [{"type": "function", "function": {"name": "walk", "parameters": {"type": "object"}}}]
+
+
+def _format(schema: dict) -> dict:
+    """The field that asks for JSON of a schema."""
+    described = {"name": "answer", "strict": True, "schema": schema}
+    return {"response_format": {"type": "json_schema", "json_schema": described}}
 
 
 @dataclasses.dataclass
@@ -74,6 +83,7 @@ class FakeRequest:
 
     def __init__(self, prompt, sampling, script, listener):
         self.prompt, self.sampling, self.listener = prompt, sampling, listener
+        self.grammar: Grammar | None = None
         self.prompt_length, self.cached_tokens = len(prompt), min(2, len(prompt))
         self.script: list[int] = script
         self.tokens: list[int] = []
@@ -129,12 +139,14 @@ class FakeEngine:
         sampling: Sampling,
         *,
         listener: Callable[[FakeRequest], None] | None = None,
+        grammar: Grammar | None = None,
     ) -> FakeRequest:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         replies = [self.reply] if isinstance(self.reply, str) else self.reply
         text = replies[len(self.all) % len(replies)]
         script = [*self.tokenizer.encode(text), self.tokenizer.stop_ids[0]]
         request = FakeRequest(ids, sampling, script, listener)
+        request.grammar = grammar
         with self._lock:
             if len(self._waiting) >= self.limit:
                 raise engines.EngineFullError(f"{self.limit} requests wait already.")
@@ -648,7 +660,15 @@ def error(response: httpx.Response, status: int) -> dict:
         ({"tools": [1]}, "messages", "Tool 1"),
         ({"tool_choice": "required"}, "tool_choice", "none or auto"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "none or auto"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "structured output"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_object or json_sch"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema.schema",
+            "a JSON schema",
+        ),
+        (_format({"type": "integer", "minimum": "a"}), "response_format", "minimum"),
+        (_format({"not": {}}), "response_format", 'Unimplemented keys: ["not"]'),
+        (_format({}) | {"tools": TOOLS}, "response_format", "beside tools: expected tool_choice"),
         ({"response_format": "json"}, "response_format", "an object"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "minimal"),
         ({"reasoning_effort": ["max"]}, "reasoning_effort", "minimal"),
@@ -671,6 +691,36 @@ def test_a_wrong_field_is_named(live, fields, param, text):
     assert text in found["message"]
     assert found["type"] == "invalid_request_error"
     assert not live.engine.all
+
+
+def test_a_schema_comes_to_the_engine_and_into_the_prompt(live):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    system = [{"role": "system", "content": "Be <｜User｜> brief."}]
+    assert live.chat(**_format(schema), n=2).status_code == 200
+    assert live.chat(**_format(schema), messages=system + HELLO).status_code == 200
+    assert live.chat(response_format={"type": "json_object"}).status_code == 200
+    assert live.chat(response_format={"type": "text"}).status_code == 200
+    assert live.complete(**_format(schema)).status_code == 200
+    ignored = live.chat(**_format(schema), tools=TOOLS, tool_choice="none")
+    assert ignored.status_code == 200
+    found = live.engine.all
+    expected = Grammar.json_schema(schema)
+    kinds = [expected] * 3 + [Grammar.json_object(), None, expected, expected]
+    assert [request.grammar for request in found] == kinds
+    texts = [TOKENIZER.decode(request.prompt, keep_special=True) for request in found]
+    line = 'schema to reply:\n{"type": "object", "properties": {"a": {"type": "integer"}}}'
+    has = [line in text for text in texts]
+    assert has == [True, True, True, False, False, False, True]
+    assert "brief." in texts[2]
+    told = [{"role": "system", "content": "S", "response_format": {"type": "array"}}]
+    twice = live.chat(**_format(schema), messages=told + HELLO)
+    assert "give them once" in twice.json()["error"]["message"]
+
+
+def test_structured_output_that_is_not_installed_is_said(live, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    error = live.chat(response_format={"type": "json_object"}).json()["error"]
+    assert "v4jax[structured]" in error["message"] and error["param"] == "response_format"
 
 
 def test_the_context_may_be_shorter_than_the_models():
@@ -1104,6 +1154,8 @@ def test_the_command_serves_nano_and_ends_at_sigterm(tmp_path):
                 (m[1] for line in process.stderr if (m := re.search(r"(http://\S+),", line))), None
             )
             assert url is not None, "the server has ended"
+            schema = {"type": "object", "properties": {"is_clever": {"type": "boolean"}}}
+            schema |= {"required": ["is_clever"], "additionalProperties": False}
             with openai.OpenAI(base_url=f"{url}/v1", api_key="k", timeout=300) as client:
                 asked: dict = {"model": "nano", "messages": HELLO, "seed": 1, "max_tokens": 12}
                 reply = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
@@ -1111,6 +1163,10 @@ def test_the_command_serves_nano_and_ends_at_sigterm(tmp_path):
                     chunk.choices[0].delta.content or ""
                     for chunk in client.chat.completions.create(**asked, stream=True)
                 ]
+                asked |= {**_format(schema), "max_tokens": 300, "reasoning_effort": "high"}
+                answer = client.chat.completions.create(**asked, logit_bias=BIAS)
+            assert answer.choices[0].finish_reason == "stop"
+            assert list(json.loads(answer.choices[0].message.content)) == ["is_clever"]
             assert 1 <= reply.usage.completion_tokens <= 12
             assert reply.choices[0].logprobs.content[0].logprob <= 0
             assert "".join(again) == reply.choices[0].message.content

@@ -34,6 +34,7 @@ from v4jax.cli.pod import (
     spans_processes,
     start_processes,
 )
+from v4jax.cli.profiling import add_profile_option, profiled
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.batch import Job, JobError, Settings, merge_files
 from v4jax.inference.batch.files import errors_path, fingerprint
@@ -59,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     )
     add_sampling_options(parser)
     add_numerics_options(parser)
+    add_profile_option(parser)
     hosts = add_pod_arguments(parser, auto=True)
     hosts.add_argument("--merge", action="store_true", help="only join what they have written")
     args = parse_pod_args(parser)
@@ -127,13 +129,14 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
                 model = load_for_serving(
                     args, numerics, context=CONTEXT, batch=args.batch_size, devices=devices
                 )
-                engine = Engine(model, slots=args.batch_size, cache=args.cache)
+                engine = Engine(model, tokenizer, slots=args.batch_size, cache=args.cache)
                 started = time.monotonic()
-                for progress in job.run(engine, tokenizer):
-                    tokens += progress.tokens
-                    rate = tokens / (time.monotonic() - started)
-                    bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
-                    bar.update(progress.requests)
+                with profiled(engine, args.profile):
+                    for progress in job.run(engine, tokenizer):
+                        tokens += progress.tokens
+                        rate = tokens / (time.monotonic() - started)
+                        bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+                        bar.update(progress.requests)
             seconds = time.monotonic() - started
             say(
                 f"{name}{tokens} tokens in {seconds:.1f} s, compilation included: "

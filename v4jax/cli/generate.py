@@ -2,13 +2,17 @@
 
     v4jax generate --checkpoint nano --prompt "Emma was" --mode raw
     v4jax generate --checkpoint DIR --prompt "Name three primes." --mode think-high
+    v4jax generate --checkpoint DIR --prompt "Who is Emma?" --json-schema person.json
 
 In the modes non-think, think-high and think-max (and think-low, since the 0731 release) the prompt is
-rendered as a user turn; `raw` continues the text as it is. The token rate goes to stderr.
+rendered as a user turn; `raw` continues the text as it is. With --json-schema the answer is JSON of that
+schema, which the rendered prompt tells as well; reasoning is free. The token rate goes to stderr.
 """
 
 import argparse
 import io
+import json
+import pathlib
 import sys
 import time
 
@@ -20,9 +24,12 @@ from v4jax.cli.options import (
     add_numerics_options,
     add_sampling_options,
     command_parser,
+    local_folder,
 )
+from v4jax.cli.profiling import add_profile_option, profiled
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.engine import Engine
+from v4jax.inference.grammar import Grammar
 from v4jax.inference.sampling import Sampling
 from v4jax.text.format import MODES
 from v4jax.text.prompt import with_bos
@@ -46,11 +53,31 @@ def accept_any_text() -> None:
             stream.reconfigure(errors=errors)
 
 
-def render(tokenizer: Tokenizer, prompt: str, mode: str) -> str:
+def render(tokenizer: Tokenizer, prompt: str, mode: str, schema: dict | None = None) -> str:
     """The text that is fed to the model."""
     if mode == "raw":
         return with_bos(prompt)
-    return tokenizer.render([{"role": "user", "content": prompt}], mode).text
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.render(messages, mode, response_format=schema).text
+
+
+def read_schema(path: pathlib.Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is none.
+    """
+    try:
+        schema = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(schema, dict):
+        found = type(schema).__name__
+        raise ValueError(  # noqa: TRY004 - of the file, as other wrong ones
+            f"{path} has {found}: expected a JSON schema, {{...}}."
+        )
+    return schema
 
 
 def main() -> None:
@@ -63,15 +90,22 @@ def main() -> None:
     parser.add_argument(
         "--mode", choices=["raw", *MODES], default="non-think", help="how much it thinks first"
     )
+    parser.add_argument(
+        "--json-schema", type=local_folder, metavar="FILE", help="of the answer, which is JSON then"
+    )
     add_mesh_option(parser)
     add_sampling_options(parser)
     add_numerics_options(parser)
+    add_profile_option(parser)
     args = parser.parse_args()
 
     sampling = sampling_of(args)
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
     tokenizer = Tokenizer(args.checkpoint)
-    prompt = tokenizer.encode(render(tokenizer, args.prompt, args.mode))  # fails before loading
+    schema = None if args.json_schema is None else read_schema(args.json_schema)
+    grammar = None if schema is None else Grammar.json_schema(schema)
+    text = render(tokenizer, args.prompt, args.mode, schema)
+    prompt = tokenizer.encode(text)  # fails before loading
     context = len(prompt) + args.max_new_tokens
     model = load_for_serving(args, numerics, context=context)
     engine = Engine(model, tokenizer, slots=1, cache=args.cache)
@@ -79,14 +113,15 @@ def main() -> None:
     times = [time.monotonic()]
 
     def ids():
-        for step in engine.stream([prompt], sampling):
+        for step in engine.stream([prompt], sampling, grammar=grammar):
             times.append(time.monotonic())
             if step[0] not in tokenizer.stop_ids:
                 yield step[0]
 
-    for piece in tokenizer.decode_stream(ids()):
-        print(piece, end="", flush=True)
-    print()
+    with profiled(engine, args.profile):
+        for piece in tokenizer.decode_stream(ids()):
+            print(piece, end="", flush=True)
+        print()
     count = len(times) - 1
     rate = (count - 1) / (times[-1] - times[1]) if count > 1 else 0.0
     print(

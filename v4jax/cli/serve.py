@@ -20,6 +20,7 @@ from v4jax.cli.options import (
     add_numerics_options,
     command_parser,
 )
+from v4jax.cli.profiling import add_profile_option, profiled
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.engine import Engine
 from v4jax.text.format import MODES, resolve_mode
@@ -57,6 +58,7 @@ def main() -> None:
     )
     add_mesh_option(parser)
     add_numerics_options(parser)
+    add_profile_option(parser)
     args = parser.parse_args()
 
     try:
@@ -95,7 +97,8 @@ def main() -> None:
     shown = f"[{host}]" if ":" in host else host
     print(f"{'server':9} http://{shown}:{port}, model {settings.model!r}", file=sys.stderr)
     app = make_app(engine, settings)
-    serve(app, sock, args.grace)
+    with profiled(engine, args.profile):
+        serve(app, sock, args.grace)
 
 
 if __name__ == "__main__":

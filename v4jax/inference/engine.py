@@ -10,6 +10,7 @@
 It has a fixed number of slots, which requests enter and leave one by one. docs/engine.md says how.
 """
 
+import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -19,7 +20,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import overload
 
 import jax
@@ -30,6 +31,7 @@ from flax import nnx
 from pallas_kernels.formats.pages import PAGE
 from sharding import DECODE, PREFILL
 from v4jax.inference import prefix_files
+from v4jax.inference.grammar import Grammar, GrammarError, Matchers
 from v4jax.inference.ledger import Ledger
 from v4jax.inference.prefix import PIECE, Prefixes
 from v4jax.inference.requests import EngineFullError, Request
@@ -127,6 +129,9 @@ class Engine:
       prefixes: that are kept for requests which begin with the same tokens; 0: none.
       host_bytes: host memory for prefixes that had to leave the devices.
 
+    Attributes:
+      before_step: called before every step, if it is set, by whoever steps.
+
     Raises:
       ValueError: the mesh does not suit the model, its weights do not lie as the steps read them,
         the tokenizer has ids that the model does not know, or numbers out of range.
@@ -183,6 +188,7 @@ class Engine:
             host_bytes=host_bytes,
             is_shared=jax.process_count() > 1,
         )
+        self.before_step: Callable[[], None] | None = None
         self._numbers = itertools.count()
         self._inbox: collections.deque[Request] = collections.deque()
         self._turn = threading.Condition(threading.RLock())  # held by whoever steps
@@ -218,8 +224,11 @@ class Engine:
 
             return call
 
+        def placed(array: np.ndarray) -> jax.Array:
+            # A copy: on a CPU jax may read the array itself, which the scheduler goes on to change.
+            return jax.device_put(np.array(array), self._by_row())
+
         steps, is_one = self._slot_steps, jax.process_count() == 1
-        placed = functools.partial(jnp.asarray, device=self._by_row())
         return Programs(
             prefill=bound(self._prefill, self.leaves),
             decode=bound(self._decode, self.leaves),
@@ -245,6 +254,7 @@ class Engine:
         stop_ids: Sequence[int] | None = None,
         priority: int = 0,
         listener: Callable[[Request], None] | None = None,
+        grammar: Grammar | None = None,
     ) -> Request:
         """Puts a request in the queue. From any thread.
 
@@ -255,24 +265,30 @@ class Engine:
           priority: the largest is served first; among equals, the one that came first.
           listener: called with the request when it has got tokens or has ended, by whoever runs the
             engine.
+          grammar: what the answer has to be. It ends where the grammar may end; `max_new_tokens` may cut
+            it before.
 
         Raises:
           ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for the
             model or the cache together with what it may generate; too many stop ids.
+          GrammarError: a ValueError; the grammar cannot be used, or there is no tokenizer.
           EngineFullError: the queue is full.
           RuntimeError: the engine's thread has failed.
         """
         (ids,) = self._ids([prompt])
-        return self._submit(ids, sampling, self._stop_ids(stop_ids), priority, listener)
+        stops = self._stop_ids(stop_ids)
+        return self._submit(ids, sampling, stops, priority, listener, grammar)
 
-    def _submit(self, ids, sampling, stops, priority=0, listener=None) -> Request:
+    def _submit(
+        self, ids, sampling, stops, priority=0, listener=None, grammar: Grammar | None = None
+    ) -> Request:
         needed = len(ids) + sampling.max_new_tokens
         if needed > self.cfg.max_length:
             raise ValueError(
                 f"{needed} tokens are more than max_length={self.cfg.max_length} of "
                 f"{self.cfg.name}: shorten the prompt or generate fewer tokens."
             )
-        if not self._grows and not self._scheduler.ledger.fits(needed):
+        if not self._grows and needed > self._cache_tokens:
             raise ValueError(
                 f"{needed} tokens are more than the cache_tokens={self._cache_tokens} of this engine: "
                 "shorten the prompt, generate fewer tokens, or make the engine with more."
@@ -289,11 +305,22 @@ class Engine:
             raise EngineFullError(
                 f"{queued} requests are waiting, which is all that may: try later."
             )
-        request = Request(next(self._numbers), ids, sampling, stops, priority, listener)
+        listeners = [] if listener is None else [listener]
+        matcher = None if grammar is None else self._matchers.matcher(grammar, ids, stops)
+        request = Request(next(self._numbers), ids, sampling, stops, priority, listeners)
+        request._matcher = matcher
         self._require_working()
         self._inbox.append(request)
         self._wake.set()
         return request
+
+    @functools.cached_property
+    def _matchers(self) -> Matchers:
+        if self.tokenizer is None:
+            raise GrammarError(
+                "a grammar needs a tokenizer: Engine(model, v4jax.Tokenizer(folder))."
+            )
+        return Matchers(self.tokenizer, self.cfg.vocab_size)
 
     def _require_working(self) -> None:
         if self._failure is not None:
@@ -303,6 +330,8 @@ class Engine:
         """One turn of the scheduler: the requests that got tokens or ended. Dispatches at most one call
         of decode and `chunks[-1]` tokens of prompts, and waits for the call before."""
         with self._turn:
+            if self.before_step is not None:
+                self.before_step()
             while self._inbox:
                 request = self._inbox.popleft()
                 self._scheduler.add(request)
@@ -310,8 +339,7 @@ class Engine:
             events = self._scheduler.step()
             self._turn.notify_all()
         for request in events:
-            if request.listener is not None:
-                request.listener(request)
+            request._tell()
         return events
 
     @property
@@ -345,6 +373,39 @@ class Engine:
                 self._turn.wait(timeout=1.0)
                 if self._thread is None:
                     return
+
+    async def async_tokens(self, request: Request) -> AsyncIterator[int]:
+        """As `tokens`, for asyncio. The engine has to run in its thread (`start`).
+
+        Raises:
+          RuntimeError: it does not, or no longer.
+        """
+        loop, woken, given = asyncio.get_running_loop(), asyncio.Event(), 0
+
+        def wake(_: Request) -> None:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the loop has ended, and with it who would read
+                loop.call_soon_threadsafe(woken.set)
+
+        request.listeners.append(wake)
+        try:
+            while True:
+                woken.clear()
+                is_ended = request.is_ended  # before the tokens, which are there when it is set
+                while given < len(request.tokens):
+                    yield request.tokens[given]
+                    given += 1
+                if is_ended:
+                    return
+                if self._thread is None:
+                    raise RuntimeError(
+                        "async_tokens reads an engine that runs: call start() first."
+                    )
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(woken.wait(), 1.0)
+        finally:
+            request.listeners.remove(wake)
 
     def start(self) -> None:
         """Runs the engine in a thread of its own, until `stop`."""
@@ -391,8 +452,7 @@ class Engine:
         with self._turn:
             self._turn.notify_all()
         for request in requests:
-            if request.listener is not None:
-                request.listener(request)
+            request._tell()
 
     def _all_requests(self) -> list[Request]:
         running = [request for request in self._scheduler.in_slot if request is not None]
@@ -494,7 +554,7 @@ class Engine:
 
     def _grow_for(self, needed: int) -> None:
         scheduler = self._scheduler
-        if not self._grows or scheduler.ledger.fits(needed):
+        if not self._grows or needed <= self._cache_tokens:
             return
         while self._cache_tokens < needed:
             self._cache_tokens *= 2
@@ -513,6 +573,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         *,
         stop_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> Completion: ...
 
     @overload
@@ -522,6 +583,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         *,
         stop_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> list[Completion]: ...
 
     def generate(
@@ -530,6 +592,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         *,
         stop_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> Completion | list[Completion]:
         """Completions of prompts: one of a text, a list of a list.
 
@@ -540,13 +603,14 @@ class Engine:
             draws with its seed plus n.
           stop_ids: ids that end a completion; default those of the tokenizer that end a turn, or the
             model's end-of-sentence id.
+          grammar: what every completion has to be, behind its reasoning, see `submit`.
 
         Raises:
-          ValueError: see `stream`.
+          ValueError, RuntimeError: see `stream`.
         """
         several = [prompts] if isinstance(prompts, str) else prompts
         stops = self._stop_ids(stop_ids)
-        steps = list(self.stream(several, sampling, stop_ids=stops))
+        steps = list(self.stream(several, sampling, stop_ids=stops, grammar=grammar))
         completions = []
         for row in np.stack(steps, axis=1) if steps else ():
             tokens = tuple(int(token) for token in row[row >= 0])
@@ -564,6 +628,7 @@ class Engine:
         sampling: Sampling = Sampling(),
         *,
         tools: Sequence[Mapping] | None = None,
+        grammar: Grammar | None = None,
     ) -> Reply:
         """The assistant's next turn.
 
@@ -571,16 +636,20 @@ class Engine:
           messages: a text of the user, or messages as in docs/prompts.md.
           mode: "non-think", "think-high" or "think-max" (releases since 0731 also "think-low").
           tools: functions that the assistant may call.
+          grammar: what `content` has to be; tools are not called then.
 
         Raises:
-          ValueError: there is no tokenizer, or messages or mode that cannot be rendered.
+          ValueError: there is no tokenizer, or messages or mode that cannot be rendered; else as
+            `stream`.
+          RuntimeError: as `stream`.
         """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer: Engine(model, v4jax.Tokenizer(folder)).")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         prompt = self.tokenizer.render(messages, mode, tools=tools)
-        (completion,) = self.generate([self.tokenizer.encode(prompt.text)], sampling)
+        ids = self.tokenizer.encode(prompt.text)
+        (completion,) = self.generate([ids], sampling, grammar=grammar)
         text = completion.text or ""
         message = parse_partial_completion(text, prompt.thinking_mode, is_complete=True)
         return Reply(
@@ -597,6 +666,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] = Sampling(),
         *,
         stop_ids: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> Iterator[np.ndarray]:
         """As `generate`, token by token. A row depends on its own prompt and sampling alone.
 
@@ -605,18 +675,21 @@ class Engine:
 
         Raises:
           ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for
-            the model together with what it may generate.
+            the model together with what it may generate; a grammar that cannot be used.
+          RuntimeError: a request ended with an error.
         """
         ids = self._ids(prompts)
         stops = self._stop_ids(stop_ids)
         requests = []
         try:
             for prompt, one in zip(ids, self._requests(sampling, len(ids))):
-                requests.append(self._submit(prompt, one, stops))
+                requests.append(self._submit(prompt, one, stops, grammar=grammar))
             for step in itertools.count():
                 for request in requests:
                     while len(request.tokens) <= step and not request.is_ended:
                         self._advance(request, step)
+                if faults := [request.error for request in requests if request.error]:
+                    raise RuntimeError(faults[0])
                 tokens = [r.tokens[step] if step < len(r.tokens) else NO_TOKEN for r in requests]
                 if all(token == NO_TOKEN for token in tokens):
                     return

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from v4jax.inference.grammar import Matcher
 from v4jax.inference.ledger import Held
 from v4jax.inference.sampling import Sampling
 
@@ -40,7 +41,7 @@ class Request:
     sampling: Sampling
     stop_ids: tuple[int, ...]
     priority: int = 0  # the largest first
-    listener: Callable[["Request"], None] | None = None
+    listeners: list[Callable[["Request"], None]] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
@@ -57,6 +58,7 @@ class Request:
     _in_flight: int = 0  # tokens that calls may generate whose results are not read
     _pages: Held = dataclasses.field(default_factory=dict)
     _held: Any = None  # what was in its slot when it had to leave it
+    _matcher: Matcher | None = None  # of its grammar
     _wide: int = 0  # tokens of the prompt that go in wide chunks
     _digests: list[bytes] = dataclasses.field(default_factory=list)
     _calls: int = 0  # of decode since it began
@@ -74,6 +76,11 @@ class Request:
     def cancel(self) -> None:
         """Ends it at the next step of the engine. From any thread; nothing if it has ended."""
         self._is_cancelled = True
+
+    def _tell(self) -> None:
+        """Calls the listeners."""
+        for listener in (*self.listeners,):
+            listener(self)
 
     @property
     def _most(self) -> int:

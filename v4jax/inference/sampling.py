@@ -17,6 +17,7 @@ from v4jax.text.format import shown
 # Below this a draw is the most likely token in any case; float32 holds logits divided by it.
 COLDEST = 1e-5
 _SMALLEST_TOP_P = 1e-6  # keeps one token, as anything smaller would: no vocabulary has a million
+EVERYTHING = np.uint32(2**32 - 1)  # a word of a mask that allows all its tokens
 TOP = 20  # tokens whose log-probabilities a request may ask for
 _HOTTEST = float(np.finfo(np.float32).max)
 
@@ -170,6 +171,25 @@ def penalised(logits: jax.Array, counts: jax.Array, rows: SamplingRows) -> jax.A
         lambda: logits,
         lambda: jnp.where(is_plain[:, None], logits, changed()),
     )
+
+
+def num_words(vocab: int) -> int:
+    """Words of a mask of so many tokens."""
+    return -(-vocab // 32)
+
+
+def masked(logits: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Logits [B, V], -inf where `allowed` [B, ceil(V / 32)] uint32 has no bit: i % 32 of word i // 32.
+
+    Nothing is computed where every row allows everything.
+    """
+
+    def some() -> jax.Array:
+        bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = bits.reshape(len(allowed), -1)[:, : logits.shape[1]]
+        return jnp.where(bits > 0, logits, -jnp.inf)
+
+    return jax.lax.cond(jnp.any(allowed != EVERYTHING), some, lambda: logits)
 
 
 def log_probabilities(

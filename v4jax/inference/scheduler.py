@@ -10,6 +10,9 @@ A step of the scheduler is one turn of:
 Pages are given as sequences grow. When there are none, the least recently used prefix is let go; after
 that the request that came last, of the lowest priority, leaves its slot: what it has is copied to host
 memory and put back later, so its tokens are those it would have had.
+
+A request with a grammar needs its last token before it can have the next: while one is decoded, calls
+give one token a slot, and a call waits for the tokens of the one before.
 """
 
 import collections
@@ -21,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from v4jax.inference.grammar import GrammarError
 from v4jax.inference.ledger import Ledger
 from v4jax.inference.prefix import (
     EVERY,
@@ -33,6 +37,7 @@ from v4jax.inference.prefix import (
     wide_tokens,
 )
 from v4jax.inference.requests import Request, Stage, TokenLogprob
+from v4jax.inference.sampling import EVERYTHING, num_words
 from v4jax.inference.steps import MOST_STEPS, Output, RequestRows, Slots, Tables
 from v4jax.nn.cache import pages_of
 
@@ -44,7 +49,7 @@ class Programs:
     """The compiled steps of an engine, with the model's arrays bound."""
 
     prefill: Callable[..., Slots]  # (slots, tables, tokens, counts, slot)
-    decode: Callable[..., tuple[Output, Slots]]  # (slots, tables, count, cancelled)
+    decode: Callable[..., tuple[Output, Slots]]  # (slots, tables, count, cancelled, allowed)
     start: Callable[..., Slots]
     snapshot: Callable[..., Any]
     restore: Callable[..., Slots]
@@ -110,6 +115,10 @@ class Scheduler:
         }
         self._placed: dict[int, Tables] = {}  # tables on the devices, by width
         self._cancelled = np.zeros(len(self.in_slot), bool)
+        self._everything = np.full(
+            (len(self.in_slot), num_words(slots.logits.shape[1])), EVERYTHING
+        )
+        self._everything_placed = programs.place(self._everything)
         self._calls: collections.deque[_Call] = collections.deque()
         self._empty_state = None
         self.host = HostPrefixes(0 if is_shared else host_bytes)
@@ -360,10 +369,14 @@ class Scheduler:
     def _decode(self, events: dict[int, Request]) -> bool:
         """A call for all slots that decode; False if there are none."""
         rows = self._requests(Stage.DECODING)
+        if any(r._matcher is not None and r._in_flight for r in rows):
+            self._read(events, keep=0)
+            rows = self._requests(Stage.DECODING)
         if not rows:
             return False
         is_waited_for = self._requests(Stage.FEEDING) or (self.waiting and None in self.in_slot)
-        count = 1 if is_waited_for else self._steps_per_call
+        has_grammar = any(r._matcher is not None for r in rows)
+        count = 1 if is_waited_for or has_grammar else self._steps_per_call
         count = min(count, *(2 ** min(r._calls, 10) for r in rows), MOST_STEPS)
         for request in rows:
             if request._stage is not Stage.DECODING:
@@ -372,12 +385,13 @@ class Scheduler:
                 self._make_room(request, events)
                 if request._stage is not Stage.DECODING:
                     break
+        allowed = self._allowed(rows, events) if has_grammar else self._everything_placed
         rows = [r for r in rows if r._stage is Stage.DECODING]
         if not rows:
             return False
         tables = self._tables_for(rows, lambda r: min(_reach(r, count), r._most))
         output, self.slots = self.run.decode(
-            self.slots, tables, np.int32(count), self._cancelled.copy()
+            self.slots, tables, np.int32(count), self._cancelled.copy(), allowed
         )
         self._cancelled[:] = False
         for request in rows:
@@ -385,6 +399,24 @@ class Scheduler:
             request._calls += 1
         self._calls.append(_Call(output, {r._slot: r for r in rows}, count))
         return True
+
+    def _allowed(self, rows: Sequence[Request], events: dict[int, Request]):
+        """Masks [S, ceil(V / 32)] of what slots may decode next, on the devices.
+
+        A request whose grammar cannot be followed ends with an error.
+        """
+        masks = self._everything.copy()
+        for request in rows:
+            if request._stage is not Stage.DECODING or request._matcher is None:
+                continue
+            try:
+                masks[request._slot] = request._matcher.allowed()
+            except GrammarError as error:
+                self._cancelled[request._slot] = True
+                request.error = str(error)
+                self._end(request, "error")
+                events[request.number] = request
+        return self.run.place(masks)
 
     def _make_room(self, request: Request, events: dict[int, Request]) -> None:
         """The last of those that have pages in the request's part leaves its slot."""
@@ -510,6 +542,9 @@ class Scheduler:
                 values = logprobs.top_logprobs[slot, n, : request.sampling.logprobs]
                 top = tuple((int(i), float(p)) for i, p in zip(ids, values))
                 request.logprobs.append(TokenLogprob(float(logprobs.logprobs[slot, n]), top))
+        if request._matcher is not None:
+            for token in new:
+                request._matcher.accept(token)
         request.tokens += new
         self.generated_tokens += len(new)
         self.useful_row_steps += len(new)

@@ -1,7 +1,7 @@
 """What runs on the devices while requests are served: pure steps over one pytree of slots.
 
     slots         = prefill(leaves, slots, tables, tokens, counts, slot)   a chunk of one prompt
-    output, slots = decode(leaves, slots, tables, count, cancelled)        up to `count` tokens a slot
+    output, slots = decode(leaves, slots, tables, count, cancelled, allowed)   up to `count` tokens a slot
     slots         = start(slots, slot, rows)                               a request begins to decode
     state         = snapshot(slots, slot);  slots = restore(slots, slot, state, lengths)
     slots         = copy_pages(slots, source, target)
@@ -32,6 +32,8 @@ from v4jax.inference.sampling import (
     Sampling,
     SamplingRows,
     log_probabilities,
+    masked,
+    num_words,
     penalised,
     sample,
 )
@@ -141,7 +143,7 @@ def empty_slots(
 
 def decode_shapes(
     model: Transformer, batch: int, context: int, format: CacheFormat = None
-) -> tuple[Slots, Tables, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+) -> tuple[Slots, Tables, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Arguments of `decode_step` behind the leaves, as shapes: so many slots of so many tokens each."""
     counts = {ratio: pages_of(context, ratio) for ratio in ratios_of(model.cfg)}
     in_part = batch // num_batch_parts(DECODE)
@@ -149,7 +151,8 @@ def decode_shapes(
     slots = jax.eval_shape(lambda: empty_slots(model, batch, pages, format))
     shape = jax.ShapeDtypeStruct
     tables = {ratio: shape((batch, count), jnp.int32) for ratio, count in counts.items()}
-    return slots, tables, shape((), jnp.int32), shape((batch,), jnp.bool)
+    allowed = shape((batch, num_words(model.cfg.vocab_size)), jnp.uint32)
+    return slots, tables, shape((), jnp.int32), shape((batch,), jnp.bool), allowed
 
 
 def prefill_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
@@ -189,10 +192,11 @@ def _prefill_step(parts: "_Parts") -> Callable:
 
 
 def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
-    """Compiled on first use: (leaves, slots, tables, count, cancelled [S]) -> Output and slots.
+    """Compiled on first use: (leaves, slots, tables, count, cancelled [S], allowed) -> Output and slots.
 
     Up to `count` tokens of every slot, fewer if all have ended. The slots are donated. Every process
-    gets the tokens of all slots.
+    gets the tokens of all slots. `allowed` [S, ceil(V / 32)] uint32 masks the tokens of every step, see
+    `sampling.masked`.
     """
     return _decode_step(_Parts.of(model, rules))
 
@@ -202,7 +206,7 @@ def _decode_step(parts: "_Parts") -> Callable:
     rules = parts.rules
     rows = rules.spec("batch")
 
-    def on_device(leaves, slots, tables, count, cancelled):
+    def on_device(leaves, slots, tables, count, cancelled, allowed):
         model = parts.merged(leaves)
         slots = dataclasses.replace(slots, done=slots.done | cancelled)
         shape = (slots.done.shape[0], MOST_STEPS)
@@ -221,7 +225,7 @@ def _decode_step(parts: "_Parts") -> Callable:
 
         def body(state):
             step, slots, output = state
-            new, slots = _decode_one(model, slots, tables)
+            new, slots = _decode_one(model, slots, tables, allowed)
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
             return step + 1, slots, jax.tree.map(put, output, new)
 
@@ -230,16 +234,18 @@ def _decode_step(parts: "_Parts") -> Callable:
         gather = functools.partial(collectives.all_gather, axis=0)
         return jax.tree.map(lambda x: gather(x, "batch"), output), slots
 
-    step = parts.per_device(on_device, (rows, rows, jax.P(), rows), (jax.P(), rows))
+    step = parts.per_device(on_device, (rows, rows, jax.P(), rows, rows), (jax.P(), rows))
     return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
 
 
-def _decode_one(model: Transformer, slots: Slots, tables: Tables) -> tuple[Output, Slots]:
+def _decode_one(
+    model: Transformer, slots: Slots, tables: Tables, allowed: jax.Array
+) -> tuple[Output, Slots]:
     """One more token of every slot that has not ended; the output is without the axis of steps."""
     requests, vocab = slots.requests, slots.logits.shape[1]
     keys = jax.vmap(jax.random.key)(requests.seeds)
     keys = jax.vmap(jax.random.fold_in)(keys, slots.steps)
-    logits = penalised(slots.logits, slots.counts, requests.sampling)
+    logits = masked(penalised(slots.logits, slots.counts, requests.sampling), allowed)
     drawn = sample(logits, keys, requests.sampling)
     tokens = jnp.where(slots.done, NO_TOKEN, drawn)
     wants = jnp.asarray(requests.sampling.wants_logprobs) & ~slots.done

@@ -179,12 +179,12 @@ def _train(model, job, mesh):
 def _decode(model, job, mesh):
     leaves, rows = _leaves(model, job, mesh), job.rules.spec("batch")
 
-    slots, tables, count, cancelled = decode_shapes(model, job.batch, job.context, job.cache)
-    slots, tables, cancelled = jax.tree.map(
-        lambda x: _placed(x, rows, mesh), (slots, tables, cancelled)
+    slots, tables, count, *by_slot = decode_shapes(model, job.batch, job.context, job.cache)
+    slots, tables, by_slot = jax.tree.map(
+        lambda x: _placed(x, rows, mesh), (slots, tables, by_slot)
     )
     held = {"parameters": leaves, "cache": slots.cache}
-    arguments = (leaves, slots, tables, _placed(count, jax.P(), mesh), cancelled)
+    arguments = (leaves, slots, tables, _placed(count, jax.P(), mesh), *by_slot)
     return decode_step(model, job.rules), arguments, held
 
 

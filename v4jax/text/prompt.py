@@ -102,6 +102,7 @@ def render(
     *,
     release: str = "april",
     tools: Sequence[Mapping[str, object]] | None = None,
+    response_format: Mapping[str, object] | None = None,
 ) -> Prompt:
     """The prompt that asks a model for its next message.
 
@@ -114,14 +115,16 @@ def render(
         mode: one of `v4jax.text.format.modes_of(release)`.
         release: whose effort texts to write; `Tokenizer.release` knows that of a checkpoint.
         tools: what the model may call; goes to the first system message, made if there is none.
+        response_format: JSON schema that the model is told to adhere to; goes there too.
 
     Raises:
         EncodingError: a message or an argument is not one the format knows; nothing asks for a
-            reply; tools are given twice; or BOS is in the text of a message.
+            reply; tools or schema are given twice; or BOS is in the text of a message.
     """
     thinking_mode, effort = resolve_mode(mode, release)
-    if tools:
-        messages = _with_tools(messages, tools)
+    for name, value in (("tools", tools), ("response_format", response_format)):
+        if value:
+            messages = _with_field(messages, name, value)
     text = encode_messages(messages, thinking_mode, reasoning_effort=effort, release=release)
     if text.count(BOS) > 1:
         raise EncodingError(
@@ -137,15 +140,15 @@ def with_bos(text: str) -> str:
     return text if text.startswith(BOS) else BOS + text
 
 
-def _with_tools(
-    messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]]
+def _with_field(
+    messages: Sequence[Mapping[str, object]], name: str, value: object
 ) -> list[Mapping[str, object]]:
-    if any(isinstance(message, Mapping) and message.get("tools") for message in messages):
-        raise EncodingError("tools beside the messages and on one of them: give them once.")
+    if any(isinstance(message, Mapping) and message.get(name) for message in messages):
+        raise EncodingError(f"{name} beside the messages and on one of them: give them once.")
     for index, message in enumerate(messages):
         if isinstance(message, Mapping) and message.get("role") == "system":
-            return [*messages[:index], {**message, "tools": tools}, *messages[index + 1 :]]
-    return [{"role": "system", "content": "", "tools": tools}, *messages]
+            return [*messages[:index], {**message, name: value}, *messages[index + 1 :]]
+    return [{"role": "system", "content": "", name: value}, *messages]
 
 
 def _completion_mode(messages: Sequence[Mapping[str, object]], thinking_mode: str) -> str:

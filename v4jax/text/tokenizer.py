@@ -100,12 +100,15 @@ class Tokenizer:
         mode: str = "non-think",
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
+        response_format: Mapping[str, object] | None = None,
     ) -> Prompt:
         """The prompt for a conversation, as this checkpoint's release writes it.
 
         Args and errors are those of `v4jax.text.prompt.render`.
         """
-        return render(messages, mode, release=self.release, tools=tools)
+        return render(
+            messages, mode, release=self.release, tools=tools, response_format=response_format
+        )
 
     def id(self, token: str) -> int:
         """Id of one token, say a special one.
@@ -160,6 +163,11 @@ class Tokenizer:
             return bytes(_BYTES[letter] for letter in token)
         except KeyError:  # a token of the format, which stands for itself
             return token.encode("utf-8")
+
+    @functools.cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of tokens that stand for themselves: those of the prompt format, and spare ones."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:

@@ -21,6 +21,7 @@ from v4jax.inference.batch.files import (
 from v4jax.inference.batch.plan import Plan
 from v4jax.inference.batch.requests import Request, Settings
 from v4jax.inference.engine import Engine
+from v4jax.inference.grammar import GrammarError
 from v4jax.inference.requests import Request as EngineRequest
 from v4jax.inference.stop_text import StopScanner
 from v4jax.text.parse import parse_partial_completion
@@ -202,7 +203,15 @@ class Job:
                 f"{len(prompt)} prompt tokens and max_new_tokens={wanted} are more than the {limit} "
                 f"tokens of {engine.cfg.name}: shorten the prompt or generate fewer tokens."
             )
-        running = engine.submit(prompt, request.settings.sampling, stop_ids=tokenizer.stop_ids)
+        try:
+            running = engine.submit(
+                prompt,
+                request.settings.sampling,
+                stop_ids=tokenizer.stop_ids,
+                grammar=request.settings.grammar,
+            )
+        except GrammarError as error:
+            return None, str(error)
         return _Row(request, running, tokenizer), ""
 
     def finish(self) -> int:

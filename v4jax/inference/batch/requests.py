@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from v4jax.inference.grammar import Grammar
 from v4jax.inference.sampling import Sampling
 from v4jax.text.format import DEEPEST, MODES, is_too_deep, shown
 from v4jax.text.prompt import render, with_bos
@@ -45,6 +46,7 @@ class Settings:
     max_new_tokens: int = 256
     seed: int = 0  # a line without its own uses this plus its number
     stop: str | Sequence[str] = ()  # texts that end a completion and are not part of it
+    json_schema: Mapping[str, Any] | None = None  # of the answer
 
     def __post_init__(self):
         _require(self, "mode", self.mode in tuple(MODES), f"one of {', '.join(MODES)}")
@@ -54,13 +56,20 @@ class Settings:
         )
         _require(self, "stop", is_texts, "a text or a list of texts in Unicode, none empty")
         object.__setattr__(self, "stop", tuple(texts))
-        _ = self.sampling  # refuses what it does not take
+        schema = self.json_schema
+        _require(self, "json_schema", isinstance(schema, Mapping | None), "a JSON schema")
+        _ = self.sampling, self.grammar  # refuse what they do not take
 
     @property
     def sampling(self) -> Sampling:
         """How the request's tokens are drawn, and how many."""
         names = {field.name for field in dataclasses.fields(Sampling)} & set(SETTINGS)
         return Sampling(**{name: getattr(self, name) for name in names})
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """Of the answer."""
+        return None if self.json_schema is None else Grammar.json_schema(self.json_schema)
 
     def updated(self, given: Mapping[str, Any]) -> "Settings":
         """With the settings that a line gives."""
@@ -157,8 +166,14 @@ def _request(
     if "messages" in fields:
         if wrong := [k for k in ("messages", "tools") if not isinstance(fields.get(k, []), list)]:
             raise ValueError(f"{wrong[0]}={shown(fields[wrong[0]])}: expected a list.")
+        if settings.json_schema is not None and "tools" in fields:
+            raise ValueError("json_schema beside tools: an answer of a schema cannot call.")
         prompt = render(
-            fields["messages"], settings.mode, release=release, tools=fields.get("tools")
+            fields["messages"],
+            settings.mode,
+            release=release,
+            tools=fields.get("tools"),
+            response_format=settings.json_schema,
         )
         text, thinking_mode = prompt.text, prompt.thinking_mode
     else:

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 from v4jax.inference import engine as engines
+from v4jax.inference.grammar import GrammarError
 from v4jax.inference.server.choice import Choice, Update
 from v4jax.inference.server.errors import ApiError
 from v4jax.inference.server.metrics import Metrics
@@ -45,7 +46,12 @@ class Exchange:
             for index, sampling in enumerate(self.asked.samplings):
                 prompt = self.asked.prompts[index // self.asked.n]
                 listener = self._listener(index)
-                self._requests.append(self._engine.submit(prompt, sampling, listener=listener))
+                request = self._engine.submit(
+                    prompt, sampling, listener=listener, grammar=self.asked.grammar
+                )
+                self._requests.append(request)
+        except GrammarError as error:
+            raise ApiError(400, f"response_format: {error}", param="response_format") from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
         except engines.EngineFullError as error:

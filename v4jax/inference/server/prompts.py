@@ -63,6 +63,7 @@ def encode_chat(
     messages: Sequence[Any],
     mode: str,
     tools: Sequence[Any] | None,
+    schema: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], str]:
     """(token ids, thinking mode of the completion) of a conversation.
 
@@ -74,7 +75,10 @@ def encode_chat(
     """
     try:
         prompt = tokenizer.render(
-            [_message(message) for message in messages], mode, tools=_literal(tools)
+            [_message(message) for message in messages],
+            mode,
+            tools=_literal(tools),
+            response_format=_literal(schema),
         )
         pieces = prompt.text.split(_CUT)
         ids = [index for piece in pieces for index in tokenizer.encode(piece)]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from v4jax.inference.grammar import Grammar
 from v4jax.inference.sampling import Sampling
 from v4jax.text.tokenizer import Tokenizer
 
@@ -70,6 +71,7 @@ class EngineLike(Protocol):
         sampling: Sampling,
         *,
         listener: Callable[[Any], None] | None = None,
+        grammar: Grammar | None = None,
     ) -> RequestLike:
         """Puts a request into the queue.
 

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from v4jax.inference.grammar import Grammar, GrammarError
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.server.errors import ApiError
 from v4jax.inference.server.fields import Fields
@@ -76,6 +77,7 @@ class Asked:
     n: int  # choices of a prompt
     thinking_mode: str | None  # of the completion; None: a text that is continued
     stops: tuple[str, ...]
+    grammar: Grammar | None  # what each answer has to be
     is_streamed: bool
     includes_usage: bool  # at the end of a stream
     top_logprobs: int | None  # None: no log-probabilities
@@ -105,19 +107,20 @@ def read_chat(values: Mapping[str, Any], engine: EngineLike, settings: ServerSet
     choice = fields.get("tool_choice")
     if choice not in (None, "none", "auto"):
         raise fields.error("tool_choice", "none or auto; the model is not made to call")
-    kind = fields.sub("response_format").get("type")
-    if kind not in (None, "text"):
-        text = f"response_format.type={shown(kind)}: expected text; structured output is not there."
-        raise ApiError(400, text, param="response_format")
+    given_tools = tools if tools and choice != "none" else None
+    schema, grammar = _response_format(fields)
+    if grammar is not None and given_tools:
+        text = (
+            "response_format beside tools: expected tool_choice none, or no tools. An answer of a "
+        )
+        raise ApiError(400, text + "schema cannot call.", param="response_format")
     mode = mode_of(fields, tokenizer, settings.mode)
     has_logprobs = fields.boolean("logprobs")
     top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
     if top is not None and not has_logprobs:
         raise fields.error("top_logprobs", "logprobs=true beside it")
     parallel = fields.boolean("parallel_tool_calls")
-    ids, thinking_mode = encode_chat(
-        tokenizer, messages, mode, tools if tools and choice != "none" else None
-    )
+    ids, thinking_mode = encode_chat(tokenizer, messages, mode, given_tools, schema)
     return _asked(
         fields,
         engine,
@@ -127,6 +130,7 @@ def read_chat(values: Mapping[str, Any], engine: EngineLike, settings: ServerSet
         limit_names=("max_completion_tokens", "max_tokens"),
         top_logprobs=(top or 0) if has_logprobs else None,
         has_parallel_calls=parallel is not False,
+        grammar=grammar,
     )
 
 
@@ -149,6 +153,7 @@ def read_completion(
         limit_names=("max_tokens",),
         top_logprobs=fields.integer("logprobs", 0, MOST_LOGPROBS),
         has_parallel_calls=True,
+        grammar=_response_format(fields)[1],
     )
 
 
@@ -162,6 +167,7 @@ def _asked(
     limit_names: Sequence[str],
     top_logprobs: int | None,
     has_parallel_calls: bool,
+    grammar: Grammar | None,
 ) -> Asked:
     n = fields.integer("n", 1, MOST_CHOICES) or 1
     if n * len(prompts) > MOST_CHOICES:
@@ -201,12 +207,34 @@ def _asked(
         n=n,
         thinking_mode=thinking_mode,
         stops=stops,
+        grammar=grammar,
         is_streamed=streamed,
         includes_usage=bool(options.boolean("include_usage")),
         top_logprobs=top_logprobs,
         has_parallel_calls=has_parallel_calls,
         ignored=fields.unread,
     )
+
+
+def _response_format(fields: Fields) -> tuple[Mapping[str, Any] | None, Grammar | None]:
+    """The schema of the answer, and its grammar; neither for a text."""
+    form = fields.sub("response_format")
+    kind = form.get("type")
+    if kind in (None, "text"):
+        return None, None
+    try:
+        if kind == "json_object":
+            return None, Grammar.json_object()
+        if kind == "json_schema":
+            described = form.sub("json_schema")
+            schema = described.of("schema", dict, "a JSON schema")
+            if schema is None:
+                raise described.error("schema", "a JSON schema")
+            return schema, Grammar.json_schema(schema)
+    except GrammarError as error:
+        raise ApiError(400, f"response_format: {error}", param="response_format") from None
+    text = f"response_format.type={shown(kind)}: expected text, json_object or json_schema."
+    raise ApiError(400, text, param="response_format.type")
 
 
 def _sampling(fields: Fields, vocab_size: int) -> dict[str, Any]:

@@ -1,0 +1,304 @@
+"""Answers of a grammar: they are what it says, whatever else is served, and others do not change."""
+
+import dataclasses
+import json
+import re
+
+import jax.numpy as jnp
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import v4jax
+from tests.conftest import NANO
+from v4jax import Engine, Grammar, Sampling
+from v4jax.inference import grammar as grammars
+from v4jax.inference.grammar import GrammarError, Matchers
+from v4jax.inference.sampling import EVERYTHING, masked, num_words
+from v4jax.text.format import SPECIAL_TOKENS, THINK_END
+from v4jax.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(NANO)
+VOCAB = TOKENIZER.vocab_size
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "likes": {"type": "array", "items": {"enum": ["tea", "walks", "books"]}, "maxItems": 3},
+        "is_clever": {"type": "boolean"},
+    },
+    "required": ["name", "age", "is_clever"],
+    "additionalProperties": False,
+}
+REGEX = r"[A-Z][a-z]{2,8} (Bates|Knightley)\."
+
+
+def bits(words: np.ndarray) -> np.ndarray:
+    return np.unpackbits(words.view(np.uint8), bitorder="little").astype(bool)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    model = v4jax.load(NANO, v4jax.plain("float32"))
+    return Engine(model, TOKENIZER, slots=3, chunks=(128,))
+
+
+@pytest.fixture(scope="module")
+def free(engine) -> tuple[list, list[list[int]]]:
+    """Requests without a grammar, and their tokens where nothing else is served."""
+    asked = [
+        ("Emma was", Sampling(seed=1, max_new_tokens=30)),
+        ("It was a fine morning, and", Sampling(seed=2, top_p=0.9, logprobs=2, max_new_tokens=40)),
+    ]
+    return asked, [list(engine.tokens(engine.submit(*one))) for one in asked]
+
+
+def text_of(request) -> str:
+    tokens = request.tokens
+    return TOKENIZER.decode(tokens[:-1] if tokens[-1] in TOKENIZER.stop_ids else tokens)
+
+
+def prompt_of(mode: str) -> list[int]:
+    return TOKENIZER.encode(TOKENIZER.render([{"role": "user", "content": "Who?"}], mode).text)
+
+
+SAMPLINGS = [
+    Sampling(temperature=0, max_new_tokens=300),
+    Sampling(seed=3, max_new_tokens=300),
+    Sampling(temperature=3.0, seed=4, logprobs=2, max_new_tokens=300),
+    Sampling(seed=5, top_k=3, repetition_penalty=1.2, max_new_tokens=300),
+    Sampling(seed=6, top_p=0.5, min_p=0.2, logit_bias={9: 50.0}, max_new_tokens=300),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=range(len(SAMPLINGS)))
+def test_an_answer_is_json_of_its_schema(engine, sampling):
+    request = engine.submit(prompt_of("non-think"), sampling, grammar=Grammar.json_schema(SCHEMA))
+    tokens = list(engine.tokens(request))
+    assert request.finish_reason == "stop" and tokens[-1] in TOKENIZER.stop_ids
+    jsonschema.validate(json.loads(text_of(request)), SCHEMA)
+    if sampling.logprobs is not None:
+        assert len(request.logprobs) == len(tokens)
+        # Of the model as it is: the likeliest token need not be one that the grammar has.
+        assert any(t not in dict(e.top) for t, e in zip(tokens, request.logprobs))
+
+
+def test_several_grammars_beside_requests_without_one(engine, free):
+    """More than there are slots, so that grammars begin and end while the others are decoded."""
+    asked, alone = free
+    sampling = Sampling(seed=7, temperature=1.5, max_new_tokens=300)
+    kinds = [Grammar.json_schema(SCHEMA), Grammar.regex(REGEX), Grammar.lark('start: "yes" | "no"')]
+    constrained, others = [], []
+    for number in range(6):
+        one = dataclasses.replace(sampling, seed=number)
+        constrained.append(engine.submit("Emma was", one, grammar=kinds[number % 3]))
+        if number % 3 == 1:
+            others.append(engine.submit(*asked[number // 3]))
+    engine.run_until_idle()
+    assert [request.tokens for request in others] == alone
+    for request in constrained:
+        assert request.finish_reason == "stop"
+    for request in constrained[::3]:
+        jsonschema.validate(json.loads(text_of(request)), SCHEMA)
+    assert all(re.fullmatch(REGEX, text_of(request)) for request in constrained[1::3])
+    assert all(text_of(request) in ("yes", "no") for request in constrained[2::3])
+    again = [r.tokens for r in constrained]
+    for number, tokens in enumerate(again):  # nor do they depend on what else is served
+        one = dataclasses.replace(sampling, seed=number)
+        request = engine.submit("Emma was", one, grammar=kinds[number % 3])
+        assert list(engine.tokens(request)) == tokens
+
+
+def test_who_leaves_its_slot_goes_on_in_its_grammar(engine, free):
+    """Forced: whoever decodes is put out at every third step. Prefixes are used again, too."""
+    asked, alone = free
+    sampling, grammar = Sampling(seed=3, max_new_tokens=300), Grammar.json_schema(SCHEMA)
+    prompt = [*range(10, 250), *prompt_of("non-think")]
+    first = list(engine.tokens(engine.submit(prompt, sampling, grammar=grammar)))
+    before = engine.stats().preemptions
+    request, other = engine.submit(prompt, sampling, grammar=grammar), engine.submit(*asked[1])
+    for step in range(2000):
+        engine.step()
+        decoding = [r for r in engine._scheduler.in_slot if r is not None and r.tokens]
+        if step % 3 == 0 and decoding:
+            engine._scheduler._make_room(decoding[0], {})
+        if not engine.has_work:
+            break
+    assert request.cached_tokens == 128 and engine.stats().preemptions > before + 5
+    assert request.tokens == first and other.tokens == alone[1]
+
+
+def test_the_reasoning_is_free(engine):
+    """Its tokens are those without a grammar; the turn does not end in it."""
+    prompt = prompt_of("think-high")
+    bias = {index: -100.0 for index in TOKENIZER.stop_ids}
+    free = engine.submit(prompt, Sampling(seed=2, max_new_tokens=150, logit_bias=bias))
+    engine.run_until_idle()
+    end = TOKENIZER.id(THINK_END)
+    sampling = Sampling(seed=2, max_new_tokens=400)
+    request = engine.submit(prompt, sampling, grammar=Grammar.regex("[0-9]{4}"))
+    engine.run_until_idle()
+    assert request.finish_reason == "stop"
+    length = request.tokens.index(end) + 1
+    assert request.tokens[:length] == free.tokens[:length]
+    assert re.fullmatch("[0-9]{4}", TOKENIZER.decode(request.tokens[length:-1]))
+    reply = engine.chat("Who?", "think-high", sampling, grammar=Grammar.regex("[0-9]{4}"))
+    assert reply.reasoning and re.fullmatch("[0-9]{4}", reply.content)
+
+
+def test_the_limit_cuts_and_a_cancelled_request_leaves(engine, free):
+    asked, alone = free
+    long = Grammar.regex("[a-z]{500}")
+    cut = engine.submit("Emma", Sampling(max_new_tokens=9), grammar=long)
+    engine.run_until_idle()
+    assert cut.finish_reason == "length" and len(cut.tokens) == 9
+    assert re.fullmatch("[a-z]{9,500}", text_of(cut))
+    gone = engine.submit("Emma", Sampling(max_new_tokens=400), grammar=long)
+    other = engine.submit(*asked[0])
+    while len(gone.tokens) < 5:
+        engine.step()
+    gone.cancel()
+    engine.run_until_idle()
+    assert gone.finish_reason == "cancelled" and other.tokens == alone[0]
+
+
+def test_a_grammar_that_cannot_go_on_ends_its_request_alone(engine, free, monkeypatch):
+    asked, alone = free
+
+    def fails(self):
+        raise GrammarError("the grammar cannot be followed: too complex.")
+
+    monkeypatch.setattr(grammars.Matcher, "allowed", fails)
+    failed = engine.submit("Emma", Sampling(max_new_tokens=9), grammar=Grammar.json_object())
+    other = engine.submit(*asked[0])
+    engine.run_until_idle()
+    assert failed.finish_reason == "error" and "too complex" in failed.error
+    assert other.tokens == alone[0]
+    with pytest.raises(RuntimeError, match="too complex"):
+        engine.generate("Emma", grammar=Grammar.json_object())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Grammar.json_schema({"type": "foo"}), "Invalid type: foo"),
+        (lambda: Grammar.json_schema({"not": {}}), r'Unimplemented keys: \["not"\]'),
+        (lambda: Grammar.json_schema({"a": {1}}), "the schema is not JSON"),
+        (lambda: Grammar.json_schema([1]), r"\S"),
+        (lambda: Grammar.regex("a("), "unclosed group"),
+        (lambda: Grammar.lark("start: foo"), 'unknown name: "foo"'),
+    ],
+)
+def test_what_cannot_be_compiled_is_said(make, message):
+    with pytest.raises(GrammarError, match=message):
+        make()
+
+
+def test_a_grammar_needs_a_tokenizer_and_a_way_to_end(engine):
+    with pytest.raises(GrammarError, match=r"stop_ids=\[\]: expected an id"):
+        engine.submit("Emma", stop_ids=[], grammar=Grammar.json_object())
+    without = Engine.__new__(Engine)
+    without.tokenizer = None
+    with pytest.raises(GrammarError, match="a grammar needs a tokenizer"):
+        _ = without._matchers
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    with pytest.raises(GrammarError, match=r"pip install 'v4jax\[structured\]'"):
+        Grammar.json_object()
+
+
+# Matchers alone, without a model.
+
+
+@pytest.fixture(scope="module")
+def matchers() -> Matchers:
+    return Matchers(TOKENIZER, VOCAB + 40)  # a model may have more ids than its tokenizer
+
+
+def write(matchers, grammar: Grammar, rng, stop_ids, limit: int) -> str | None:
+    """What a model that likes all allowed tokens equally writes; None if it is cut."""
+    matcher = matchers.matcher(grammar, [5], stop_ids)
+    tokens: list[int] = []
+    while len(tokens) < limit:
+        found = np.flatnonzero(bits(matcher.allowed()))
+        token = int(rng.choice(found))
+        if token in stop_ids:
+            return TOKENIZER.decode(tokens, keep_special=True)
+        matcher.accept(token)
+        tokens.append(token)
+    return None
+
+
+NAMES = st.text('abcé "\\{}<｜', min_size=1, max_size=6)
+SCALARS = st.sampled_from(
+    [
+        {"type": "boolean"},
+        {"type": "null"},
+        {"type": "integer", "minimum": -5, "maximum": 70},
+        {"type": "string", "maxLength": 4},
+        {"enum": ["a", 1, None, {"b": []}]},
+        {"const": '"\\'},
+    ]
+)
+
+
+def nested(inner):
+    def an_object(properties):
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": sorted(properties)[::2],
+            "additionalProperties": False,
+        }
+
+    items = inner.map(lambda one: {"type": "array", "items": one, "maxItems": 3})
+    objects = st.dictionaries(NAMES, inner, max_size=4).map(an_object)
+    return st.one_of(
+        items, objects, st.lists(inner, min_size=1, max_size=3).map(lambda i: {"anyOf": i})
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(schema=st.recursive(SCALARS, nested, max_leaves=8), seed=st.integers(0, 2**32 - 1))
+def test_whatever_is_allowed_is_of_the_schema(matchers, schema, seed):
+    rng, stop_ids = np.random.default_rng(seed), TOKENIZER.stop_ids
+    text = write(matchers, Grammar.json_schema(schema), rng, stop_ids, 3000)
+    if text is not None:
+        jsonschema.validate(json.loads(text), schema)
+
+
+def test_tokens_of_the_prompt_format_stand_in_no_text(matchers):
+    """Not even where a grammar allows any text: they would begin another's turn."""
+    matcher = matchers.matcher(Grammar.regex("(.|\n)*"), [5], TOKENIZER.stop_ids)
+    allowed = bits(matcher.allowed())
+    stops = set(TOKENIZER.stop_ids)
+    assert all(allowed[TOKENIZER.id(t)] == (TOKENIZER.id(t) in stops) for t in SPECIAL_TOKENS)
+    assert allowed.sum() > VOCAB - 120 and not allowed[VOCAB : VOCAB + 40].any()
+
+
+def test_a_stop_id_is_allowed_where_the_grammar_may_end(matchers):
+    (letter,) = TOKENIZER.encode("a")
+    matcher = matchers.matcher(Grammar.regex("b{1,2}"), [5], [letter])
+    assert not bits(matcher.allowed())[letter]
+    matcher.accept(TOKENIZER.encode("b")[0])
+    allowed = bits(matcher.allowed())
+    assert allowed[letter] and not allowed[TOKENIZER.stop_ids[0]]
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_a_mask_takes_away_what_it_does_not_allow(data):
+    vocab = data.draw(st.sampled_from([1, 31, 32, 33, 100]))
+    logits = np.linspace(-3, 3, 2 * vocab, dtype=np.float32).reshape(2, vocab)
+    masks = np.full((2, num_words(vocab)), EVERYTHING)
+    words = data.draw(st.lists(st.integers(0, 2**32 - 1), min_size=masks.shape[1]))
+    masks[1] = words[: masks.shape[1]]
+    found = np.asarray(masked(jnp.asarray(logits), jnp.asarray(masks)))
+    assert np.array_equal(found[0], logits[0])
+    kept = bits(masks[1])[:vocab]
+    assert np.array_equal(found[1], np.where(kept, logits[1], -np.inf))
