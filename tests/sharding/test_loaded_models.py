@@ -56,6 +56,30 @@ def test_a_step_moves_no_weights(folder, alone, shape):
     assert sum(sent) < largest / 4, sent
 
 
+@pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
+def test_requests_move_between_the_parts_of_a_mesh(folder, alone, shape):
+    """Put out while they decode, they come back into any part; prefixes are of one part each."""
+    model = v4jax.load(folder, v4jax.plain(), mesh=make_mesh(**shape))
+    engine = Engine(model, chunks=(256,), host_bytes=1 << 30)
+    scheduler = engine._scheduler
+    requests = [engine.submit(prompt, GREEDY, stop_ids=[]) for prompt in PROMPTS * 6]
+    for step in range(200):
+        engine.step()
+        decoding = [r for r in scheduler.in_slot if r is not None and r.tokens]
+        if step % 2 == 0 and decoding:
+            scheduler._make_room(decoding[-1], {})
+        if not engine.has_work:
+            break
+    assert engine.stats().preemptions > 3
+    for request, expected in zip(requests, alone[0] * 6, strict=True):
+        assert tuple(request.tokens) == expected.tokens
+    while any(scheduler.prefixes.evict(part) for part in range(scheduler.parts)):
+        pass
+    again = engine.submit(PROMPTS[0], GREEDY, stop_ids=[])
+    engine.run_until_idle()
+    assert again.cached_tokens == 128 and tuple(again.tokens) == alone[0][0].tokens
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_model_on_a_mesh_is_called_as_any_other(folder, alone, shape):
     model = v4jax.load(folder, v4jax.plain(), mesh=make_mesh(**shape))

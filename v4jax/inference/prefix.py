@@ -150,6 +150,9 @@ class Prefixes:
     def add(self, part: int, digest: bytes, prefix: Prefix) -> None:
         """Keeps a prefix, holding its pages; lets go of the oldest if there are too many."""
         self._ledger.hold(part, prefix.pages)
+        same = self._kept.pop((part, digest, prefix.wide), None)
+        if same is not None:
+            self._ledger.release(part, same.pages)
         self._kept[part, digest, prefix.wide] = prefix
         while len(self._kept) > self._most:
             self._drop(next(iter(self._kept)))

@@ -231,20 +231,21 @@ class Scheduler:
             self.waiting.pop(0)
 
     def _place_for(self, request: Request) -> tuple[int, Prefix | None] | None:
-        """A free slot, best in the part that has the longest prefix of it."""
-        free: dict[int, int] = {}  # by part
+        """A free slot, in the part that has the longest prefix of it, or else the most free slots."""
+        free: dict[int, list[int]] = {}  # by part
         for slot, other in enumerate(self.in_slot):
             if other is None:
-                free.setdefault(self._part(slot), slot)
+                free.setdefault(self._part(slot), []).append(slot)
         if not free:
             return None
+        emptiest = max(free.values(), key=len)
+        best: tuple[int, Prefix | None] = emptiest[0], None
         if request._held is not None:
-            return next(iter(free.values())), None
-        best: tuple[int, Prefix | None] = next(iter(free.values())), None
-        for part, slot in free.items():
+            return best
+        for part, slots in free.items():
             prefix = self.find_prefix(part, request)
             if prefix and (best[1] is None or prefix.length > best[1].length):
-                best = slot, prefix
+                best = slots[0], prefix
         return best
 
     def find_prefix(self, part: int, request: Request) -> Prefix | None:
@@ -255,14 +256,22 @@ class Scheduler:
         if stored is None:
             return found
         digest = request._digests[stored.length // PIECE - 1]
-        return self.bring_back(part, digest, stored) or found
+        back = self.bring_back(part, digest, stored)  # which may have let go of the other
+        return back or self.prefixes.find(part, request._digests, request._wide)
 
     def store(self, part: int, prefix: Prefix) -> Stored:
         """A copy of a part's prefix in host memory."""
         tables, slot = self._tables_of_pages(part, prefix.pages, prefix.length)
         pages = self.run.read_pages(self.slots, tables, slot)
-        own = jax.tree.map(lambda x: x[part : part + 1], self.run.fetch((prefix.state, pages)))
-        return Stored(prefix.length, prefix.wide, *own)
+        return Stored(prefix.length, prefix.wide, *self._own(part, (prefix.state, pages)))
+
+    def _own(self, part: int, arrays):
+        """A part's rows of arrays [G, ...], in host memory: [1, ...]."""
+        return jax.tree.map(lambda x: x[part : part + 1], self.run.fetch(arrays))
+
+    def _for_all(self, arrays):
+        """The inverse, for steps that take the row of whichever part they write to."""
+        return jax.tree.map(lambda x: np.repeat(x, self.parts, axis=0), arrays)
 
     def shapes_of_stored(self) -> tuple[Any, Any]:
         """State and pages as a `Stored` has them, whatever the arrays hold."""
@@ -278,9 +287,7 @@ class Scheduler:
         if pages is None:
             return None
         tables, slot = self._tables_of_pages(part, pages, stored.length)
-        state, content = jax.tree.map(
-            lambda x: np.repeat(x, self.parts, axis=0), (stored.state, stored.pages)
-        )
+        state, content = self._for_all((stored.state, stored.pages))
         self.slots = self.run.write_pages(self.slots, tables, slot, content)
         prefix = Prefix(stored.length, stored.wide, pages, state)
         self.prefixes.add(part, digest, prefix)
@@ -304,7 +311,8 @@ class Scheduler:
             tokens = len(request.prompt) + len(request.tokens)
             if not self._reserve(request, self._needed(request, tokens + self._steps_per_call)):
                 return False
-            width, rows, pages = request._held
+            width, *held = request._held
+            rows, pages = self._for_all(held)
             tables = self._tables_of_width(width)
             self.slots = self.run.write_pages(self.slots, tables, slot, pages)
             self.slots = self.run.put_rows(self.slots, slot, rows)
@@ -432,7 +440,7 @@ class Scheduler:
             slot = self._one_each([last._slot])
             pages = self.run.read_pages(self.slots, self._tables_of_width(width), slot)
             rows = self.run.take_rows(self.slots, slot)
-            last._held = width, *self.run.fetch((rows, pages))
+            last._held = width, *self._own(part, (rows, pages))
             self._cancelled[last._slot] = True  # the device decodes it no further
         else:  # its prompt is fed again, to the same bits
             self.prompt_tokens -= len(last.prompt)
