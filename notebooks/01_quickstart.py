@@ -101,6 +101,33 @@ dense = len(model.cfg.layers) * 2 * model.cfg.num_heads * model.cfg.head_dim * 4
 print(f"{growth:.0f} bytes per token of context; keys and values of every head: {dense}")
 
 # %% [markdown]
+# ## Many requests
+#
+# An engine has a few slots. Requests wait, enter one as soon as it is free, and leave it when they have
+# ended. What a prompt shares with an earlier one is not computed again. Each gets the tokens that it would
+# get alone.
+
+# %%
+story = "It was a truth universally acknowledged, " * 30
+served = v4jax.Engine(model, tokenizer, slots=4, steps_per_call=4)
+requests = [
+    served.submit(story + ending, v4jax.Sampling(seed=n, max_new_tokens=20 + 13 * n % 50))
+    for n, ending in enumerate(["Emma", "Harriet", "Mr. Knightley", "Jane"] * 3)
+]
+slots = []
+while served.has_work:
+    served.step()
+    slots.append([-1 if r is None else r.number for r in served._scheduler.in_slot])
+stats = served.stats()
+print(f"{stats.cached_tokens} of {stats.prompt_tokens} tokens of prompts were there already")
+
+shown = np.ma.masked_less(np.array(slots).T, 0)
+figure, axis = plt.subplots(figsize=(10, 1.8))
+axis.imshow(shown, aspect="auto", cmap="tab20", interpolation="nearest")
+axis.set(xlabel="step", ylabel="slot", yticks=range(4), title="which request is in which slot")
+figure.tight_layout()
+
+# %% [markdown]
 # ## What a query sees
 #
 # `model.inspect` returns what every layer did with a text. Below: the last token of a long passage, in
