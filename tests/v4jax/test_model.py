@@ -132,7 +132,7 @@ def test_cache_is_updated_in_place(model):
     compiled = step.func.lower(*step.args, token, counts, cache).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == cache.nbytes
 
-    entries = cache.layers[1].entries
+    entries = cache.pools[1].entries
     step(token, counts, cache)
     assert entries.is_deleted()
 
@@ -158,13 +158,15 @@ def test_capacity_is_checked(model, capacity):
 
 def test_entries_past_the_capacity_are_dropped_under_jit(model, tokens):
     """Where lengths are not known, nothing is overwritten either: old entries stay."""
-    cache = model.init_cache(2, 128)
+    cache = model.init_cache(2, 512)  # one page of CSA rows
     _, cache = extend(model)(tokens[:, :128], jnp.full(2, 128, jnp.int32), cache)
-    entries = np.asarray(cache.layers[1].entries)
+    entries = np.asarray(cache.layers[1].entries.contiguous())
+    assert entries[:, :32].any(axis=-1).all()
+    cache = dataclasses.replace(cache, lengths=jnp.full(2, 512, jnp.int32))
 
     _, cache = extend(model)(tokens[:, 128:256], jnp.full(2, 128, jnp.int32), cache)
 
-    np.testing.assert_array_equal(entries, cache.layers[1].entries)
+    np.testing.assert_array_equal(entries, cache.layers[1].entries.contiguous())
 
 
 def test_stage_plans_of_the_released_models():

@@ -64,8 +64,8 @@ def test_a_packed_cache_holds_other_ratios():
     tokens = np.random.default_rng(0).integers(2, 256, (1, 140)).astype(np.int32)
     found = []
     for form in ("packed", "float"):
-        cache = model.init_cache(1, 256, form)
+        cache = model.init_cache(1, 2048, form)
         logits, cache = extend(model)(tokens, jnp.full(1, 140, jnp.int32), cache)
-        assert cache.layers[0].entries.shape[1] == 256 // 8
+        assert cache.layers[0].entries.shape[1] == 2048 // 8
         found.append(np.asarray(logits))
     np.testing.assert_array_equal(*found)

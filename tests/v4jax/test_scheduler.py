@@ -310,8 +310,10 @@ def test_tokens_for_asyncio(model, alone):
     async def until_the_end():
         return [token async for token in engine.async_tokens(running)]
 
-    threading.Timer(0.3, engine.stop).start()
+    end = threading.Timer(0.3, engine.stop)
+    end.start()
     assert asyncio.run(until_the_end()) == running.tokens
+    end.join()
     assert running.finish_reason == "cancelled"
     waits = engine.submit(PROMPTS[0], SAMPLINGS[0], stop_ids=[])
 
