@@ -27,7 +27,7 @@ def model(monkeypatch):
         cfg = v4jax.nano()
         says, asked, error = "Yes.", [], None
 
-        def stream(self, prompts, *_):
+        def stream(self, prompts, *_, **__):
             if self.error:
                 raise self.error
             self.asked.append(tokenizer.decode(prompts[0], keep_special=True))

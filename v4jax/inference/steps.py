@@ -207,10 +207,9 @@ def _decode_step(parts: "_Parts") -> Callable:
     rows = rules.spec("batch")
 
     def on_device(leaves, slots, tables, count, cancelled, allowed):
-        model = parts.merged(leaves)
         slots = dataclasses.replace(slots, done=slots.done | cancelled)
         shape = (slots.done.shape[0], MOST_STEPS)
-        top = min(TOP, model.cfg.vocab_size)
+        top = min(TOP, slots.logits.shape[1])
         output = Output(
             jnp.full(shape, NO_TOKEN, jnp.int32),
             jnp.zeros(shape, jnp.float32),
@@ -225,7 +224,9 @@ def _decode_step(parts: "_Parts") -> Callable:
 
         def body(state):
             step, slots, output = state
-            new, slots = _decode_one(model, slots, tables, allowed)
+            # In the loop, or XLA keeps what it makes of every layer's weights all the while.
+            step, here = jax.lax.optimization_barrier((step, leaves))
+            new, slots = _decode_one(parts.merged(here), slots, tables, allowed)
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
             return step + 1, slots, jax.tree.map(put, output, new)
 

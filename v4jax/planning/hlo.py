@@ -197,7 +197,8 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     condition = re.search(r" while\(.* condition=%?([\w.\-]+)", line)
     lines = bodies.get(condition[1], []) if condition else []
     bounds = [match[1] for text in lines if (match := _BOUND.search(text))]
-    return int(bounds[0]) if len(bounds) == 1 else 1
+    # A comparison with 0 is not one of a counter: the loop runs while something is left to do.
+    return int(bounds[0]) or 1 if len(bounds) == 1 else 1
 
 
 def _group_size(line: str) -> int:
