@@ -169,13 +169,13 @@ def test_a_special_token_that_is_cut_up_is_found(tokenizer):
 
 
 def test_a_changed_logit_of_prefill_is_found(checks, monkeypatch):
-    prefill = checks.engine.prefill
+    feed = checks.feeder.feed
 
-    def other(*args):
-        cache, logits = prefill(*args)
+    def other(*args, **options):
+        cache, logits = feed(*args, **options)
         return cache, logits.at[0, 17].add(0.1)
 
-    monkeypatch.setattr(checks.engine, "prefill", other)
+    monkeypatch.setattr(checks.feeder, "feed", other)
     finding = run_check("prefill", checks.prefill).finding
 
     assert finding.result == FAIL
@@ -185,13 +185,13 @@ def test_a_changed_logit_of_prefill_is_found(checks, monkeypatch):
 
 @pytest.mark.parametrize("amount", [0.1, 100.0, math.nan])
 def test_a_changed_logit_of_the_decoding_step_is_found(checks, monkeypatch, amount):
-    step = checks.engine.step
+    feed = checks.feeder.feed
 
-    def other(slots):
-        tokens, slots = step(slots)
-        return tokens, dataclasses.replace(slots, logits=slots.logits.at[0, 17].add(amount))
+    def other(prompts, cache, *, chunk):
+        cache, logits = feed(prompts, cache, chunk=chunk)
+        return cache, logits.at[0, 17].add(amount) if chunk == 1 else logits
 
-    monkeypatch.setattr(checks.engine, "step", other)
+    monkeypatch.setattr(checks.feeder, "feed", other)
     finding = checks.decode()
 
     assert finding.result == FAIL
@@ -201,13 +201,14 @@ def test_a_changed_logit_of_the_decoding_step_is_found(checks, monkeypatch, amou
 
 def test_a_step_that_forgets_is_found(checks, monkeypatch):
     """A cache that is one token short: the layers look at the wrong rows."""
-    step = checks.engine.step
+    feed = checks.feeder.feed
 
-    def other(slots):
-        cache = dataclasses.replace(slots.cache, lengths=slots.cache.lengths - 1)
-        return step(dataclasses.replace(slots, cache=cache))
+    def other(prompts, cache, *, chunk):
+        if chunk == 1:
+            cache = dataclasses.replace(cache, lengths=cache.lengths - 1)
+        return feed(prompts, cache, chunk=chunk)
 
-    monkeypatch.setattr(checks.engine, "step", other)
+    monkeypatch.setattr(checks.feeder, "feed", other)
 
     assert checks.decode().result == FAIL
 
