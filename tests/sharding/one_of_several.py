@@ -56,7 +56,7 @@ def main() -> None:
         saver.close()
         result["restored"], result["step"] = _loss(trainer, restored, stream), step
 
-        engine = Engine(checkpoint.load(CHECKPOINT), chunks=(16,))
+        engine = Engine(checkpoint.load(CHECKPOINT), chunks=(128,))
         greedy = Sampling(temperature=0, max_new_tokens=5)
         completions = engine.generate([[5, 6, 7] * 9, [8] * 12], greedy, stop_ids=(0,))
         result["tokens"] = [list(c.tokens) for c in completions]
