@@ -224,8 +224,10 @@ def _decode_step(parts: "_Parts") -> Callable:
 
         def body(state):
             step, slots, output = state
-            # In the loop, or XLA keeps what it makes of every layer's weights all the while.
-            step, here = jax.lax.optimization_barrier((step, leaves))
+            here = leaves
+            if target_platform() == "tpu":
+                # In the loop, or XLA keeps what it makes of every layer's weights all the while.
+                step, here = jax.lax.optimization_barrier((step, leaves))
             new, slots = _decode_one(parts.merged(here), slots, tables, allowed)
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
             return step + 1, slots, jax.tree.map(put, output, new)
