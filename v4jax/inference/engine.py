@@ -24,11 +24,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.formats.pages import PAGE
 from sharding import DECODE, PREFILL
 from v4jax.inference import prefix_files
 from v4jax.inference.grammar import Grammar, GrammarError, Matchers
@@ -46,12 +44,11 @@ from v4jax.inference.steps import (
     empty_slots,
     prefill_step,
     slot_steps,
-    with_pools,
 )
-from v4jax.nn.cache import CacheFormat, pool_pages
+from v4jax.nn.cache import Cache, CacheFormat, empty_cache, pool_pages
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.model import Transformer
-from v4jax.nn.placement import check_mesh, mesh_of, num_batch_parts, on_mesh, require_placed
+from v4jax.nn.placement import by_row, check_mesh, mesh_of, num_batch_parts, on_mesh, require_placed
 from v4jax.text.parse import parse_partial_completion
 from v4jax.text.prompt import with_bos
 from v4jax.text.tokenizer import Tokenizer
@@ -156,6 +153,7 @@ class Engine:
         self.chunks = tuple(sorted(chunks))
         self._check(slots, cache_tokens, steps_per_call)
         self._mesh, self._format, self._queue = mesh_of(model), cache, queue
+        self._rows = by_row(self._mesh, DECODE)  # where arrays [S, ...] lie
         self._numerics = model.numerics
         with self._on_mesh():
             check_mesh(model.cfg, DECODE)
@@ -173,7 +171,7 @@ class Engine:
         pages = pool_pages(self.cfg, self._cache_tokens, self._sequences)
         with self._on_mesh():
             empty = functools.partial(empty_slots, model, slots, pages, cache)
-            made = jax.jit(empty, out_shardings=self._by_row())()
+            made = jax.jit(empty, out_shardings=self._rows)()
         ledger = Ledger(pages, parts)
         self._scheduler = Scheduler(
             self._programs(),
@@ -226,7 +224,7 @@ class Engine:
 
         def placed(array: np.ndarray) -> jax.Array:
             # A copy: on a CPU jax may read the array itself, which the scheduler goes on to change.
-            return jax.device_put(np.array(array), self._by_row())
+            return jax.device_put(np.array(array), self._rows)
 
         steps, is_one = self._slot_steps, jax.process_count() == 1
         return Programs(
@@ -335,7 +333,7 @@ class Engine:
             while self._inbox:
                 request = self._inbox.popleft()
                 self._scheduler.add(request)
-                self._make_room(request)
+                self._grow_for(request._most)
             events = self._scheduler.step()
             self._turn.notify_all()
         for request in events:
@@ -522,8 +520,9 @@ class Engine:
         """
         self._require_own_loop()
         scheduler = self._scheduler
-        like = scheduler.shapes_of_stored()
-        stored, digest = prefix_files.read(path, like, self._model_digest())
+        cache = scheduler.slots.cache
+        tree = jax.tree.structure((cache.states, cache.pools))
+        stored, digest = prefix_files.read(path, tree, self._model_digest())
         self._grow_for(stored.length)
         for part in range(scheduler.parts):
             if scheduler.bring_back(part, digest, stored) is None:
@@ -536,32 +535,31 @@ class Engine:
                 "prefixes are saved and loaded in one process, before start() or after stop()."
             )
 
-    @functools.cached_property
-    def _described(self) -> str:
-        return f"{self.cfg} {self._numerics} {self._format} {self.chunks}"
-
     def _model_digest(self) -> str:
-        return prefix_files.model_digest(self.leaves, self._described)
+        described = f"{self.cfg} {self._numerics} {self._format} {self.chunks}"
+        return prefix_files.model_digest(self.leaves, described)
 
     def forget_prefixes(self) -> None:
         """Lets go of all kept prefixes."""
         with self._turn:
             self._scheduler.prefixes.clear()
 
-    def _make_room(self, request: Request) -> None:
-        """Larger pools, if a request needs more than there are."""
-        self._grow_for(len(request.prompt) + request.sampling.max_new_tokens)
-
     def _grow_for(self, needed: int) -> None:
+        """Larger pools, if so many tokens of one request are more than they have room for."""
         scheduler = self._scheduler
         if not self._grows or needed <= self._cache_tokens:
             return
         while self._cache_tokens < needed:
             self._cache_tokens *= 2
         pages = pool_pages(self.cfg, self._cache_tokens, self._sequences)
+        count, parts = len(scheduler.in_slot), scheduler.parts
+        shape = count, pages, dict[int, jax.Array](), self.cfg.max_length, self._format
+
+        def grown(slots: Slots) -> Slots:
+            return _filled(slots, empty_cache(self.cfg, self._numerics, *shape, parts=parts))
+
         with self._on_mesh():
-            grow = jax.jit(functools.partial(_grown, pages=pages), out_shardings=self._by_row())
-            scheduler.slots = grow(scheduler.slots)
+            scheduler.slots = jax.jit(grown, out_shardings=self._rows)(scheduler.slots)
         scheduler.ledger.grow(pages)
 
     # Prompts of one call --------------------------------------------------------------------------
@@ -745,20 +743,13 @@ class Engine:
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return on_mesh(self._mesh)
 
-    def _by_row(self) -> jax.NamedSharding | None:
-        """Where arrays [B, ...] lie; None without a mesh."""
-        return None if self._mesh is None else jax.NamedSharding(self._mesh, DECODE.spec("batch"))
 
-
-def _grown(slots: Slots, pages: dict[int, int]) -> Slots:
-    """Slots with so many pages in their pools."""
-
-    def grown(pool, ratio: int):
-        larger = pages[ratio] * PAGE
-        if isinstance(pool, jax.Array):
-            return jnp.pad(pool, [(0, 0), (0, larger - pool.shape[1]), (0, 0)])
-        lines = -(-pages[ratio] * pool.num_words // 8) * 8
-        data = jnp.pad(pool.data, [(0, 0), (0, lines - pool.data.shape[1]), (0, 0)])
-        return dataclasses.replace(pool, data=data, length=larger)
-
-    return with_pools(slots, grown)
+def _filled(slots: Slots, larger: Cache) -> Slots:
+    """Slots with what their pools hold in the larger pools of an empty cache."""
+    empty, tree = jax.tree.flatten(larger.pools)
+    held = jax.tree.leaves(slots.cache.pools)
+    filled = [
+        jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim) for new, old in zip(empty, held)
+    ]
+    cache = dataclasses.replace(slots.cache, pools=jax.tree.unflatten(tree, filled))
+    return dataclasses.replace(slots, cache=cache)

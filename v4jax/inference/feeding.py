@@ -15,7 +15,7 @@ from sharding import DECODE
 from v4jax.inference.steps import chunk_step
 from v4jax.nn.cache import Cache, CacheFormat
 from v4jax.nn.model import Transformer
-from v4jax.nn.placement import mesh_of, on_mesh
+from v4jax.nn.placement import by_row, mesh_of, on_mesh
 
 
 class Feeder:
@@ -36,7 +36,7 @@ class Feeder:
         """An empty cache, see `v4jax.nn.cache.init_cache`."""
         with on_mesh(self._mesh):
             make = functools.partial(self._model.init_cache, batch, capacity, self._format)
-            return jax.jit(make, out_shardings=self._by_row())()
+            return jax.jit(make, out_shardings=by_row(self._mesh, DECODE))()
 
     def feed(
         self, prompts: Sequence[Sequence[int]], cache: Cache, *, chunk: int = 1024
@@ -53,7 +53,7 @@ class Feeder:
         cache.require_room(lengths)
         with on_mesh(self._mesh):
             shape = (len(prompts), self._model.cfg.vocab_size)
-            logits = jnp.zeros(shape, jnp.float32, device=self._by_row())
+            logits = jnp.zeros(shape, jnp.float32, device=by_row(self._mesh, DECODE))
             for start in range(0, int(lengths.max()), chunk):
                 tokens = np.zeros((len(prompts), chunk), np.int32)
                 for row, prompt in zip(tokens, prompts):
@@ -62,6 +62,3 @@ class Feeder:
                 counts = np.clip(lengths - start, 0, chunk).astype(np.int32)
                 cache, logits = self._chunk(self.leaves, tokens, counts, cache, logits)
         return cache, logits
-
-    def _by_row(self) -> jax.NamedSharding | None:
-        return None if self._mesh is None else jax.NamedSharding(self._mesh, DECODE.spec("batch"))

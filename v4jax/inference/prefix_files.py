@@ -54,11 +54,11 @@ def write(path: str | os.PathLike, stored: Stored, digest: bytes, model: str) ->
     os.replace(temporary, path)
 
 
-def read(path: str | os.PathLike, like: tuple[Any, Any], model: str) -> tuple[Stored, bytes]:
+def read(path: str | os.PathLike, tree: Any, model: str) -> tuple[Stored, bytes]:
     """A prefix and the digest of its tokens.
 
     Args:
-      like: state and pages of the shapes that the engine has.
+      tree: structure of (state, pages) as the engine has them.
 
     Raises:
       OSError: it cannot be read.
@@ -78,8 +78,7 @@ def read(path: str | os.PathLike, like: tuple[Any, Any], model: str) -> tuple[St
             f"{path} was saved by an engine with another model, numerics or cache format: its rows "
             "mean nothing to this one."
         )
-    shapes, tree = jax.tree.flatten(like)
-    if len(leaves) != len(shapes):
-        raise ValueError(f"{path} has {len(leaves)} arrays: expected {len(shapes)}.")
+    if len(leaves) != tree.num_leaves:
+        raise ValueError(f"{path} has {len(leaves)} arrays: expected {tree.num_leaves}.")
     state, pages = jax.tree.unflatten(tree, leaves)
     return Stored(length, wide, state, pages), digest

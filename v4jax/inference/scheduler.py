@@ -192,11 +192,14 @@ class Scheduler:
 
     def _tables_for(self, requests: Sequence[Request], tokens: Callable[[Request], int]) -> Tables:
         """Tables that are wide enough, on the devices."""
-        longest = max(map(tokens, requests))
-        width = next(width for width in self._widths if width >= longest)
+        width = self._width(max(map(tokens, requests)))
         if width not in self._placed:
             self._placed[width] = self._tables_of_width(width)
         return self._placed[width]
+
+    def _width(self, tokens: int) -> int:
+        """The smallest width of tables that has room for so many."""
+        return next(width for width in self._widths if width >= tokens)
 
     def _tables_of_width(self, width: int) -> Tables:
         return {
@@ -273,13 +276,6 @@ class Scheduler:
         """The inverse, for steps that take the row of whichever part they write to."""
         return jax.tree.map(lambda x: np.repeat(x, self.parts, axis=0), arrays)
 
-    def shapes_of_stored(self) -> tuple[Any, Any]:
-        """State and pages as a `Stored` has them, whatever the arrays hold."""
-        slot = self._one_each([0])
-        tables, _ = self._tables_of_pages(0, {ratio: [] for ratio in self.ledger.pages}, 1)
-        pages = self.run.read_pages(self.slots, tables, slot)
-        return self.run.snapshot(self.slots, slot), pages
-
     def bring_back(self, part: int, digest: bytes, stored: Stored) -> Prefix | None:
         """The inverse: a prefix of a part again; None if there are no pages for it."""
         wanted = {ratio: pages_of(stored.length, ratio) for ratio in self.ledger.pages}
@@ -296,7 +292,7 @@ class Scheduler:
 
     def _tables_of_pages(self, part: int, pages, length: int) -> tuple[Tables, np.ndarray]:
         """Tables with these pages in the first slot of a part, and that slot."""
-        width = next(width for width in self._widths if width >= length)
+        width = self._width(length)
         slot, tables = part * self._per_part, {}
         for ratio, numbers in pages.items():
             table = np.zeros((len(self.in_slot), pages_of(width, ratio)), np.int32)
@@ -436,7 +432,7 @@ class Scheduler:
             if last.is_ended:
                 return
             tokens = len(last.prompt) + len(last.tokens)
-            width = next(width for width in self._widths if width >= tokens)
+            width = self._width(tokens)
             slot = self._one_each([last._slot])
             pages = self.run.read_pages(self.slots, self._tables_of_width(width), slot)
             rows = self.run.take_rows(self.slots, slot)
@@ -518,9 +514,8 @@ class Scheduler:
             [request.prompt],
             self.slots.requests.stop_ids.shape[1],
         )
-        if self.parts > 1:
-            rows = jax.tree.map(lambda x: np.repeat(x, self.parts, axis=0), rows)
-        self.slots = self.run.start(self.slots, self._one_each([request._slot]), rows)
+        slot = self._one_each([request._slot])
+        self.slots = self.run.start(self.slots, slot, self._for_all(rows))
         self._cancelled[request._slot] = False
         request._stage, request._calls = Stage.DECODING, 0
 

@@ -353,58 +353,49 @@ def _copy_pages(slots: Slots, source: Tables, target: Tables) -> Slots:
         content = Pages(pool, source[ratio][:, None]).contiguous()
         return Pages(pool, target[ratio][:, None]).replaced(content)
 
-    return with_pools(slots, copy)
+    return _holding(slots, _of_pools(slots, copy))
 
 
 def _take_rows(slots: Slots, slot: jax.Array) -> Slots:
     """A slot's row of every array, without pages."""
-    rows = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=()))
-    return jax.tree.map(_row(slot)[0], rows)
+    return jax.tree.map(_row(slot)[0], _holding(slots, ()))
 
 
 def _put_rows(slots: Slots, slot: jax.Array, rows: Slots) -> Slots:
     """The inverse, into any slot."""
-    pools = slots.cache.pools
-    kept = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=()))
-    new = jax.tree.map(_row(slot)[1], kept, rows)
-    return dataclasses.replace(new, cache=dataclasses.replace(new.cache, pools=pools))
+    new = jax.tree.map(_row(slot)[1], _holding(slots, ()), rows)
+    return _holding(new, slots.cache.pools)
 
 
-def _read_pages(slots: Slots, tables: Tables, slot: jax.Array):
+def _read_pages(slots: Slots, tables: Tables, slot: jax.Array) -> tuple:
     """What is in the pages of a slot's tables, layer by layer."""
     pick, _ = _row(slot)
-    return [
-        jax.tree.map(
-            lambda pool, r=ratio: Pages(pool, pick(tables[r])).contiguous(), pools, is_leaf=_is_rows
-        )
-        for pools, ratio in zip(slots.cache.pools, slots.cache.ratios, strict=True)
-    ]
+    return _of_pools(slots, lambda pool, ratio: Pages(pool, pick(tables[ratio])).contiguous())
 
 
-def _write_pages(slots: Slots, tables: Tables, slot: jax.Array, pages) -> Slots:
+def _write_pages(slots: Slots, tables: Tables, slot: jax.Array, pages: tuple) -> Slots:
     """The inverse, into the pages of any slot's tables; page 0 keeps what it has."""
     pick, _ = _row(slot)
     tables = {ratio: jnp.where(slot[0] >= 0, pick(table), 0) for ratio, table in tables.items()}
-    pools = tuple(
-        jax.tree.map(
-            lambda pool, new, r=ratio: Pages(pool, tables[r]).replaced(new),
-            pools,
-            content,
-            is_leaf=_is_rows,
-        )
-        for pools, content, ratio in zip(slots.cache.pools, pages, slots.cache.ratios, strict=True)
-    )
-    return dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=pools))
+
+    def write(pool, ratio, content):
+        return Pages(pool, tables[ratio]).replaced(content)
+
+    return _holding(slots, _of_pools(slots, write, pages))
 
 
-def with_pools(slots: Slots, change: Callable) -> Slots:
-    """Slots with pools `change(pool, ratio)` in place of theirs."""
+def _of_pools(slots: Slots, fn: Callable, *others: tuple) -> tuple:
+    """`fn(pool, ratio, *parts of others)` of every pool, layer by layer."""
     cache = slots.cache
-    pools = tuple(
-        jax.tree.map(lambda pool, r=ratio: change(pool, r), pools, is_leaf=_is_rows)
-        for pools, ratio in zip(cache.pools, cache.ratios, strict=True)
+    return tuple(
+        jax.tree.map(lambda pool, *x, r=ratio: fn(pool, r, *x), *layer, is_leaf=_is_rows)
+        for ratio, *layer in zip(cache.ratios, cache.pools, *others, strict=True)
     )
-    return dataclasses.replace(slots, cache=dataclasses.replace(cache, pools=pools))
+
+
+def _holding(slots: Slots, pools: tuple) -> Slots:
+    """These slots with other pools."""
+    return dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, pools=pools))
 
 
 def _is_rows(x) -> bool:

@@ -80,6 +80,11 @@ def on_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def by_row(mesh: jax.sharding.Mesh | None, rules: AxisRules) -> jax.NamedSharding | None:
+    """Where arrays lie that have a row a sequence; None on one device."""
+    return None if mesh is None else jax.NamedSharding(mesh, rules.spec("batch"))
+
+
 def require_placed(state, rules: AxisRules) -> None:
     """Refuses variables that lie otherwise than a step under `rules` reads them on the ambient mesh.
 
