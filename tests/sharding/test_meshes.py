@@ -154,7 +154,7 @@ PROMPTS = [np.random.default_rng(n).integers(2, 256, n).tolist() for n in (150, 
 
 def _serve():
     model = random_model(tiny(), rules=DECODE, seed=1)
-    engine = Engine(model, chunks=(136,))
+    engine = Engine(model, chunks=(128,))
     greedy = Sampling(temperature=0, max_new_tokens=8)
     completions = engine.generate(PROMPTS, greedy, stop_ids=(0,))
     return completions, Scorer(model).logits(TOKENS[:, :LENGTH])
