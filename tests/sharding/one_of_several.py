@@ -30,6 +30,24 @@ def _loss(trainer: TrainStep, state, stream: TokenStream) -> float:
     return float(trainer.loss(state, trainer.batch(stream, STEPS, BATCH)))
 
 
+def _led(engine: Engine) -> list:
+    """Requests that come while others run, one of which is cancelled: tokens and ends."""
+    if COUNT > 1:
+        engine.lead()
+    drawn = Sampling(max_new_tokens=7, seed=3, logit_bias={9: 2.0})
+    requests = [engine.submit([5, 6, 7] * 9, drawn, stop_ids=(0,))]
+    for _ in range(3):
+        engine.step()
+    requests += [engine.submit([8] * n, drawn, stop_ids=(0,), priority=n) for n in (12, 140)]
+    endless = engine.submit([4], Sampling(max_new_tokens=500), stop_ids=())
+    while len(endless.tokens) < 2:
+        engine.step()
+    endless.cancel()
+    engine.run_until_idle()
+    engine.end()
+    return [[r.tokens, r.finish_reason] for r in requests] + [endless.finish_reason]
+
+
 def main() -> None:
     if COUNT > 1:
         jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, NUMBER)
@@ -56,10 +74,16 @@ def main() -> None:
         saver.close()
         result["restored"], result["step"] = _loss(trainer, restored, stream), step
 
-        engine = Engine(checkpoint.load(CHECKPOINT), chunks=(128,))
+        engine_model = checkpoint.load(CHECKPOINT)
+        engine = Engine(engine_model, chunks=(128,))
         greedy = Sampling(temperature=0, max_new_tokens=5)
         completions = engine.generate([[5, 6, 7] * 9, [8] * 12], greedy, stop_ids=(0,))
         result["tokens"] = [list(c.tokens) for c in completions]
+        engine = Engine(engine_model, chunks=(128,))
+        if NUMBER:
+            engine.follow()
+        else:
+            result["led"] = _led(engine)
     (FOLDER / f"{NUMBER}.json").write_text(json.dumps(result))
 
 

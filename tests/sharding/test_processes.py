@@ -69,5 +69,6 @@ def test_several_processes_compute_what_one_does(folder, tmp_path):
         assert result["step"] == alone["step"]
         assert result["restored"] == result["after"]
         assert result["tokens"] == alone["tokens"]
+        assert result.get("led", alone["led"]) == alone["led"]  # process 0 has it
         for name in ("trained", "after"):
             np.testing.assert_allclose(result[name], alone[name], rtol=1e-5)

@@ -7,6 +7,12 @@ It answers at /v1/chat/completions and /v1/completions, says how it is at /healt
 shows the page at /. docs/serving.md lists the fields. With an API key (--api-key, or better the
 environment variable V4JAX_API_KEY) everything under /v1 asks for it. SIGTERM and Ctrl-C let requests
 finish for --grace seconds.
+
+On several hosts the same command runs on each, with one mesh over all their devices (docs/tpu_pod.md):
+
+    v4jax serve --checkpoint DIR --distributed --mesh expert=32
+
+Process 0 listens, and the others do its steps until it ends.
 """
 
 import os
@@ -16,10 +22,10 @@ from v4jax import Numerics, checkpoint
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
     add_checkpoint_option,
-    add_mesh_option,
     add_numerics_options,
     command_parser,
 )
+from v4jax.cli.pod import add_pod_arguments, parse_pod_args, start_processes
 from v4jax.cli.profiling import add_profile_option, profiled
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.engine import Engine
@@ -56,10 +62,10 @@ def main() -> None:
     group.add_argument(
         "--max-new-tokens", type=int, default=32_768, help="of requests that ask for none"
     )
-    add_mesh_option(parser)
     add_numerics_options(parser)
     add_profile_option(parser)
-    args = parser.parse_args()
+    add_pod_arguments(parser, auto=True)
+    args = parse_pod_args(parser)
 
     try:
         from v4jax.inference.server import ServerSettings, bind, make_app, serve
@@ -81,7 +87,8 @@ def main() -> None:
         max_body_bytes=int(args.max_body_mb * 2**20),
         timeout=args.timeout,
     )
-    sock = bind(args.host, args.port)  # fails before the model is loaded
+    process, count = start_processes(args)
+    sock = bind(args.host, args.port) if process == 0 else None  # fails before the model is loaded
     model = load_for_serving(
         args, numerics, context=args.cache_tokens // args.slots, batch=args.slots
     )
@@ -93,12 +100,18 @@ def main() -> None:
         cache_tokens=args.cache_tokens,
         queue=args.queue,
     )
+    if sock is None:
+        engine.follow()
+        return
+    if count > 1:
+        engine.lead()
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"{'server':9} http://{shown}:{port}, model {settings.model!r}", file=sys.stderr)
     app = make_app(engine, settings)
     with profiled(engine, args.profile):
         serve(app, sock, args.grace)
+    engine.end()
 
 
 if __name__ == "__main__":

@@ -234,10 +234,15 @@ class Engine(Completions):
         stops = self._stop_ids(stop_ids)
         self._check_request(ids, sampling, stops)
         listeners = [] if listener is None else [listener]
-        matcher = None if grammar is None else self._matchers.matcher(grammar, ids, stops)
-        request = Request(next(self._numbers), ids, sampling, stops, priority, listeners)
-        request._matcher = matcher
-        self._put(request)
+        request = Request(next(self._numbers), ids, sampling, stops, priority, listeners, grammar)
+        self._put(self._prepared(request))
+        return request
+
+    def _prepared(self, request: Request) -> Request:
+        if request.grammar is not None:
+            request._matcher = self._matchers.matcher(
+                request.grammar, request.prompt, request.stop_ids
+            )
         return request
 
     def _check_request(self, ids: list[int], sampling: Sampling, stops: Sequence[int]) -> None:
@@ -363,7 +368,13 @@ class Engine(Completions):
         self._grow_for(request._most)
 
     def forget_prefixes(self) -> None:
-        """Lets go of all kept prefixes."""
+        """Lets go of all kept prefixes.
+
+        Raises:
+          ValueError: other processes follow this engine.
+        """
+        if self._channel is not None:
+            raise ValueError("prefixes of an engine that leads others cannot be forgotten.")
         with self._turn:
             self._scheduler.prefixes.clear()
 

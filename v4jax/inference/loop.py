@@ -1,12 +1,18 @@
-"""Who steps a scheduler: whoever asks for tokens, or a thread of its own. One lock, one loop."""
+"""Who steps a scheduler: whoever asks for tokens, or a thread of its own. One lock, one loop.
+
+Over several processes one of them leads: its steps are done by all (`hosts.py`).
+"""
 
 import asyncio
 import collections
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 
+import jax
+
+from v4jax.inference.hosts import Channel
 from v4jax.inference.requests import Request, SlotView
 from v4jax.inference.scheduler import Scheduler
 
@@ -30,6 +36,7 @@ class RequestLoop:
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._failure: str | None = None
+        self._channel: Channel | None = None  # to processes that follow
 
     def _put(self, request: Request) -> None:
         """Another request for the scheduler's next step. From any thread.
@@ -55,13 +62,65 @@ class RequestLoop:
         with self._turn:
             if self.before_step is not None:
                 self.before_step()
-            while self._inbox:
-                self._add(self._inbox.popleft())
-            events = self._scheduler.step()
+            new = [self._inbox.popleft() for _ in range(len(self._inbox))]
+            unwanted = [r.number for r in (*new, *self._in_scheduler()) if r._is_unwanted]
+            if self._channel is not None:
+                self._channel.send(new, unwanted)
+            events = self._step(new, unwanted)
+            if self._channel is not None:
+                self._channel.add(events)
             self._turn.notify_all()
         for request in events:
             request._tell()
         return events
+
+    def _step(self, new: Sequence[Request], unwanted: Collection[int]) -> list[Request]:
+        """A turn that begins with these requests and without those."""
+        for request in new:
+            self._add(request)
+        for request in self._in_scheduler():
+            if request.number in unwanted:
+                request._is_cancelled = True
+        return self._scheduler.step()
+
+    def lead(self) -> None:
+        """Makes every step of this engine one of all processes, the others of which `follow`.
+
+        Raises:
+          ValueError: this is not process 0 of several, or the engine has begun.
+        """
+        if jax.process_count() == 1 or jax.process_index() != 0:
+            raise ValueError(
+                f"process {jax.process_index()} of {jax.process_count()} cannot lead: expected process "
+                "0 of several, and follow() on the others."
+            )
+        if self._channel is not None or self.has_work or self._scheduler.steps:
+            raise ValueError("this engine has begun: call lead() before the first request.")
+        self._channel = Channel()
+
+    def end(self) -> None:
+        """Lets the followers go. After `stop`, if the engine ran in a thread."""
+        if self._channel is not None:
+            self._channel.send((), (), is_end=True)
+            self._channel = None
+
+    def follow(self) -> None:
+        """Does the steps of process 0's engine, until that has called `end`.
+
+        Raises:
+          ValueError: this is process 0, or the only one.
+          ProcessesDifferError: this process has read other tokens than process 0.
+        """
+        if jax.process_index() == 0:
+            raise ValueError("process 0 has nobody to follow: it leads, see lead().")
+        channel = Channel()
+        while not (message := channel.receive()).is_end:
+            with self._turn:
+                channel.add(self._step([*map(self._prepared, message.new)], message.cancelled))
+
+    def _prepared(self, request: Request) -> Request:
+        """A request of another process, for this one's scheduler."""
+        return request
 
     @property
     def has_work(self) -> bool:
@@ -182,5 +241,8 @@ class RequestLoop:
             request._tell()
 
     def _all_requests(self) -> list[Request]:
+        return [*self._inbox, *self._in_scheduler()]
+
+    def _in_scheduler(self) -> list[Request]:
         running = [request for request in self._scheduler.in_slot if request is not None]
-        return [*self._inbox, *self._scheduler.waiting, *running]
+        return [*self._scheduler.waiting, *running]

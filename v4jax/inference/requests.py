@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from v4jax.inference.grammar import Matcher
+from v4jax.inference.grammar import Grammar, Matcher
 from v4jax.inference.ledger import Held
 from v4jax.inference.sampling import Sampling
 
@@ -42,6 +42,7 @@ class Request:
     stop_ids: tuple[int, ...]
     priority: int = 0  # the largest first
     listeners: list[Callable[["Request"], None]] = dataclasses.field(default_factory=list)
+    grammar: Grammar | None = None  # what the answer has to be
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
@@ -52,6 +53,7 @@ class Request:
     finished_at: float | None = None
 
     _stage: Stage = Stage.WAITING
+    _is_unwanted: bool = False  # cancelled by somebody, which the next step begins with
     _is_cancelled: bool = False
     _slot: int = -1  # none
     _fed: int = 0  # tokens of the prompt that are in the cache
@@ -75,7 +77,7 @@ class Request:
 
     def cancel(self) -> None:
         """Ends it at the next step of the engine. From any thread; nothing if it has ended."""
-        self._is_cancelled = True
+        self._is_unwanted = True
 
     def _tell(self) -> None:
         """Calls the listeners."""
