@@ -365,14 +365,14 @@ def short_turns(monkeypatch):
     monkeypatch.setattr(block_sizes, "MAX_DECODE_BLOCK", 2048)
 
 
-@pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16, PackedKeys])
+SHORT = 300, 40, (0, 127, 300, 128)  # none, a page less one, all, a page
+LONG = 9000, 200, (8192, 9000, 5, 8193)  # four blocks, five
+
+
 @pytest.mark.parametrize("implementation", ["interpret", "xla"])
 @pytest.mark.parametrize(
-    "num_entries, topk, visible",
-    [
-        (300, 40, (0, 127, 300, 128)),  # none, a page less one, all, a page
-        (9000, 200, (8192, 9000, 5, 8193)),  # four blocks, five
-    ],
+    "num_entries, topk, visible, kind",
+    [(*SHORT, jnp.float32), (*SHORT, PackedKeys), (*LONG, jnp.bfloat16), (*LONG, PackedKeys)],
 )
 def test_decoding_over_pages(num_entries, topk, visible, implementation, kind, short_turns):
     """In a table that is wider than any sequence; what is behind each sequence is no number."""

@@ -52,7 +52,7 @@ def test_a_small_decode_is_planned():
 
 
 def test_a_plan_that_stops_at_the_schedule_says_what_a_whole_one_does():
-    job = ["--model", "tiny", "--layers", "3", "--topology", "v6e:2x2", "--job", "prefill"]
+    job = ["--model", "tiny", "--layers", "2", "--topology", "v6e:2x2", "--job", "prefill"]
     job += ["--context", "512", "--batch", "4", "--mesh", "expert=4", "--json"]
     whole, scheduled = (json.loads(_plan(*job, *more).stdout) for more in ((), ("--schedule",)))
 
