@@ -20,6 +20,10 @@ from v4jax.planning.hlo import KINDS, computations, executions, scope_of
 KERNEL, XLA, COLLECTIVE, COPY_BESIDE, SCALAR, CONTROL = (
     *("kernel", "XLA", "collective", "copy beside", "scalar", "control"),
 )
+UNNAMED = "unnamed"  # as `hlo.scope_of` says it
+_NUMBERED = re.compile(
+    r"(^|/)[\w\-]+\.\d+$"
+)  # names that the compiler gave, and numbers anew each time
 _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<result>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\("
 )
@@ -125,7 +129,7 @@ def _operation(line: str, times: int, in_branch: bool) -> Operation | None:
         name=found["name"],
         opcode=opcode,
         kind=kind,
-        scope=scope_of(line),
+        scope=UNNAMED if _NUMBERED.search(scope_of(line)) else scope_of(line),
         result=result,
         times=times,
         in_branch=in_branch,

@@ -10,7 +10,7 @@ of weights. A step of all layers is their sum.
 Times are added up, as nothing that the core starts overlaps:
 
 * XLA's launches: the compiler's estimated cycles, or the static schedule of those it does not estimate.
-  Both are those of the first program, where the same is done in the same scope;
+  Both are those of the first program, where the same is done in the same scope, or elsewhere;
 * Pallas kernels: the longest of the static schedule, what the matrix units and what the memory needs
   for the FLOP and bytes that a kernel names (of routed experts: of those that are hit);
 * collectives: bytes over all links, or the hops of a message (`capacity.HOP_SECONDS`) if that is more.
@@ -235,7 +235,7 @@ class Reader:
     visited: float  # experts of a device that a step reads
     hit: float  # their share
     kernels: dict[Part, Schedule]  # by name and operands
-    cycles: dict[Part, float]  # of XLA's launches, by scope, opcode and result
+    cycles: dict[Part, float]  # of XLA's launches, by scope, opcode and result, and without scope
 
     @property
     def chip(self) -> Chip:
@@ -259,10 +259,13 @@ class Reader:
             found = base.schedules.get(one.name)
             if one.kernel is not None:
                 kernels |= {_key(one): found} if found else {}
-            elif one.cycles is not None:
-                cycles[_key(one)].append(one.cycles)
-            elif found is not None:
-                cycles[_key(one)].append(found.least_cycles)
+                continue
+            known: float | None = one.cycles
+            if known is None and found is not None:
+                known = found.least_cycles
+            if known is not None:
+                cycles[_key(one)].append(known)
+                cycles[one.opcode, one.result].append(known)
         means = {key: sum(several) / len(several) for key, several in cycles.items()}
         return Reader(place, job, hit * experts, hit, kernels, means)
 
@@ -295,7 +298,8 @@ class Reader:
         return Costs({(k,): Amount(n) for k, n in other.items() if n}, xla, kernels, sent, branches)
 
     def _xla_seconds(self, one: Operation) -> float | None:
-        cycles = self.cycles.get(_key(one)) if one.cycles is None else one.cycles
+        alike = self.cycles.get((one.opcode, one.result))
+        cycles = self.cycles.get(_key(one), alike) if one.cycles is None else one.cycles
         return None if cycles is None else cycles / self.chip.clock
 
     def _kernel_seconds(self, one: Operation) -> tuple[float, bool]:
