@@ -29,6 +29,21 @@ _INSTRUCTION = re.compile(
 )
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "domain"}
 _CONTROL = {"while", "conditional", "call"}
+# What runs on the vector unit though it makes one number: all that has an estimate then.
+_VECTOR = {
+    *(
+        "fusion",
+        "slice",
+        "broadcast",
+        "reduce",
+        "reduce-window",
+        "gather",
+        "scatter",
+        "sort",
+        "pad",
+    ),
+    *("concatenate", "dynamic-slice", "dynamic-update-slice", "custom-call", "iota", "transpose"),
+}
 _BESIDE = {"copy-start", "slice-start", "async-start"}
 _RUN = re.compile(
     r"(?:body|condition|true_computation|false_computation|to_apply)=%?([\w.\-]+)"
@@ -123,7 +138,7 @@ def _operation(line: str, times: int, in_branch: bool) -> Operation | None:
         kind = COPY_BESIDE
     elif opcode in _CONTROL:
         kind = CONTROL
-    elif cycles is None and all(math.prod(shape) == 1 for _, shape in _arrays(result)):
+    elif opcode not in _VECTOR and all(math.prod(shape) == 1 for _, shape in _arrays(result)):
         kind = SCALAR
     return Operation(
         name=found["name"],
