@@ -61,7 +61,7 @@ def _costs_as_json(costs: Costs) -> dict:
 
 
 def _overview(report: StepReport) -> str:
-    rows = [(ONCE, "", report.once)]
+    rows: list[tuple[str, int | str, Costs]] = [(ONCE, "", report.once)]
     rows += [
         (f"a {kind} layer", report.layers[kind], layer) for kind, layer in report.kinds.items()
     ]

@@ -126,12 +126,15 @@ def stream_trips(
     blocks = -(-pages // block)
     first = min(pages, block)
     second = min(pages - block, block) if blocks > 1 else first if batch > cores else 0
-    start = slice(int(block < UNROLL), 2)  # of few pages, there is no loop over more at once
-    warm = [n * cores / batch for size in (first, second) for n in divmod(size, UNROLL)[start]]
+
+    def turns(pages: int) -> list[int]:
+        several, single = divmod(pages, UNROLL)
+        return [single] if block < UNROLL else [several, single]  # few pages: no loop over several
+
+    warm = [n * cores / batch for size in (first, second) for n in turns(size)]
     waits = pages % block / blocks
     behind: Trips = ()
     if copies_behind is not None:
-        turns = divmod(pages * copies_behind, UNROLL)[start]
-        behind = tuple(n / blocks for n in turns)
+        behind = tuple(n / blocks for n in turns(pages * copies_behind))
     grid = (batch,) if batch > 1 else ()  # a grid of one step is no loop
     return (*grid, *warm, blocks, *(1 / HELD, waits, *used, *behind) * HELD)
