@@ -63,7 +63,7 @@ def _costs_as_json(costs: Costs) -> dict:
 def _overview(report: StepReport) -> str:
     rows: list[tuple[str, int | str, Costs]] = [(ONCE, "", report.once)]
     rows += [
-        (f"a {kind} layer", report.layers[kind], layer) for kind, layer in report.kinds.items()
+        (f"one {kind} layer", report.layers[kind], layer) for kind, layer in report.kinds.items()
     ]
     rows.append(("the step", sum(report.layers.values()), report.total))
     lines = [_row("", *_COLUMNS), _row(*["---"] * (len(_COLUMNS) + 1))]
