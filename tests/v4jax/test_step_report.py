@@ -28,7 +28,7 @@ KERNEL = (
 )
 # Of three layers of Flash, one of each kind, when decoding at 128k: operations, kernels, and MiB of temporary
 # memory. What was compiled on 2026-11-30 (libtpu 0.0.42) and 3 % more; lower them with what is mended.
-MOST = {"v6e:2x4": (1_698, 88, 300), "tpu7x:2x2x1": (1_815, 88, 3_364)}
+MOST = {"v6e:2x4": (1_706, 88, 207), "tpu7x:2x2x1": (1_815, 88, 3_364)}
 JOB = Job(kind="decode", context=131_072, batch=8)
 SIZES = dict(fsdp=1, expert=8, tensor=1, context=1)
 
@@ -181,7 +181,6 @@ def test_a_decode_step_has_no_more_operations_and_memory_than_it_had(topology):
     found = compile_apart(cfg, topology, JOB, SIZES, has_code=False)
 
     kinds = collections.Counter(one.kind for one in operations(found.text))
-    print(topology, sum(kinds.values()), kinds, found.temp / 2**20)
     most_operations, most_kernels, most_memory = MOST[topology]
     assert sum(kinds.values()) <= most_operations
     assert kinds["kernel"] <= most_kernels
