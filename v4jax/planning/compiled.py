@@ -29,7 +29,8 @@ class Compiled:
     text: str  # scheduled HLO
     peak: float  # bytes of memory that a device needs
     held: dict[str, float]  # `Program.held`
-    schedules: dict[str, Schedule]  # by the name of an instruction; empty without code
+    schedules: dict[str, Schedule]  # by the name of an instruction of `code`; empty without
+    code: str = ""  # HLO of the program with code, which has estimates and differs a little
 
     @property
     def temp(self) -> float:
@@ -83,12 +84,12 @@ def _compile(
         planned = program(cfg, job, make_mesh(devices=topology_devices(topology), **sizes))
         lowered = planned.lower()
         if has_code:
-            compiled = lowered.compile(COMPILER_OPTIONS)
-            text, peak = compiled.as_text() or "", peak_of(compiled)
-            found = schedules.read_all(folder)
+            compiled = lowered.compile(COMPILER_OPTIONS | _writing_to(folder))
+            text, peak = _scheduled(folder), peak_of(compiled)
+            found, code = schedules.read_all(folder), compiled.as_text() or ""
         else:
-            (text, peak), found = schedule(lowered), {}
-        pipe.send((Compiled(text, peak, planned.held, found), ""))
+            (text, peak), found, code = schedule(lowered), {}, ""
+        pipe.send((Compiled(text, peak, planned.held, found, code), ""))
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         pipe.send((None, str(error)[:2000]))
     finally:
@@ -115,7 +116,7 @@ def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
       the HLO's text, and the bytes of memory that a device needs.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        options = COMPILER_OPTIONS | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = COMPILER_OPTIONS | _writing_to(folder)
         compiling = ThreadPoolExecutor(1).submit(lowered.compile, options)
         text = ""
         reports: list[Path] = []
@@ -123,8 +124,7 @@ def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
             with contextlib.suppress(TimeoutError):
                 compiling.result(timeout=1)  # raises what the compiler does
             reports = list(Path(folder).glob("*memory-usage-report.txt"))
-            for path in Path(folder).glob("*.after_optimizations.txt"):
-                text = path.read_text()
+            text = _scheduled(folder)
         return text, memory_of_report(reports[0].read_text())
 
 
@@ -136,3 +136,14 @@ def is_whole(text: str) -> bool:
 def memory_of_report(report: str) -> float:
     """Bytes of HBM in the compiler's memory report."""
     return float(re.findall(r"Memory Space: default .*\nTotal bytes: (\d+)", report)[0])
+
+
+def _writing_to(folder: str) -> dict[str, str | bool]:
+    """Options of a compilation that writes scheduled HLO and its memory report."""
+    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+
+
+def _scheduled(folder: str) -> str:
+    """The HLO that was written there; empty if there is none yet."""
+    paths = list(Path(folder).glob("*.after_optimizations.txt"))
+    return paths[0].read_text() if paths else ""

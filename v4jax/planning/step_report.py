@@ -255,7 +255,7 @@ class Reader:
         experts = cfg.moe.num_experts / sizes["expert"]
         kernels: dict[Part, Schedule] = {}
         cycles: dict[Part, list[float]] = collections.defaultdict(list)
-        for one in operations(base.text):
+        for one in operations(base.code or base.text):
             found = base.schedules.get(one.name)
             if one.kernel is not None:
                 kernels |= {_key(one): found} if found else {}
