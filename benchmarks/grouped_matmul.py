@@ -15,13 +15,13 @@ from benchmarks.case import Case, Trips, main
 from pallas_kernels.formats.quantize import FP4_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK, QuantizedArray
 from pallas_kernels.grouped_matmul import (
     block_sizes,
-    few_rows,
     grouped_matmul,
     grouped_swiglu,
     tpu,
     vjp,
     weights,
 )
+from v4jax.planning.kernel_trips import few_rows_trips
 
 NUM_EXPERTS, LIMIT = 32, 10.0
 DIMS = {"Flash": (4096, 2048), "Pro": (7168, 3072)}  # model width, expert width
@@ -101,12 +101,8 @@ def product_trips(op: str, x, ws, chip: str, result_dtype) -> Trips:
     (num_rows, num_inputs), num_outputs = x.shape, ws[0].shape[2]
     rows = block_sizes.few_rows(num_rows, num_experts, num_inputs)
     if rows is not None:
-        sizes = few_rows.sizes_for(chip, rows, formats, num_rows)
         visits = num_experts * -(-num_rows // num_experts // rows)
-        steps = sizes.columns // sizes.step
-        tiles = (num_rows + max(rows, 8)) // 8
-        inner = (tiles / visits, *((steps,) if steps > 1 else ()), 1 / visits)
-        return {f"{op}_few_rows": (num_outputs // sizes.columns * visits, *inner)}
+        return {f"{op}_few_rows": few_rows_trips(chip, formats, num_rows, rows, visits)}
     product = tpu.Product(op, None, (result_dtype,))
     return {op: _tiled_trips(product, formats, chip, num_rows, num_outputs, 0, num_experts)}
 

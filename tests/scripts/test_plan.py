@@ -80,6 +80,25 @@ def test_a_layer_of_flash_is_planned_for_v5p():
     assert report["memory"]["temp"] < 150 * 2**20
 
 
+def test_a_step_is_reported_by_kind_of_layer():
+    job = ["--job", "decode", "--context", "512", "--batch", "4", "--step", "--json"]
+    done = _plan("--model", "tiny", "--layers", "1", "--topology", "v6e:2x2", *job)
+
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["layers"] == {"window": 1}
+    layer, once = report["kinds"]["window"], report["once"]
+    scopes = {row["part"][0] for row in layer["xla"]}
+    assert any("moe/experts" in scope for scope in scopes)
+    assert any("head" in row["part"][0] for row in once["xla"])
+    assert not any("head/" in scope for scope in scopes)
+    assert all(row["seconds"] > 0 for row in layer["kernels"])
+    assert {row["part"][0] for row in layer["sent"]} >= {"all-gather"}
+    assert layer.get("no time", 0) < 0.2 * layer["launches"]
+    assert report["total"]["seconds"] == pytest.approx(once["seconds"] + layer["seconds"])
+    assert report["total"]["seconds"] > report["bound"]["seconds"] > 0
+
+
 def test_wrong_topologies_and_meshes_are_refused_with_what_would_do():
     job = ["--model", "tiny", "--job", "decode", "--context", "512", "--batch", "4"]
     unknown = _plan(*job, "--topology", "v9:2x2")
