@@ -19,7 +19,6 @@ import numpy as np
 
 import v4jax
 from v4jax import Engine, Sampling
-from v4jax.inference.requests import Stage
 
 DECODED = 64
 
@@ -48,7 +47,7 @@ def main() -> None:
         engine.run_until_idle()
         request = engine.submit(tokens, Sampling(max_new_tokens=DECODED), stop_ids=[])
         started = time.monotonic()
-        while request._stage is not Stage.DECODING:
+        while engine.slots[0].state != "decode":
             engine.step()
         jax.block_until_ready(engine._scheduler.slots.logits)
         prompt = time.monotonic() - started

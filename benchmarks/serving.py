@@ -31,8 +31,7 @@ def requests(count: int, vocab: int) -> list[tuple[list[int], Sampling]]:
 
 def run(engine: Engine, batches) -> tuple[float, float, int]:
     """Seconds, useful share of decoded rows, and tokens, every batch being served to its end."""
-    scheduler = engine._scheduler
-    before = scheduler.row_steps, scheduler.useful_row_steps
+    before = engine.stats()
     started = time.monotonic()
     for batch in batches:
         for prompt, sampling in batch:
@@ -40,8 +39,9 @@ def run(engine: Engine, batches) -> tuple[float, float, int]:
         engine.run_until_idle()
         engine.forget_prefixes()
     seconds = time.monotonic() - started
-    rows, useful = scheduler.row_steps - before[0], scheduler.useful_row_steps - before[1]
-    return seconds, useful / rows, useful
+    stats = engine.stats()
+    tokens = stats.generated_tokens - before.generated_tokens
+    return seconds, tokens / (stats.row_steps - before.row_steps), tokens
 
 
 def main() -> None:

@@ -117,7 +117,7 @@ requests = [
 slots = []
 while served.has_work:
     served.step()
-    slots.append([-1 if r is None else r.number for r in served._scheduler.in_slot])
+    slots.append([slot.request.number if slot.request else -1 for slot in served.slots])
 stats = served.stats()
 print(f"{stats.cached_tokens} of {stats.prompt_tokens} tokens of prompts were there already")
 

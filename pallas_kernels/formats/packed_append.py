@@ -39,8 +39,10 @@ def append(
     Sequences that write have pages of their own: no two of them write to one.
 
     Raises:
-      ValueError: an implementation that cannot run.
+      ValueError: an implementation that cannot run; items in order without a table.
     """
+    if table is None and not on_lanes:
+        raise ValueError("on_lanes=False without a table: expected pages, or items on lanes.")
     num_lines = new.shape[2] if on_lanes else -(-new.shape[2] // LINE) + 1
     unsupported = None
     if new.shape[1] != 1:

@@ -158,6 +158,8 @@ def test_the_kernel_appends_columns_to_a_ring_as_xla_does():
         for name in ("xla", "interpret")
     ]
     np.testing.assert_array_equal(*changed)
+    with pytest.raises(ValueError, match="on_lanes=False without a table"):
+        append(data, new, start, counts, on_lanes=False)
 
 
 @KINDS

@@ -8,7 +8,8 @@ import pytest
 from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, tiny
-from v4jax.inference.engine import Completion, Engine
+from v4jax.inference.completions import Completion
+from v4jax.inference.engine import Engine
 from v4jax.inference.feeding import Feeder
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.score import Scorer

@@ -17,7 +17,10 @@ from v4jax import Engine, Grammar, Sampling
 from v4jax.inference import grammar as grammars
 from v4jax.inference.grammar import GrammarError, Matchers
 from v4jax.inference.sampling import EVERYTHING, masked, num_words
-from v4jax.text.format import SPECIAL_TOKENS, THINK_END
+from v4jax.inference.tool_grammar import call_grammar
+from v4jax.text.format import CALLS_END, CALLS_START, DSML, EOS, SPECIAL_TOKENS, THINK_END
+from v4jax.text.parse import parse_message_from_completion_text
+from v4jax.text.stream import CompletionStream
 from v4jax.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(NANO)
@@ -122,7 +125,7 @@ def test_who_leaves_its_slot_goes_on_in_its_grammar(engine, free):
     request, other = engine.submit(prompt, sampling, grammar=grammar), engine.submit(*asked[1])
     for step in range(2000):
         engine.step()
-        decoding = [r for r in engine._scheduler.in_slot if r is not None and r.tokens]
+        decoding = [slot.request for slot in engine.slots if slot.generated]
         if step % 3 == 0 and decoding:
             engine._scheduler._make_room(decoding[0], {})
         if not engine.has_work:
@@ -248,7 +251,7 @@ SCALARS = st.sampled_from(
 
 
 def nested(inner):
-    def an_object(properties):
+    def of(properties):
         return {
             "type": "object",
             "properties": properties,
@@ -257,17 +260,17 @@ def nested(inner):
         }
 
     items = inner.map(lambda one: {"type": "array", "items": one, "maxItems": 3})
-    objects = st.dictionaries(NAMES, inner, max_size=4).map(an_object)
+    objects = st.dictionaries(NAMES, inner, max_size=4).map(of)
     return st.one_of(
         items, objects, st.lists(inner, min_size=1, max_size=3).map(lambda i: {"anyOf": i})
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(schema=st.recursive(SCALARS, nested, max_leaves=8), seed=st.integers(0, 2**32 - 1))
 def test_whatever_is_allowed_is_of_the_schema(matchers, schema, seed):
     rng, stop_ids = np.random.default_rng(seed), TOKENIZER.stop_ids
-    text = write(matchers, Grammar.json_schema(schema), rng, stop_ids, 3000)
+    text = write(matchers, Grammar.json_schema(schema), rng, stop_ids, 600)
     if text is not None:
         jsonschema.validate(json.loads(text), schema)
 
@@ -288,6 +291,185 @@ def test_a_stop_id_is_allowed_where_the_grammar_may_end(matchers):
     matcher.accept(TOKENIZER.encode("b")[0])
     allowed = bits(matcher.allowed())
     assert allowed[letter] and not allowed[TOKENIZER.stop_ids[0]]
+
+
+# Calls.
+
+
+def function(name: str, parameters=None, **options) -> dict:
+    described = {"name": name, **options}
+    if parameters is not None:
+        described["parameters"] = parameters
+    return {"type": "function", "function": described}
+
+
+def an_object(*required: str, **properties) -> dict:
+    closed = {"type": "object", "properties": properties, "additionalProperties": False}
+    return {**closed, "required": [*required]}
+
+
+PACE = {"anyOf": [{"enum": ["slow", "fast"]}, {"type": "null"}]}
+WALK = an_object("to", to={"type": "string"}, km={"type": "integer"}, pace=PACE)
+TOOLS = [
+    function("walk", WALK, strict=True),
+    function("rest"),
+    function("note", {"type": "object"}),
+    function("date", an_object("day", day={"type": "string", "format": "date"})),
+    function("say", an_object(text={"type": "string", "minLength": 1, "maxLength": 3})),
+]
+
+
+def called(name: str, *arguments: tuple[str, str, str]) -> str:
+    inner = "".join(
+        f'<{DSML}parameter name="{key}" string="{flag}">{value}</{DSML}parameter>\n'
+        for key, flag, value in arguments
+    )
+    return f'<{DSML}invoke name="{name}">\n{inner or chr(10)}</{DSML}invoke>\n'
+
+
+def block(*calls: str) -> str:
+    return f"{CALLS_START}>\n{''.join(calls)}{CALLS_END}"
+
+
+TO, KM = ("to", "true", 'Box </ "Hill"\n'), ("km", "false", "7")
+REST = called("rest")
+
+
+@pytest.mark.parametrize(
+    ("text", "required", "named", "auto"),
+    [
+        (block(called("walk", TO, KM)), True, True, True),
+        (block(called("walk", ("to", "true", ""), ("pace", "true", "slow"))), True, True, True),
+        (block(called("walk", TO, ("pace", "false", "null"))), True, True, True),
+        (block(REST, called("walk", TO)), True, False, True),
+        (block(called("walk", TO), called("walk", TO)), True, False, True),
+        (block(called("note", ("a", "true", "x"), ("b", "false", "[1]"))), True, False, True),
+        (block(called("note")), True, False, True),
+        (block(called("date", ("day", "false", '"1815-12-23"'))), True, False, True),
+        (block(called("say", ("text", "true", "漢é</"[:3]))), True, False, True),
+        (block(called("say")), True, False, True),
+        ("", False, False, True),
+        ("It is <b>\n\n< fine.", False, False, True),
+        ("I go." + block(called("walk", TO)), False, False, True),
+        (block(called("walk", KM)), False, False, False),  # an argument is missing
+        (block(called("walk", KM, TO)), False, False, False),  # not in order
+        (block(called("walk", TO, ("km", "true", "7"))), False, False, False),
+        (block(called("walk", TO, ("km", "false", "x"))), False, False, False),
+        (block(called("walk", TO, ("pace", "true", "slowly"))), False, False, False),
+        (block(called("walk", TO, ("by", "true", "x"))), False, False, False),
+        (block(called("ride")), False, False, False),
+        (block(called("rest", TO)), False, False, True),  # it is not strict
+        (block(called("date", ("day", "false", '"1815-13-23"'))), False, False, True),
+        (block(called("say", ("text", "true", "four"))), False, False, True),
+        (block(called("walk", TO)) + "More.", False, False, False),
+        (block(), False, False, False),
+    ],
+)
+def test_which_answers_call(matchers, text, required, named, auto):
+    """Read by the strict parser of the format, too, where they are allowed."""
+    grammars = (
+        call_grammar(TOOLS, TOKENIZER),
+        call_grammar(TOOLS, TOKENIZER, name="walk"),
+        call_grammar(TOOLS, TOKENIZER, is_required=False),
+    )
+    assert [follows(matchers, one, text) for one in grammars] == [required, named, auto]
+    if auto:
+        parse_message_from_completion_text(text + EOS, "chat")
+
+
+def follows(matchers, grammar: Grammar, text: str) -> bool:
+    """Whether all its tokens are allowed, and the end behind them."""
+    matcher = matchers.matcher(grammar, [5], TOKENIZER.stop_ids)
+    for token in (*TOKENIZER.encode(text), TOKENIZER.stop_ids[0]):
+        if not bits(matcher.allowed())[token]:
+            return False
+        matcher.accept(token)
+    return True
+
+
+def test_one_call_if_they_are_not_parallel(matchers):
+    one = call_grammar(TOOLS, TOKENIZER, is_parallel=False)
+    assert follows(matchers, one, block(REST)) and not follows(matchers, one, block(REST, REST))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    properties=st.dictionaries(
+        st.text("abé \\{}<>'\n", min_size=1, max_size=5),
+        st.recursive(SCALARS, nested, max_leaves=5),
+        max_size=4,
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_whatever_is_called_is_of_the_schema(matchers, properties, seed):
+    """As the released format has it, and as a stream of it is read."""
+    schema = an_object(*sorted(properties)[::2], **properties)
+    grammar = call_grammar([function("f é", schema)], TOKENIZER, is_parallel=False)
+    text = write(matchers, grammar, np.random.default_rng(seed), TOKENIZER.stop_ids, 600)
+    if text is None:
+        return
+    message = parse_message_from_completion_text(text + EOS, "chat")
+    (call,) = message["tool_calls"]
+    assert call["function"]["name"] == "f é" and message["content"] == ""
+    jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
+    stream = CompletionStream("chat")
+    deltas = [delta for character in text for delta in stream.push(character)]
+    assert "".join(d.text for d in deltas if d.kind == "arguments") == call["function"]["arguments"]
+
+
+def test_definitions_are_followed(matchers):
+    tree = {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}}
+    colour = {"enum": ["red", 3], "description": "of it"}
+    schema = an_object("in", "of", **{"in": {"$ref": "#/$defs/colour"}, "of": tree})
+    schema["$defs"] = {"colour": colour, "tree": tree | {"additionalProperties": False}}
+    grammar = call_grammar([function("f", schema)], TOKENIZER)
+    of = ("of", "false", '{"next": {"next": {}}}')
+    good = [("in", "true", "red"), ("in", "false", "3")]
+    assert all(follows(matchers, grammar, block(called("f", one, of))) for one in good)
+    bad = [("in", "true", "blue"), ("in", "true", "3"), ("in", "false", '"red"')]
+    assert not any(follows(matchers, grammar, block(called("f", one, of))) for one in bad)
+
+
+@pytest.mark.parametrize(
+    ("tools", "options", "message"),
+    [
+        (TOOLS, {"name": "ride"}, "'ride' is no tool: expected one of walk, rest, note, date, say"),
+        ([], {}, "there are no tools"),
+        ([{"type": "function"}], {}, "expected a function with a name"),
+        ([function('a"b')], {}, """'a"b' is the name of a function: expected one without"""),
+        ([function("f", an_object(**{f"a{DSML}": {}}))], {}, "is the name of an argument of 'f'"),
+        (
+            [function("f", [1])],
+            {},
+            r"parameters of 'f' are \[1\]: expected the schema of an object",
+        ),
+        ([function("f", {"type": "array"})], {}, "expected the schema of an object"),
+        ([function("f", {"anyOf": [{}]})], {}, "parameters of 'f' have 'anyOf': of an object"),
+        ([function("f", {"required": [["a"]]})], {}, "required as a list of texts"),
+        ([function("f", an_object("b", a={}))], {}, "parameters of 'f' require 'b'"),
+        (
+            [function("f", an_object(a={"not": {}}))],
+            {},
+            r"argument 'a' of 'f': .*keys: \[\"not\"\]",
+        ),
+        (
+            [function("f", an_object(a=False))],
+            {},
+            "argument 'a' of 'f': False: expected a JSON sch",
+        ),
+        ([function("f", an_object(a={"type": 5}))], {}, "argument 'a' of 'f': "),
+        (
+            [function("f", an_object(a={"type": "string", "minLength": 3, "maxLength": 2}))],
+            {},
+            "argument 'a' of 'f': ",
+        ),
+        ([function("f", an_object(a={"$ref": "#"}))], {}, r"\$ref '#': expected one to #/\$defs"),
+        ([function("f", an_object(a={"$ref": "#/$defs/b"}))], {}, "there is no such schema"),
+    ],
+)
+def test_what_cannot_be_called_is_said(tools, options, message):
+    with pytest.raises(GrammarError, match=message):
+        call_grammar(tools, TOKENIZER, **options)
 
 
 @settings(deadline=None)

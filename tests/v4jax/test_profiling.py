@@ -41,6 +41,18 @@ def test_generate_writes_a_trace_of_later_steps(tmp_path, capsys, monkeypatch):
     assert not any("backend_compile" in name for name in names)
 
 
+def test_a_batch_job_writes_a_trace(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["v4jax"])
+    asked, folder = tmp_path / "asked.jsonl", tmp_path / "trace"
+    lines = [{"id": name, "prompt": "Emma was"} for name in "ab"]
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = ["--input", str(asked), "--output", str(tmp_path / "results.jsonl")]
+    options = ["--batch-size", "1", "--max-new-tokens", "20", "--profile", str(folder)]
+    main(["batch", *OPTIONS, *files, *options])
+    assert f"steps, in {folder}" in capsys.readouterr().err
+    assert any("while" in name for name in names_of(folder))
+
+
 def test_the_names_of_the_models_parts_are_in_the_compiled_step():
     model = v4jax.load(NANO, v4jax.plain("float32"))
     engine = Engine(model, slots=1)

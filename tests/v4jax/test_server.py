@@ -28,31 +28,17 @@ from hypothesis import strategies as st
 
 from tests.conftest import NANO, ROOT, environment
 from v4jax import nano
-from v4jax.inference import engine as engines
-from v4jax.inference.grammar import Grammar
+from v4jax.inference.grammar import Grammar, GrammarError
+from v4jax.inference.requests import EngineFullError
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.server import ServerSettings, bind, make_app
-from v4jax.inference.server import requests as server_requests
 from v4jax.inference.server.fields import Fields
 from v4jax.inference.server.prompts import EFFORTS, encode_chat, mode_of
 from v4jax.inference.server.run import GracefulServer
+from v4jax.inference.tool_grammar import call_grammar
 from v4jax.text.format import CALLS_END, CALLS_START, DSML, SPECIAL_TOKENS, THINK_END
 from v4jax.text.prompt import with_bos
 from v4jax.text.tokenizer import Tokenizer
-
-if not hasattr(engines, "EngineFullError"):  # until the engine has it
-    engines.EngineFullError = type("EngineFullError", (RuntimeError,), {})
-if "logprobs" not in {field.name for field in dataclasses.fields(Sampling)}:
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class _Sampling(Sampling):
-        presence_penalty: float = 0.0
-        frequency_penalty: float = 0.0
-        repetition_penalty: float = 1.0
-        logit_bias: dict = dataclasses.field(default_factory=dict)
-        logprobs: int | None = None
-
-    server_requests.Sampling = _Sampling
 
 TOKENIZER = Tokenizer(NANO)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -70,6 +56,16 @@ def _format(schema: dict) -> dict:
     """The field that asks for JSON of a schema."""
     described = {"name": "answer", "strict": True, "schema": schema}
     return {"response_format": {"type": "json_schema", "json_schema": described}}
+
+
+def _named(function: str) -> dict:
+    """The field that asks for a call of a function."""
+    return {"type": "function", "function": {"name": function}}
+
+
+def _tools(parameters: dict, **options) -> list[dict]:
+    described = {"name": "walk", "parameters": parameters, **options}
+    return [{"type": "function", "function": described}]
 
 
 @dataclasses.dataclass
@@ -149,7 +145,7 @@ class FakeEngine:
         request.grammar = grammar
         with self._lock:
             if len(self._waiting) >= self.limit:
-                raise engines.EngineFullError(f"{self.limit} requests wait already.")
+                raise EngineFullError(f"{self.limit} requests wait already.")
             self._waiting.append(request)
             self.all.append(request)
         return request
@@ -658,8 +654,27 @@ def error(response: httpx.Response, status: int) -> dict:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0..20"),
         ({"tools": {}}, "tools", "a list"),
         ({"tools": [1]}, "messages", "Tool 1"),
-        ({"tool_choice": "required"}, "tool_choice", "none or auto"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice", "none or auto"),
+        ({"tool_choice": "any"}, "tool_choice", "none, auto, required, or a function"),
+        ({"tool_choice": "required"}, "tool_choice", "tools beside it"),
+        ({"tool_choice": _named("walk")}, "tool_choice", "tools beside it"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom"}}, "tool_choice.type", "function"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": 3}}},
+            *("tool_choice.function.name", "name=3: expected one of walk"),
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": _named("ride")},
+            *("tool_choice.function.name", "name='ride': expected one of walk"),
+        ),
+        (
+            {"tools": _tools({"anyOf": [{}]}), "tool_choice": "required"},
+            *("tools", "tools: parameters of 'walk' have 'anyOf'"),
+        ),
+        ({"tools": _tools({"if": {}}, strict=True)}, "tools", "parameters of 'walk' have 'if'"),
+        (
+            _format({}) | {"tools": TOOLS, "tool_choice": "required"},
+            *("response_format", "beside tools: expected tool_choice"),
+        ),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object or json_sch"),
         (
             {"response_format": {"type": "json_schema"}},
@@ -715,6 +730,44 @@ def test_a_schema_comes_to_the_engine_and_into_the_prompt(live):
     told = [{"role": "system", "content": "S", "response_format": {"type": "array"}}]
     twice = live.chat(**_format(schema), messages=told + HELLO)
     assert "give them once" in twice.json()["error"]["message"]
+
+
+def test_calls_that_are_asked_for_come_to_the_engine_as_a_grammar(live):
+    """The tools are in the prompt then, and with tool_choice none neither is there."""
+    strict = _tools({"type": "object", "properties": {"to": {"type": "string"}}}, strict=True)
+    required, name = {"tool_choice": "required"}, {"tool_choice": _named("walk")}
+    live.engine.reply = CALL
+    for fields in (required, name, {**required, "parallel_tool_calls": False}, {}):
+        response = live.chat(tools=strict, **fields)
+        (choice,) = response.json()["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "walk"
+    live.chat(tools=TOOLS)
+    for tools in (strict, TOOLS):
+        assert live.chat(tools=tools, tool_choice="none").status_code == 200
+    found = live.engine.all
+    assert [request.grammar for request in found] == [
+        call_grammar(strict, TOKENIZER),
+        call_grammar(strict, TOKENIZER, name="walk"),
+        call_grammar(strict, TOKENIZER, is_parallel=False),
+        call_grammar(strict, TOKENIZER, is_required=False),
+        *(None, None, None),
+    ]
+    texts = [TOKENIZER.decode(request.prompt, keep_special=True) for request in found]
+    assert ['{"name": "walk"' in text for text in texts] == [True] * 5 + [False] * 2
+
+
+def test_a_grammar_that_the_engine_refuses_is_said_of_its_field(live, monkeypatch):
+    def submit(*args, **kwargs):
+        raise GrammarError("too large.")
+
+    monkeypatch.setattr(live.engine, "submit", submit)
+    for fields, param in (
+        ({"tools": TOOLS, "tool_choice": "required"}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ):
+        found = error(live.chat(**fields), 400)
+        assert (found["param"], found["message"]) == (param, f"{param}: too large.")
 
 
 def test_structured_output_that_is_not_installed_is_said(live, monkeypatch):

@@ -10,18 +10,13 @@
 It has a fixed number of slots, which requests enter and leave one by one. docs/engine.md says how.
 """
 
-import asyncio
-import collections
 import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import os
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import overload
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +24,7 @@ from flax import nnx
 
 from sharding import DECODE, PREFILL
 from v4jax.inference import prefix_files
+from v4jax.inference.completions import Completions, Prompt
 from v4jax.inference.grammar import Grammar, GrammarError, Matchers
 from v4jax.inference.ledger import Ledger
 from v4jax.inference.prefix import PIECE, Prefixes
@@ -37,7 +33,6 @@ from v4jax.inference.sampling import Sampling
 from v4jax.inference.scheduler import Programs, Scheduler
 from v4jax.inference.steps import (
     MOST_STEPS,
-    NO_TOKEN,
     STOP_SLOTS,
     Slots,
     decode_step,
@@ -49,14 +44,11 @@ from v4jax.nn.cache import Cache, CacheFormat, empty_cache, pool_pages
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import by_row, check_mesh, mesh_of, num_batch_parts, on_mesh, require_placed
-from v4jax.text.parse import parse_partial_completion
-from v4jax.text.prompt import with_bos
 from v4jax.text.tokenizer import Tokenizer
 
 CHUNKS = (128, 1024)
 CACHE_TOKENS = 4096  # a slot, where nothing else is said
 PREFIXES = 64  # that are kept, where nothing else is said
-Prompt = str | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,40 +66,11 @@ class EngineStats:
     generated_tokens: int
     preemptions: int
     steps: int
-    useful_row_steps: float  # share of decoded rows that gave a token
+    row_steps: int  # decoded rows, those of slots without a request included
+    useful_row_steps: float  # share of them that gave a token
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What was generated for one prompt."""
-
-    tokens: tuple[int, ...]  # the stop token included, if there was one
-    finish_reason: str  # "stop" or "length"
-    text: str | None = None  # without the stop token; None if the engine has no tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """An assistant's turn."""
-
-    content: str
-    reasoning: str
-    tool_calls: list[dict]
-    tokens: tuple[int, ...]
-    finish_reason: str  # "stop" or "length"
-
-    @property
-    def message(self) -> dict:
-        """The turn as a message, to be put behind the others."""
-        message: dict[str, object] = {"role": "assistant", "content": self.content}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = self.tool_calls
-        return message
-
-
-class Engine:
+class Engine(Completions):
     """A model's arrays, its compiled steps, and the requests that it serves.
 
     Args:
@@ -173,7 +136,7 @@ class Engine:
             empty = functools.partial(empty_slots, model, slots, pages, cache)
             made = jax.jit(empty, out_shardings=self._rows)()
         ledger = Ledger(pages, parts)
-        self._scheduler = Scheduler(
+        scheduler = Scheduler(
             self._programs(),
             made,
             ledger,
@@ -186,14 +149,8 @@ class Engine:
             host_bytes=host_bytes,
             is_shared=jax.process_count() > 1,
         )
-        self.before_step: Callable[[], None] | None = None
+        super().__init__(scheduler)
         self._numbers = itertools.count()
-        self._inbox: collections.deque[Request] = collections.deque()
-        self._turn = threading.Condition(threading.RLock())  # held by whoever steps
-        self._wake = threading.Event()  # there is work, or an end
-        self._thread: threading.Thread | None = None
-        self._is_stopping = False
-        self._failure: str | None = None
 
     def _check(self, slots: int, cache_tokens: int | None, steps_per_call: int) -> None:
         if self.tokenizer is not None and self.tokenizer.vocab_size > self.cfg.vocab_size:
@@ -275,11 +232,16 @@ class Engine:
         """
         (ids,) = self._ids([prompt])
         stops = self._stop_ids(stop_ids)
-        return self._submit(ids, sampling, stops, priority, listener, grammar)
+        self._check_request(ids, sampling, stops)
+        listeners = [] if listener is None else [listener]
+        matcher = None if grammar is None else self._matchers.matcher(grammar, ids, stops)
+        request = Request(next(self._numbers), ids, sampling, stops, priority, listeners)
+        request._matcher = matcher
+        self._put(request)
+        return request
 
-    def _submit(
-        self, ids, sampling, stops, priority=0, listener=None, grammar: Grammar | None = None
-    ) -> Request:
+    def _check_request(self, ids: list[int], sampling: Sampling, stops: Sequence[int]) -> None:
+        """Whether it can ever be served, and may wait for it."""
         needed = len(ids) + sampling.max_new_tokens
         if needed > self.cfg.max_length:
             raise ValueError(
@@ -303,14 +265,6 @@ class Engine:
             raise EngineFullError(
                 f"{queued} requests are waiting, which is all that may: try later."
             )
-        listeners = [] if listener is None else [listener]
-        matcher = None if grammar is None else self._matchers.matcher(grammar, ids, stops)
-        request = Request(next(self._numbers), ids, sampling, stops, priority, listeners)
-        request._matcher = matcher
-        self._require_working()
-        self._inbox.append(request)
-        self._wake.set()
-        return request
 
     @functools.cached_property
     def _matchers(self) -> Matchers:
@@ -319,142 +273,6 @@ class Engine:
                 "a grammar needs a tokenizer: Engine(model, v4jax.Tokenizer(folder))."
             )
         return Matchers(self.tokenizer, self.cfg.vocab_size)
-
-    def _require_working(self) -> None:
-        if self._failure is not None:
-            raise RuntimeError(f"the engine has failed and serves no more: {self._failure}")
-
-    def step(self) -> list[Request]:
-        """One turn of the scheduler: the requests that got tokens or ended. Dispatches at most one call
-        of decode and `chunks[-1]` tokens of prompts, and waits for the call before."""
-        with self._turn:
-            if self.before_step is not None:
-                self.before_step()
-            while self._inbox:
-                request = self._inbox.popleft()
-                self._scheduler.add(request)
-                self._grow_for(request._most)
-            events = self._scheduler.step()
-            self._turn.notify_all()
-        for request in events:
-            request._tell()
-        return events
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a request waits or runs."""
-        return bool(self._inbox) or self._scheduler.has_work
-
-    def run_until_idle(self) -> None:
-        """Steps until every request has ended."""
-        while self.has_work:
-            self.step()
-
-    def tokens(self, request: Request) -> Iterator[int]:
-        """A request's tokens as they come. Runs the engine, unless a thread does (`start`)."""
-        given = 0
-        while True:
-            while given < len(request.tokens):
-                yield request.tokens[given]
-                given += 1
-            if request.is_ended and given == len(request.tokens):
-                return
-            self._advance(request, given)
-
-    def _advance(self, request: Request, given: int) -> None:
-        """Returns when a request may have more than `given` tokens."""
-        if self._thread is None:
-            self.step()
-            return
-        with self._turn:
-            while len(request.tokens) == given and not request.is_ended:
-                self._turn.wait(timeout=1.0)
-                if self._thread is None:
-                    return
-
-    async def async_tokens(self, request: Request) -> AsyncIterator[int]:
-        """As `tokens`, for asyncio. The engine has to run in its thread (`start`).
-
-        Raises:
-          RuntimeError: it does not, or no longer.
-        """
-        loop, woken, given = asyncio.get_running_loop(), asyncio.Event(), 0
-
-        def wake(_: Request) -> None:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the loop has ended, and with it who would read
-                loop.call_soon_threadsafe(woken.set)
-
-        request.listeners.append(wake)
-        try:
-            while True:
-                woken.clear()
-                is_ended = request.is_ended  # before the tokens, which are there when it is set
-                while given < len(request.tokens):
-                    yield request.tokens[given]
-                    given += 1
-                if is_ended:
-                    return
-                if self._thread is None:
-                    raise RuntimeError(
-                        "async_tokens reads an engine that runs: call start() first."
-                    )
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(woken.wait(), 1.0)
-        finally:
-            request.listeners.remove(wake)
-
-    def start(self) -> None:
-        """Runs the engine in a thread of its own, until `stop`."""
-        if self._thread is None:
-            self._is_stopping = False
-            self._thread = threading.Thread(target=self._loop, name="v4jax-engine", daemon=True)
-            self._wake.set()
-            self._thread.start()
-
-    def stop(self, grace: float = 0.0) -> None:
-        """Ends the thread; requests that run get so many seconds to end, and are cancelled then."""
-        thread = self._thread
-        if thread is None:
-            return
-        deadline = time.monotonic() + grace
-        while self.has_work and thread.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for request in self._all_requests():
-            request.cancel()
-        self._is_stopping = True
-        self._wake.set()
-        thread.join()
-        self._thread = None
-
-    def _loop(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            try:
-                while self.has_work:
-                    self.step()
-            except Exception as error:  # whoever waits has to hear of it
-                self._fail(f"{type(error).__name__}: {error}")
-                raise
-            if self._is_stopping:
-                return
-
-    def _fail(self, why: str) -> None:
-        """Ends all requests: the devices' arrays may be gone."""
-        self._failure = why
-        requests = self._all_requests()
-        for request in requests:
-            request.error, request.finish_reason = why, "error"
-        with self._turn:
-            self._turn.notify_all()
-        for request in requests:
-            request._tell()
-
-    def _all_requests(self) -> list[Request]:
-        running = [request for request in self._scheduler.in_slot if request is not None]
-        return [*self._inbox, *self._scheduler.waiting, *running]
 
     def stats(self) -> EngineStats:
         """What it is doing and has done.
@@ -476,7 +294,8 @@ class Engine:
             generated_tokens=scheduler.generated_tokens,
             preemptions=scheduler.preemptions,
             steps=scheduler.steps,
-            useful_row_steps=scheduler.useful_row_steps / max(1, scheduler.row_steps),
+            row_steps=scheduler.row_steps,
+            useful_row_steps=scheduler.generated_tokens / max(1, scheduler.row_steps),
         )
 
     def save_prefix(self, prompt: Prompt, path: str | os.PathLike) -> int:
@@ -539,6 +358,10 @@ class Engine:
         described = f"{self.cfg} {self._numerics} {self._format} {self.chunks}"
         return prefix_files.model_digest(self.leaves, described)
 
+    def _add(self, request: Request) -> None:
+        super()._add(request)
+        self._grow_for(request._most)
+
     def forget_prefixes(self) -> None:
         """Lets go of all kept prefixes."""
         with self._turn:
@@ -561,184 +384,6 @@ class Engine:
         with self._on_mesh():
             scheduler.slots = jax.jit(grown, out_shardings=self._rows)(scheduler.slots)
         scheduler.ledger.grow(pages)
-
-    # Prompts of one call --------------------------------------------------------------------------
-
-    @overload  # a text is a sequence of texts too
-    def generate(  # type: ignore[overload-overlap]
-        self,
-        prompts: str,
-        sampling: Sampling | Sequence[Sampling] = Sampling(),
-        *,
-        stop_ids: Sequence[int] | None = None,
-        grammar: Grammar | None = None,
-    ) -> Completion: ...
-
-    @overload
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling] = Sampling(),
-        *,
-        stop_ids: Sequence[int] | None = None,
-        grammar: Grammar | None = None,
-    ) -> list[Completion]: ...
-
-    def generate(
-        self,
-        prompts: str | Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling] = Sampling(),
-        *,
-        stop_ids: Sequence[int] | None = None,
-        grammar: Grammar | None = None,
-    ) -> Completion | list[Completion]:
-        """Completions of prompts: one of a text, a list of a list.
-
-        Args:
-          prompts: a text, a list of texts, or a list of lists of token ids. A text begins with BOS
-            whether it says so or not.
-          sampling: of all prompts, or one for each. Of several prompts with one sampling, the n-th
-            draws with its seed plus n.
-          stop_ids: ids that end a completion; default those of the tokenizer that end a turn, or the
-            model's end-of-sentence id.
-          grammar: what every completion has to be, behind its reasoning, see `submit`.
-
-        Raises:
-          ValueError, RuntimeError: see `stream`.
-        """
-        several = [prompts] if isinstance(prompts, str) else prompts
-        stops = self._stop_ids(stop_ids)
-        steps = list(self.stream(several, sampling, stop_ids=stops, grammar=grammar))
-        completions = []
-        for row in np.stack(steps, axis=1) if steps else ():
-            tokens = tuple(int(token) for token in row[row >= 0])
-            is_stopped = bool(tokens) and tokens[-1] in stops
-            text = None
-            if self.tokenizer is not None:
-                text = self.tokenizer.decode(tokens[:-1] if is_stopped else tokens)
-            completions.append(Completion(tokens, "stop" if is_stopped else "length", text))
-        return completions[0] if isinstance(prompts, str) else completions
-
-    def chat(
-        self,
-        messages: str | Sequence[Mapping],
-        mode: str = "non-think",
-        sampling: Sampling = Sampling(),
-        *,
-        tools: Sequence[Mapping] | None = None,
-        grammar: Grammar | None = None,
-    ) -> Reply:
-        """The assistant's next turn.
-
-        Args:
-          messages: a text of the user, or messages as in docs/prompts.md.
-          mode: "non-think", "think-high" or "think-max" (releases since 0731 also "think-low").
-          tools: functions that the assistant may call.
-          grammar: what `content` has to be; tools are not called then.
-
-        Raises:
-          ValueError: there is no tokenizer, or messages or mode that cannot be rendered; else as
-            `stream`.
-          RuntimeError: as `stream`.
-        """
-        if self.tokenizer is None:
-            raise ValueError("chat needs a tokenizer: Engine(model, v4jax.Tokenizer(folder)).")
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        prompt = self.tokenizer.render(messages, mode, tools=tools)
-        ids = self.tokenizer.encode(prompt.text)
-        (completion,) = self.generate([ids], sampling, grammar=grammar)
-        text = completion.text or ""
-        message = parse_partial_completion(text, prompt.thinking_mode, is_complete=True)
-        return Reply(
-            message["content"],
-            message.get("reasoning_content") or "",
-            message.get("tool_calls") or [],
-            completion.tokens,
-            completion.finish_reason,
-        )
-
-    def stream(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling] = Sampling(),
-        *,
-        stop_ids: Sequence[int] | None = None,
-        grammar: Grammar | None = None,
-    ) -> Iterator[np.ndarray]:
-        """As `generate`, token by token. A row depends on its own prompt and sampling alone.
-
-        Yields:
-          [B] int32 per step: each row's token, or -1 once it has ended.
-
-        Raises:
-          ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for
-            the model together with what it may generate; a grammar that cannot be used.
-          RuntimeError: a request ended with an error.
-        """
-        ids = self._ids(prompts)
-        stops = self._stop_ids(stop_ids)
-        requests = []
-        try:
-            for prompt, one in zip(ids, self._requests(sampling, len(ids))):
-                requests.append(self._submit(prompt, one, stops, grammar=grammar))
-            for step in itertools.count():
-                for request in requests:
-                    while len(request.tokens) <= step and not request.is_ended:
-                        self._advance(request, step)
-                if faults := [request.error for request in requests if request.error]:
-                    raise RuntimeError(faults[0])
-                tokens = [r.tokens[step] if step < len(r.tokens) else NO_TOKEN for r in requests]
-                if all(token == NO_TOKEN for token in tokens):
-                    return
-                yield np.array(tokens, np.int32)
-        finally:  # whoever stops reading wants no more of it
-            for request in requests:
-                request.cancel()
-
-    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of prompts, checked."""
-        if isinstance(prompts, str):
-            raise ValueError(  # noqa: TRY004 - as other wrong prompts
-                f"prompts={prompts[:40]!r}: expected a list of prompts."
-            )
-        checked = []
-        for number, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise ValueError(
-                        f"prompt {number} is a text: expected token ids, or an engine with a "
-                        "tokenizer: Engine(model, v4jax.Tokenizer(folder))."
-                    )
-                prompt = self.tokenizer.encode(with_bos(prompt))
-            ids = np.asarray(prompt)
-            if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-                raise ValueError(
-                    f"prompt {number} is {str(prompt)[:40]}: expected a list of token ids; prompts "
-                    "are a list of such lists."
-                )
-            if not ids.size:
-                raise ValueError(f"prompt {number} is empty: it needs a token.")
-            if ids.min() < 0 or ids.max() >= self.cfg.vocab_size:
-                raise ValueError(
-                    f"prompt {number} has token ids in {ids.min()}..{ids.max()}: expected "
-                    f"0..{self.cfg.vocab_size - 1}."
-                )
-            checked.append(ids.tolist())
-        return checked
-
-    def _requests(self, sampling, count: int) -> list[Sampling]:
-        if isinstance(sampling, Sampling):
-            seeds = [(sampling.seed + n) % 2**32 for n in range(count)]
-            return [dataclasses.replace(sampling, seed=seed) for seed in seeds]
-        if len(sampling) != count:
-            raise ValueError(f"{len(sampling)} samplings for {count} prompts.")
-        return list(sampling)
-
-    def _stop_ids(self, given: Sequence[int] | None) -> tuple[int, ...]:
-        if given is not None:
-            return tuple(int(token) for token in given)
-        return (self.cfg.eos_id,) if self.tokenizer is None else tuple(self.tokenizer.stop_ids)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return on_mesh(self._mesh)

@@ -21,7 +21,7 @@ from v4jax.text.tokenizer import Tokenizer
 
 KEPT = 64  # compiled grammars, those that were used last
 # Between two tokens of JSON. Without a bound a small model writes nothing else.
-_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 
 
 class GrammarError(ValueError):
@@ -50,7 +50,7 @@ class Grammar:
             text = json.dumps(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise GrammarError(f"the schema is not JSON: {error}.") from None
-        options = {"whitespace_pattern": _SPACE}
+        options = {"whitespace_pattern": SPACE}
         make = _library().LLMatcher.grammar_from_json_schema
         return cls(_made(make, text, options))
 
@@ -175,7 +175,9 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = tokenizer.id(EOS), tokenizer.id(BOS)
         self.tokens = [tokenizer.token_bytes(index) for index in range(vocab)]
-        nothing = (index for index, token in enumerate(self.tokens) if not token)
+        nothing = [index for index, token in enumerate(self.tokens) if not token]
+        for index in nothing:  # without a name they would be the beginning of every special token
+            self.tokens[index] = f"<nothing {index}>".encode()
         self.special_token_ids = sorted({*tokenizer.added_ids, *nothing})
 
     def __call__(self, text: str) -> list[int]:

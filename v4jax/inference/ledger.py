@@ -45,10 +45,6 @@ class Ledger:
             for ratio in self.pages
         }
 
-    def fits(self, tokens: int) -> bool:
-        """Whether a part has the pages of so many tokens when nobody else has any."""
-        return all(pages_of(tokens, ratio) < count for ratio, count in self.pages.items())
-
     def allocate(self, part: int, wanted: Mapping[int, int]) -> Held | None:
         """So many pages of each ratio, or None if one ratio has fewer: then none are taken."""
         free = self._free[part]

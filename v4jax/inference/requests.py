@@ -83,6 +83,11 @@ class Request:
             listener(self)
 
     @property
+    def _context(self) -> int:
+        """Tokens that are in the cache, as far as their reading has come."""
+        return self._fed if self._stage is Stage.FEEDING else len(self.prompt) + len(self.tokens)
+
+    @property
     def _most(self) -> int:
         """Tokens that it can have in the cache."""
         return len(self.prompt) + self.sampling.max_new_tokens
@@ -91,3 +96,21 @@ class Request:
     def _order(self) -> tuple[int, int]:
         """The smallest is served first."""
         return -self.priority, self.number
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotView:
+    """What a slot of an engine did when it was looked at."""
+
+    state: str = "free"  # or "prefill" or "decode"
+    request: Request | None = None  # None: of a free slot
+    cached: int = 0  # tokens of prompt and answer that are in the cache
+    generated: int = 0  # tokens of the answer
+
+    @staticmethod
+    def of(request: Request | None) -> "SlotView":
+        """Of the slot that a request is in."""
+        if request is None:
+            return SlotView()
+        state = "prefill" if request._stage is Stage.FEEDING else "decode"
+        return SlotView(state, request, request._context, len(request.tokens))

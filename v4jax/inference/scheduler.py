@@ -2,14 +2,16 @@
 
 A step of the scheduler is one turn of:
 
-    admit    waiting requests into free slots, the highest priority and the longest waiting first
+    admit    waiting requests into free slots, the highest priority and the longest waiting first; who
+             finds no slot or no pages takes those of a request of lower priority
     decode   one call for all slots whose prompts are fed: one token each, or several where nobody waits
     feed     chunks of prompts, up to a budget of tokens
     read     the tokens of the call before: the device is never waited for while it has nothing to do
 
 Pages are given as sequences grow. When there are none, the least recently used prefix is let go; after
 that the request that came last, of the lowest priority, leaves its slot: what it has is copied to host
-memory and put back later, so its tokens are those it would have had.
+memory and put back later, so its tokens are those it would have had. The same request leaves for one of
+higher priority that waits.
 
 A request with a grammar needs its last token before it can have the next: while one is decoded, calls
 give one token a slot, and a call waits for the tokens of the one before.
@@ -39,9 +41,8 @@ from v4jax.inference.prefix import (
 from v4jax.inference.requests import Request, Stage, TokenLogprob
 from v4jax.inference.sampling import EVERYTHING, num_words
 from v4jax.inference.steps import MOST_STEPS, Output, RequestRows, Slots, Tables
+from v4jax.inference.tables import PageTables
 from v4jax.nn.cache import pages_of
-
-WIDTHS = (4096, 32_768, 262_144, 1_048_576)  # tokens that a step's tables are wide enough for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,18 +103,12 @@ class Scheduler:
         self.run, self.slots, self.ledger, self.prefixes = programs, slots, ledger, prefixes
         self.waiting: list[Request] = []
         self.in_slot: list[Request | None] = [None] * len(slots.done)
-        self.preemptions = self.steps = self.row_steps = self.useful_row_steps = 0
+        self.preemptions = self.steps = self.row_steps = 0
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.parts, self._chunks, self._budget = parts, chunks, budget
         self._steps_per_call, self._is_shared = steps_per_call, is_shared
         self._per_part = len(self.in_slot) // parts
-        widths = [width for width in WIDTHS if width < max_length]
-        self._widths = [*widths, max_length]
-        self._tables = {
-            ratio: np.zeros((len(self.in_slot), pages_of(max_length, ratio)), np.int32)
-            for ratio in ledger.pages
-        }
-        self._placed: dict[int, Tables] = {}  # tables on the devices, by width
+        self._tables = PageTables(len(self.in_slot), [*ledger.pages], max_length, programs.place)
         self._cancelled = np.zeros(len(self.in_slot), bool)
         self._everything = np.full(
             (len(self.in_slot), num_words(slots.logits.shape[1])), EVERYTHING
@@ -137,7 +132,7 @@ class Scheduler:
         events: dict[int, Request] = {}
         for request in self._cancel():
             events[request.number] = request
-        self._admit()
+        self._admit(events)
         called = self._decode(events)
         self._feed()
         self._read(events, keep=1 if called else 0)
@@ -166,16 +161,12 @@ class Scheduler:
         if slot < 0:
             return
         self.ledger.release(self._part(slot), request._pages)
-        for table in self._tables.values():
-            table[slot] = 0
-        self._placed.clear()
+        self._tables.clear(slot)
         self.in_slot[slot], request._slot, request._pages = None, -1, {}
 
     def _set_pages(self, request: Request, pages: dict[int, list[int]]) -> None:
         request._pages = pages
-        for ratio, numbers in pages.items():
-            self._tables[ratio][request._slot, : len(numbers)] = numbers
-        self._placed.clear()
+        self._tables.put(request._slot, pages)
 
     def _reserve(self, request: Request, tokens: int) -> bool:
         """Pages for so many tokens of a request in a slot; False if there are none even so."""
@@ -192,20 +183,7 @@ class Scheduler:
 
     def _tables_for(self, requests: Sequence[Request], tokens: Callable[[Request], int]) -> Tables:
         """Tables that are wide enough, on the devices."""
-        width = self._width(max(map(tokens, requests)))
-        if width not in self._placed:
-            self._placed[width] = self._tables_of_width(width)
-        return self._placed[width]
-
-    def _width(self, tokens: int) -> int:
-        """The smallest width of tables that has room for so many."""
-        return next(width for width in self._widths if width >= tokens)
-
-    def _tables_of_width(self, width: int) -> Tables:
-        return {
-            ratio: self.run.place(table[:, : pages_of(width, ratio)])
-            for ratio, table in self._tables.items()
-        }
+        return self._tables.of_width(self._tables.width(max(map(tokens, requests))))
 
     # Turns ----------------------------------------------------------------------------------------
 
@@ -219,19 +197,55 @@ class Scheduler:
             self._end(request, "cancelled")
             yield request
 
-    def _admit(self) -> None:
-        self.waiting.sort(key=lambda r: r._order)
+    def _admit(self, events: dict[int, Request]) -> None:
         while self.waiting:
+            self.waiting.sort(key=lambda r: r._order)  # also those that had to leave
             request = self.waiting[0]
             found = self._place_for(request)
             if found is None:
-                return
-            slot, prefix = found
-            request._slot, self.in_slot[slot] = slot, request
-            if not self._enter(request, prefix):
+                parts = range(self.parts)
+            else:
+                slot, prefix = found
+                request._slot, self.in_slot[slot] = slot, request
+                if self._enter(request, prefix):
+                    self.waiting.pop(0)
+                    continue
                 self._leave(request)
+                parts = range(self._part(slot), self._part(slot) + 1)
+            if not self._make_way(request, parts, events):
                 return
-            self.waiting.pop(0)
+
+    def _make_way(self, request: Request, parts: Sequence[int], events: dict[int, Request]) -> bool:
+        """The last request in these parts leaves its slot for one that waits; False if none does.
+
+        Only a request of lower priority, and where it is of use: without all of those in its part there
+        are the pages.
+        """
+        if self._is_shared:
+            return False
+        useful = [part for part in parts if self._would_fit(request, part)]
+        lower = [r for r in self._running(useful) if r.priority < request.priority]
+        if not lower:
+            return False
+        if self._calls:  # they may have ended a request
+            self._read(events, keep=0)
+            return True
+        self._put_out(max(lower, key=lambda r: r._order), events)
+        return True
+
+    def _would_fit(self, request: Request, part: int) -> bool:
+        """Whether a part has its pages without prefixes and all requests of lower priority."""
+        kept = [r._pages for r in self._running([part]) if r.priority >= request.priority]
+        needed = self.ledger.missing({}, self._first_tokens(request))
+        return all(
+            count
+            < self.ledger.pages[ratio] - len({n for pages in kept for n in pages.get(ratio, ())})
+            for ratio, count in needed.items()
+        )
+
+    def _running(self, parts: Sequence[int]) -> list[Request]:
+        """Those in slots of these parts."""
+        return [r for r in self.in_slot if r is not None and self._part(r._slot) in parts]
 
     def _place_for(self, request: Request) -> tuple[int, Prefix | None] | None:
         """A free slot, in the part that has the longest prefix of it, or else the most free slots."""
@@ -292,24 +306,18 @@ class Scheduler:
 
     def _tables_of_pages(self, part: int, pages, length: int) -> tuple[Tables, np.ndarray]:
         """Tables with these pages in the first slot of a part, and that slot."""
-        width = self._width(length)
-        slot, tables = part * self._per_part, {}
-        for ratio, numbers in pages.items():
-            table = np.zeros((len(self.in_slot), pages_of(width, ratio)), np.int32)
-            table[slot, : len(numbers)] = numbers
-            tables[ratio] = self.run.place(table)
-        return tables, self._one_each([slot])
+        slot = part * self._per_part
+        return self._tables.of_pages(slot, pages, length), self._one_each([slot])
 
     def _enter(self, request: Request, prefix: Prefix | None) -> bool:
         """Gives a request what it begins with; False if there are no pages for it now."""
         slot = self._one_each([request._slot])
         if request._held is not None:
-            tokens = len(request.prompt) + len(request.tokens)
-            if not self._reserve(request, self._needed(request, tokens + self._steps_per_call)):
+            if not self._reserve(request, self._first_tokens(request)):
                 return False
             width, *held = request._held
             rows, pages = self._for_all(held)
-            tables = self._tables_of_width(width)
+            tables = self._tables.of_width(width)
             self.slots = self.run.write_pages(self.slots, tables, slot, pages)
             self.slots = self.run.put_rows(self.slots, slot, rows)
             request._held, request._stage = None, Stage.DECODING
@@ -335,7 +343,7 @@ class Scheduler:
         part, length = self._part(request._slot), prefix.length if prefix else 0
         pages = {ratio: numbers[:] for ratio, numbers in prefix.pages.items()} if prefix else {}
         partly = {ratio: int(length % (ratio * PIECE) > 0) for ratio in self.ledger.pages}
-        missing = self.ledger.missing(pages, self._needed(request, len(request.prompt) + 1))
+        missing = self.ledger.missing(pages, self._first_tokens(request))
         self.ledger.hold(part, pages)  # before anything is evicted
         wanted = {ratio: missing[ratio] + partly[ratio] for ratio in missing}
         new = self._allocate(part, wanted)
@@ -369,6 +377,13 @@ class Scheduler:
     def _needed(self, request: Request, tokens: int) -> int:
         """Tokens to have pages for: all at once where nobody can leave its slot later."""
         return request._most if self._is_shared else min(tokens, request._most)
+
+    def _first_tokens(self, request: Request) -> int:
+        """Tokens to have pages for when it enters a slot."""
+        if request._held is None:
+            return self._needed(request, len(request.prompt) + 1)
+        tokens = len(request.prompt) + len(request.tokens)
+        return self._needed(request, tokens + self._steps_per_call)
 
     def _decode(self, events: dict[int, Request]) -> bool:
         """A call for all slots that decode; False if there are none."""
@@ -424,17 +439,20 @@ class Scheduler:
 
     def _make_room(self, request: Request, events: dict[int, Request]) -> None:
         """The last of those that have pages in the request's part leaves its slot."""
-        part = self._part(request._slot)
-        others = [r for r in self.in_slot if r is not None and self._part(r._slot) == part]
-        last = max(others, key=lambda r: r._order)
+        running = self._running([self._part(request._slot)])
+        self._put_out(max(running, key=lambda r: r._order), events)
+
+    def _put_out(self, last: Request, events: dict[int, Request]) -> None:
+        """A request leaves its slot and waits again; nothing that it has is lost."""
+        part = self._part(last._slot)
         if last._stage is Stage.DECODING:
             self._read(events, keep=0)  # what it has is known only then
             if last.is_ended:
                 return
             tokens = len(last.prompt) + len(last.tokens)
-            width = self._width(tokens)
+            width = self._tables.width(tokens)
             slot = self._one_each([last._slot])
-            pages = self.run.read_pages(self.slots, self._tables_of_width(width), slot)
+            pages = self.run.read_pages(self.slots, self._tables.of_width(width), slot)
             rows = self.run.take_rows(self.slots, slot)
             last._held = width, *self._own(part, (rows, pages))
             self._cancelled[last._slot] = True  # the device decodes it no further
@@ -550,7 +568,6 @@ class Scheduler:
                 request._matcher.accept(token)
         request.tokens += new
         self.generated_tokens += len(new)
-        self.useful_row_steps += len(new)
         if new and new[-1] in request.stop_ids:
             self._end(request, "stop")
         elif len(request.tokens) >= request.sampling.max_new_tokens:

@@ -1,6 +1,6 @@
 """What a slice does when it is full: the engine's step by arithmetic, nothing is compiled.
 
-    full = fullest(flash(), Slice.of("v6e:2x4"), Workload(prompt=8192, answer=1024))
+    full = fullest(flash(), Slice.of("v6e:2x4"), Workload(prompt=8192, answer=1024)).full
     print(full.batch, full.sizes, full.tokens_per_second)
 
 For every mesh of a slice: how many requests fit into a device's memory, and how long a step of so many
@@ -29,7 +29,7 @@ The memory of scalars that page tables take in kernels is not looked at.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -245,6 +245,7 @@ class Choice:
 
     full: Full
     reason: str
+    others: list[Full]  # that it fits under too, the faster ones first
 
 
 def fullest(
@@ -257,7 +258,7 @@ def fullest(
     experts: str = "",
     cache: CacheFormat = None,
 ) -> Choice:
-    """The mesh of a slice that gives most tokens a second, by `all_that_fit`.
+    """The mesh of a slice that gives most tokens a second, of those that divide the model.
 
     Args:
       batch: requests at once; 0: as many as fit.
@@ -268,44 +269,12 @@ def fullest(
       ValueError: it fits under no mesh, `sizes` do not divide the model, or the model takes no such
         context.
     """
-    found = sorted(
-        all_that_fit(cfg, place, workload, batch=batch, sizes=sizes, experts=experts, cache=cache),
-        key=lambda full: (-full.tokens_per_second, full.sizes["tensor"], full.sizes["context"]),
-    )
-    if not found:
-        many = f"{batch} requests" if batch else "a request"
-        raise ValueError(
-            f"{place.topology}: {many} of {workload.context:,} tokens of {cfg.name} fit under no "
-            "mesh; a larger slice or a shorter context would do."
-        )
-    best, *others = found
-    if not others:
-        return Choice(best, "the only mesh that it fits under")
-    gain = best.tokens_per_second / others[0].tokens_per_second - 1
-    second = others[0].mesh or "one device"
-    return Choice(
-        best,
-        f"fastest of {len(found)} meshes that it fits under, {gain:.1%} ahead of {second} "
-        f"with {others[0].batch:,} requests",
-    )
-
-
-def all_that_fit(
-    cfg: V4Config,
-    place: Slice,
-    workload: Workload,
-    *,
-    batch: int = 0,
-    sizes: dict[str, int] | None = None,
-    experts: str = "",
-    cache: CacheFormat = None,
-) -> Iterator[Full]:
-    """Every mesh of the slice that divides the model and has room; arguments as of `fullest`."""
     if workload.context > cfg.max_length:
         raise ValueError(
             f"context={workload.context}: expected at most {cfg.max_length} of {cfg.name}."
         )
     job = Job(kind="decode", context=workload.context, batch=1, experts=experts, cache=cache)
+    found = []
     for mesh in meshes(place.devices) if sizes is None else [sizes]:
         try:
             for rules, length in ((DECODE, None), (PREFILL, CHUNK)):
@@ -318,7 +287,24 @@ def all_that_fit(
         fits = functools.partial(server.fits, workload=workload)
         slots = math.ceil(batch / parts) if batch else largest(fits)
         if slots and fits(slots):
-            yield server.full(slots, batch or slots * parts, workload)
+            found.append(server.full(slots, batch or slots * parts, workload))
+    if not found:
+        many = f"{batch} requests" if batch else "a request"
+        raise ValueError(
+            f"{place.topology}: {many} of {workload.context:,} tokens of {cfg.name} fit under no "
+            "mesh; a larger slice or a shorter context would do."
+        )
+    found.sort(key=lambda f: (-f.tokens_per_second, f.sizes["tensor"], f.sizes["context"]))
+    best, *others = found
+    if not others:
+        return Choice(best, "the only mesh that it fits under", others)
+    gain = best.tokens_per_second / others[0].tokens_per_second - 1
+    second = others[0].mesh or "one device"
+    reason = (
+        f"fastest of {len(found)} meshes that it fits under, {gain:.1%} ahead of {second} "
+        f"with {others[0].batch:,} requests"
+    )
+    return Choice(best, reason, others)
 
 
 def largest(fits: Callable[[int], bool]) -> int:

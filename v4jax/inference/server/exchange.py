@@ -4,8 +4,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 
-from v4jax.inference import engine as engines
 from v4jax.inference.grammar import GrammarError
+from v4jax.inference.requests import EngineFullError
 from v4jax.inference.server.choice import Choice, Update
 from v4jax.inference.server.errors import ApiError
 from v4jax.inference.server.metrics import Metrics
@@ -51,10 +51,11 @@ class Exchange:
                 )
                 self._requests.append(request)
         except GrammarError as error:
-            raise ApiError(400, f"response_format: {error}", param="response_format") from None
+            field = self.asked.grammar_field
+            raise ApiError(400, f"{field}: {error}", param=field) from None
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        except engines.EngineFullError as error:
+        except EngineFullError as error:
             raise ApiError(429, f"{error} Try again later.", code="rate_limit_exceeded") from None
         except RuntimeError as error:
             raise ApiError(503, f"The engine takes no requests: {error}") from None

@@ -11,6 +11,7 @@ from v4jax.inference.server.errors import ApiError
 from v4jax.inference.server.fields import Fields
 from v4jax.inference.server.prompts import encode_chat, mode_of
 from v4jax.inference.server.protocol import EngineLike
+from v4jax.inference.tool_grammar import call_grammar, is_strict
 from v4jax.text.format import shown
 from v4jax.text.prompt import with_bos
 from v4jax.text.tokenizer import Tokenizer
@@ -78,6 +79,7 @@ class Asked:
     thinking_mode: str | None  # of the completion; None: a text that is continued
     stops: tuple[str, ...]
     grammar: Grammar | None  # what each answer has to be
+    grammar_field: str  # that asked for it
     is_streamed: bool
     includes_usage: bool  # at the end of a stream
     top_logprobs: int | None  # None: no log-probabilities
@@ -103,13 +105,10 @@ def read_chat(values: Mapping[str, Any], engine: EngineLike, settings: ServerSet
     messages = fields.of("messages", list, "a list of messages")
     if not messages:
         raise fields.error("messages", "a list of messages, one at least")
-    tools = fields.of("tools", list, "a list of tools")
-    choice = fields.get("tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise fields.error("tool_choice", "none or auto; the model is not made to call")
-    given_tools = tools if tools and choice != "none" else None
+    parallel = fields.boolean("parallel_tool_calls")
+    tools, calls = _tools(fields, tokenizer, parallel is not False)
     schema, grammar = _response_format(fields)
-    if grammar is not None and given_tools:
+    if grammar is not None and tools:
         text = (
             "response_format beside tools: expected tool_choice none, or no tools. An answer of a "
         )
@@ -119,8 +118,7 @@ def read_chat(values: Mapping[str, Any], engine: EngineLike, settings: ServerSet
     top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
     if top is not None and not has_logprobs:
         raise fields.error("top_logprobs", "logprobs=true beside it")
-    parallel = fields.boolean("parallel_tool_calls")
-    ids, thinking_mode = encode_chat(tokenizer, messages, mode, given_tools, schema)
+    ids, thinking_mode = encode_chat(tokenizer, messages, mode, tools, schema)
     return _asked(
         fields,
         engine,
@@ -130,7 +128,8 @@ def read_chat(values: Mapping[str, Any], engine: EngineLike, settings: ServerSet
         limit_names=("max_completion_tokens", "max_tokens"),
         top_logprobs=(top or 0) if has_logprobs else None,
         has_parallel_calls=parallel is not False,
-        grammar=grammar,
+        grammar=calls or grammar,
+        grammar_field="tools" if calls else "response_format",
     )
 
 
@@ -154,6 +153,7 @@ def read_completion(
         top_logprobs=fields.integer("logprobs", 0, MOST_LOGPROBS),
         has_parallel_calls=True,
         grammar=_response_format(fields)[1],
+        grammar_field="response_format",
     )
 
 
@@ -168,6 +168,7 @@ def _asked(
     top_logprobs: int | None,
     has_parallel_calls: bool,
     grammar: Grammar | None,
+    grammar_field: str,
 ) -> Asked:
     n = fields.integer("n", 1, MOST_CHOICES) or 1
     if n * len(prompts) > MOST_CHOICES:
@@ -208,12 +209,55 @@ def _asked(
         thinking_mode=thinking_mode,
         stops=stops,
         grammar=grammar,
+        grammar_field=grammar_field,
         is_streamed=streamed,
         includes_usage=bool(options.boolean("include_usage")),
         top_logprobs=top_logprobs,
         has_parallel_calls=has_parallel_calls,
         ignored=fields.unread,
     )
+
+
+def _tools(
+    fields: Fields, tokenizer: Tokenizer, is_parallel: bool
+) -> tuple[list[Any] | None, Grammar | None]:
+    """The tools that the model gets to see, and the grammar of its calls if they are bound to one."""
+    tools = fields.of("tools", list, "a list of tools")
+    choice = fields.get("tool_choice")
+    is_named = isinstance(choice, dict)
+    if not is_named and choice not in (None, "none", "auto", "required"):
+        raise fields.error("tool_choice", "none, auto, required, or a function of tools")
+    is_required = is_named or choice == "required"
+    if is_required and not tools:
+        raise fields.error("tool_choice", "tools beside it")
+    if choice == "none" or not tools:
+        return None, None
+    name = None
+    if is_named:
+        names = _names(tools)
+        asked = fields.sub("tool_choice")
+        if asked.get("type") != "function":
+            raise asked.error("type", "function")
+        function = asked.sub("function")
+        name = function.get("name")
+        if name not in names:
+            raise function.error("name", f"one of {', '.join(names)}")
+    if not is_required and not any(map(is_strict, tools)):
+        return tools, None
+    try:
+        grammar = call_grammar(
+            tools, tokenizer, name=name, is_required=is_required, is_parallel=is_parallel
+        )
+    except GrammarError as error:
+        raise ApiError(400, f"tools: {error}", param="tools") from None
+    return tools, grammar
+
+
+def _names(tools: list[Any]) -> list[str]:
+    """Of the functions."""
+    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _response_format(fields: Fields) -> tuple[Mapping[str, Any] | None, Grammar | None]:
