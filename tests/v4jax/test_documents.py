@@ -12,9 +12,21 @@ from flax import nnx
 from sharding import TRAIN, make_mesh
 from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close, relative_error
-from v4jax import tiny
+from v4jax import plain, tiny
+from v4jax.config import window_layer
 from v4jax.nn.documents import Documents, alignment
-from v4jax.train.losses import Batch, LossWeights, shifted
+from v4jax.nn.indexer import indexer_loss
+from v4jax.nn.layers import ModelContext
+from v4jax.nn.moe import Router
+from v4jax.train.losses import (
+    IGNORED,
+    Batch,
+    LossWeights,
+    mean_share,
+    shifted,
+    training_loss,
+    without_ignored,
+)
 from v4jax.train.step import loss_and_gradients
 
 ALIGN, ROW = 128, 768
@@ -145,3 +157,35 @@ def test_packed_rows_are_cut_over_a_mesh(shape):
 def test_documents_begin_at_multiples_of_all_ratios():
     assert alignment(tiny()) == 128
     assert alignment(dataclasses.replace(tiny(), layers=tiny().layers[:1])) == 1
+
+
+def test_padding_behind_a_single_document_counts_for_nothing():
+    """Rows of one document each, as without packing: routing counts, balance and indexer."""
+    context = ModelContext(CFG, plain(), TRAIN, nnx.Rngs(0))
+    router = Router(context, window_layer())
+    x = jax.random.normal(jax.random.key(0), (2, 20, CFG.embed_dim))
+    valid = np.arange(20) < 13
+    tokens = np.zeros((2, 20), np.int32)
+    *_, stats = router(x, tokens, Documents(np.stack([valid, valid])))
+    *_, alone = router(x[:, :13], tokens[:, :13])
+    assert_close(stats.balance_loss, alone.balance_loss, FLOAT32)
+    np.testing.assert_array_equal(stats.counts, alone.counts)
+
+    rng = np.random.default_rng(0)
+    q, weights, keys = (rng.normal(size=s) for s in ((1, 20, 3, 8), (1, 20, 3), (1, 5, 8)))
+    indices, mass = np.tile(np.arange(4), (1, 20, 1)), rng.random((1, 20, 4))
+    loss = indexer_loss(q, weights, keys, indices, mass, valid[None])
+    short = [array[:, :13] for array in (q, weights, indices, mass)]
+    assert_close(loss, indexer_loss(*short[:2], keys, *short[2:]), FLOAT32)
+
+
+def test_weights_of_the_loss_and_targets_that_are_ignored():
+    losses = jnp.array([[1.0, 2.0, 4.0, 8.0]])
+    targets, counted = without_ignored(jnp.array([[5, IGNORED, 7, 8]]), None)
+    assert targets.tolist() == [[5, 0, 7, 8]] and counted.tolist() == [[1, 0, 1, 1]]
+    assert_close(mean_share(losses, counted), 13 / 3, FLOAT32)
+    weights = jnp.array([[0.5, 1, 0, 2]])
+    assert_close(mean_share(losses, without_ignored(targets, weights)[1]), 18.5 / 3.5, FLOAT32)
+    assert float(mean_share(losses, jnp.zeros((1, 4)))) == 0
+    with pytest.raises(ValueError, match="loss_weights without after_weights: expected both"):
+        training_loss(_model(), *shifted(TOKENS[:1, :10]), loss_weights=jnp.ones((1, 8)))
