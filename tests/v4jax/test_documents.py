@@ -154,6 +154,17 @@ def test_packed_rows_are_cut_over_a_mesh(shape):
     _assert_same_gradients(_named(gradients), expected_gradients)
 
 
+def test_a_cut_through_compressed_rows_is_refused():
+    batch = jax.tree.map(lambda x: x[:, :192], packed(60))
+    graphdef, params, fixed = nnx.split(_model(), nnx.Param, ...)
+    run = loss_and_gradients(graphdef, WEIGHTS, TRAIN)
+    with (
+        jax.set_mesh(make_mesh(context=2)),
+        pytest.raises(ValueError, match="parts of 96 tokens, and a compressed row pools 128"),
+    ):
+        jax.eval_shape(run, params, fixed, *batch)
+
+
 def test_documents_begin_at_multiples_of_all_ratios():
     assert alignment(tiny()) == 128
     assert alignment(dataclasses.replace(tiny(), layers=tiny().layers[:1])) == 1
