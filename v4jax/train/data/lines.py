@@ -31,7 +31,8 @@ class Lines:
         self.is_text = self.path.suffix == ".txt"
         if self.path.suffix not in (".txt", ".jsonl", ".json"):
             raise ValueError(
-                f"{self.path}: expected .jsonl (an example a line), .txt, or token ids in .npy."
+                f"{self.path}: expected .jsonl (an example a line) or .txt. Token ids in .npy are for "
+                "TokenStream, which is `v4jax finetune --tokens`."
             )
         self._file = open(self.path, "rb")  # noqa: SIM115 - as long as this object
         self._offsets = self._find()
