@@ -73,6 +73,13 @@ def test_xla_copies_no_packed_weights_and_makes_no_scores_around_the_kernels(rep
     assert {r["case"]: r["xla_bytes"] for r in reports if r["xla_bytes"] > MAX_TEMP_BYTES} == {}
 
 
+def test_xla_makes_nothing_around_packed_linears(reports):
+    """Groups of a weight, of rows and of results are found where they lie."""
+    made = {r["case"]: r["xla_bytes"] for r in reports if r["case"].startswith("linear")}
+
+    assert made == dict.fromkeys((c for c in MEASURED if c.startswith("linear")), 0)
+
+
 def test_memory_is_what_kernels_hold_and_packed_arguments_take(reports):
     for r in reports:
         assert 0 < r["vmem_bytes"] <= CHIPS[r["chip"]].vmem
