@@ -50,13 +50,15 @@ def sizes_for(
     fmt = weights.format_of(w, dtype, chip)
     num_inputs, size = fmt.num_inputs, fmt.dtype.itemsize
     scales = 2 * 4 * w.scale.size if fmt.kind == "fp8" else 0
+    is_one_tile = num_rows <= block_sizes.MAX_ROW_TILE
+    # A core has two blocks at least, or tiles: one is copied while another is worked on.
     choose = functools.partial(
         block_sizes.choose,
         chip,
         num_columns=fmt.num_outputs // groups,
         multiple=LANES,
         max_step=block_sizes.STEP_WEIGHTS[chip] // num_inputs,
-        num_matrices=groups,
+        widest=fmt.num_outputs // block_sizes.CORES[chip] // (1 + is_one_tile),
     )
     rows = block_sizes.few_rows(num_rows, 1, num_inputs)
     if rows is not None:
@@ -66,7 +68,7 @@ def sizes_for(
         if sizes := choose(rows=rows, fixed=fixed, per_column=int(per_column)):
             return sizes, True
     rows = block_sizes.row_tile(num_rows, 1)
-    kept = size if num_rows > rows else 0
+    kept = 0 if is_one_tile else size
     per_column = (fmt.vmem_bytes() - size + kept) * num_inputs + 3 * 4 * rows
     fixed = 2 * rows * num_inputs * size + scales
     sizes = choose(rows=rows, fixed=fixed, per_column=int(per_column))
