@@ -25,9 +25,9 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from benchmarks import schedule
+from v4jax.planning import schedules
 
-DUMP = schedule.start_dump()  # before libtpu is loaded
+DUMP = schedules.start_dump()  # before libtpu is loaded
 
 from benchmarks import hlo, kernel_cases
 from benchmarks.case import Case
@@ -67,7 +67,7 @@ def report(case: Case, chip_name: str) -> Report:
       ValueError: the kernels compiled are not those the case names.
     """
     chip = CHIPS[chip_name]
-    schedule.clear(DUMP)
+    schedules.clear(DUMP)
     started = time.perf_counter()
     compiled = compile_on(
         chip_name, lambda *a: case.run(*a, implementation="tpu"), *case.arguments()
@@ -76,7 +76,7 @@ def report(case: Case, chip_name: str) -> Report:
     cycles = vector = spills = spills_run = 0
     bundles = {}
     for name, trips in case.trips(chip_name).items():
-        for kernel in schedule.read(DUMP, name):
+        for kernel in schedules.read(DUMP, name):
             cycles += kernel.cycles(trips)
             vector += kernel.unit_cycles("VALU", trips)
             spills += kernel.spills()

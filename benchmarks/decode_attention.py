@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
-from benchmarks.page_stream import stream_trips
 from pallas_kernels.attention import decode_attention, tpu_decode
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.formats.pages import PAGE, Pages, num_pages
 from v4jax import config
+from v4jax.planning.kernel_trips import decode_stream_trips
 
 ROPE = config.flash().rope_head_dim
 ROW_BYTES = {False: 1024, True: 584}  # of an entry: bfloat16, packed
@@ -48,11 +48,8 @@ def _trips(batch: int, num_entries: int, num_picked: int, is_packed: bool, chip:
         turns = [tpu_decode.LANES // tpu_decode.GATHER_UNROLL] * (num_picked // tpu_decode.LANES)
         looked_up = (-(-batch // 8),) if batch > 8 else ()
         return {"decode_gather": (batch, *turns)[batch == 1 :], "pool_rows": looked_up}
-    pages = num_pages(num_entries)
-    block = min(tpu_decode.BLOCK_ENTRIES[chip] // PAGE, pages)
-    cleared = -pages % block / -(-pages // block)
-    behind = None if is_packed else True
-    return {"decode_stream": stream_trips(chip, batch, pages, block, (cleared,), behind)}
+    stream = decode_stream_trips(chip, batch, num_pages(num_entries), is_packed)
+    return {"decode_stream": stream}
 
 
 def _case(cfg, kind: str, batch: int, context: int, is_packed: bool = False) -> Case:

@@ -15,13 +15,13 @@ from benchmarks.case import Case, Trips, main
 from pallas_kernels.formats.quantize import FP4_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK, QuantizedArray
 from pallas_kernels.grouped_matmul import (
     block_sizes,
-    few_rows,
     grouped_matmul,
     grouped_swiglu,
     tpu,
     vjp,
     weights,
 )
+from v4jax.planning.kernel_trips import few_rows_trips
 
 NUM_EXPERTS, LIMIT = 32, 10.0
 DIMS = {"Flash": (4096, 2048), "Pro": (7168, 3072)}  # model width, expert width
@@ -91,36 +91,24 @@ def _case(op, model, fmt, rows, num_weights, num_inputs, num_outputs) -> Case:
 
 def _trips(op: str, make, chip: str) -> Trips:
     x, *ws = jax.tree.leaves(jax.eval_shape(make), is_leaf=_is_weight)
-    return product_trips(op, x, [w for w in ws if w.ndim == 3], chip, x.dtype)
-
-
-def product_trips(op: str, x, ws, chip: str, result_dtype) -> Trips:
-    """Of rows x [P, in], as many for each of the weights [E, in, out]."""
-    num_experts = ws[0].shape[0]
-    formats = [weights.format_of(w, x.dtype, chip) for w in ws]
-    (num_rows, num_inputs), num_outputs = x.shape, ws[0].shape[2]
-    rows = block_sizes.few_rows(num_rows, num_experts, num_inputs)
+    formats = [weights.format_of(w, x.dtype, chip) for w in ws if w.ndim == 3]
+    (num_rows, num_inputs), num_outputs = x.shape, formats[0].num_outputs
+    rows = block_sizes.few_rows(num_rows, NUM_EXPERTS, num_inputs)
     if rows is not None:
-        sizes = few_rows.sizes_for(chip, rows, formats, num_rows)
-        visits = num_experts * -(-num_rows // num_experts // rows)
-        steps = sizes.columns // sizes.step
-        tiles = (num_rows + max(rows, 8)) // 8
-        inner = (tiles / visits, *((steps,) if steps > 1 else ()), 1 / visits)
-        return {f"{op}_few_rows": (num_outputs // sizes.columns * visits, *inner)}
-    product = tpu.Product(op, None, (result_dtype,))
-    return {op: _tiled_trips(product, formats, chip, num_rows, num_outputs, 0, num_experts)}
+        visits = NUM_EXPERTS * -(-num_rows // NUM_EXPERTS // rows)
+        return {f"{op}_few_rows": few_rows_trips(chip, formats, num_rows, rows, visits)}
+    product = tpu.Product(op, None, (x.dtype,))
+    return {op: _tiled_trips(product, formats, chip, num_rows, num_outputs, 0)}
 
 
-def _tiled_trips(
-    product, formats, chip, num_rows, num_columns, num_extras, num_experts=NUM_EXPERTS
-) -> tuple:
-    rows = block_sizes.row_tile(num_rows, num_experts)
+def _tiled_trips(product, formats, chip, num_rows, num_columns, num_extras) -> tuple:
+    rows = block_sizes.row_tile(num_rows, NUM_EXPERTS)
     sizes = tpu.sizes_for(product, chip, rows, formats, num_extras)
     visits, steps = num_rows // rows, sizes.columns // sizes.step
     grid = num_columns // sizes.columns * visits
     if not formats[0].is_packed:
         return (grid, 0, steps, 0) if steps > 1 else (grid, 0, 0)
-    first = num_experts / visits
+    first = NUM_EXPERTS / visits
     return grid, 0, first, steps * first, steps * (1 - first), 0
 
 

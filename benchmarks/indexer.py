@@ -4,8 +4,8 @@
 
 "prefill 8k" is a whole sequence; "prefill 8k of 128k" its last 8192 queries. Decoding is at the last
 position of the context. FLOPs are those of the scores of visible entries, where any are left out.
-How often the search for the threshold halves its interval depends on the scores: `PASSES` is what
-random queries and keys need that are normal numbers rounded to FP4, as the model rounds them.
+How often the search for the threshold halves its interval depends on the scores: `PASSES` is what random
+queries and keys need in prefill that are normal numbers rounded to FP4, as the model rounds them.
 """
 
 import functools
@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
-from benchmarks.page_stream import stream_trips
 from pallas_kernels.formats.packed_rows import PackedKeys, key_words
-from pallas_kernels.formats.pages import PAGE, Pages
+from pallas_kernels.formats.pages import Pages
 from pallas_kernels.formats.quantize import round_fp4
 from pallas_kernels.indexer import block_sizes, index_topk, threshold, tpu_prefill
 from v4jax import config
+from v4jax.planning.kernel_trips import index_list_trips
 
 RATIO = 4
-PASSES = {"prefill": 20, "decode": 14}
+PASSES = 20
 
 
 def _make(cfg: config.V4Config, batch: int, num_queries: int, context: int, is_packed: bool):
@@ -76,23 +76,13 @@ def _prefill_trips(cfg, batch: int, num_queries: int, context: int, chip: str) -
     if tpu_prefill.FAST_E5M2[chip]:  # converts columns, and has loops over bfloat16 as well
         columns += (blocks * cfg.indexer.num_heads / groups / tpu_prefill.CONVERTED_AT_ONCE,)
         scores += (0, 0)
-    search = blocks * PASSES["prefill"]
+    search = blocks * PASSES
     trips = (batch * steps, *columns, *scores, 0, search, pairs, 0, 0, 0, 0, *pack)
     return {"index_bits": trips}
 
 
 def _decode_trips(cfg, batch: int, context: int, chip: str) -> Trips:
-    num_entries = context // RATIO
-    block = block_sizes.decode_block(num_entries)
-    keys = block_sizes.decode_keys(num_entries)
-    pair = 2 * block_sizes.decode_chunk(num_entries)
-    pairs = -(-num_entries // (pair * 128))
-    tiles = -(-num_entries // (128 * 128))
-    search = (PASSES["decode"], pairs, 0, 0, 0, 0)
-    visits = (tiles,) * (-(-cfg.indexer.topk // 128))
-    pages = num_entries // PAGE
-    stream = stream_trips(chip, batch, pages, block // PAGE, (block // keys,), copies_behind=False)
-    return {"index_list": (*stream, 0, pair // 128 * pairs, *search, tiles, *visits)}
+    return {"index_list": index_list_trips(chip, batch, context // RATIO, cfg.indexer.topk)}
 
 
 def _case(cfg, batch: int, num_queries: int, context: int, is_packed: bool = False) -> Case:

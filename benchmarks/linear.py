@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
-from benchmarks.grouped_matmul import BYTES, product_trips, weight
-from pallas_kernels.linear import as_experts, linear
+from benchmarks.grouped_matmul import BYTES, weight
+from pallas_kernels.linear import linear, tpu
 
 SHAPES = {  # inputs and outputs of a group, groups
     "Flash query": (1024, 32768, 1),
@@ -38,8 +38,15 @@ def _case(name: str, rows: int) -> Case:
         return x, weight("FP8", num_inputs, groups * num_outputs)
 
     def trips(chip: str) -> Trips:
-        x, w = jax.eval_shape(lambda: as_experts(*make(), groups))
-        return product_trips("grouped_matmul", x, [w], chip, jnp.float32)
+        x, w = jax.eval_shape(make)
+        sizes, is_few = tpu.sizes_for(rows, w, groups, x.dtype, chip)
+        blocks, steps = groups * num_outputs // sizes.columns, sizes.columns // sizes.step
+        tiles = -(-rows // sizes.rows)
+        if tiles == 1:
+            loops = (blocks, steps) if steps > 1 else (blocks,)
+            return {"linear_few_rows" if is_few else "linear": loops}
+        first = 1 / tiles
+        return {"linear": (blocks * tiles, first, steps * first, steps * (1 - first))}
 
     return Case(
         op="linear",

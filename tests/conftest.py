@@ -1,5 +1,6 @@
 """Eight fake CPU devices, warnings as errors, and models that several tests share."""
 
+import gc
 import os
 import pathlib
 
@@ -58,6 +59,22 @@ def official_small_f32() -> dict[str, np.ndarray]:
     Good for inputs of layers; its outputs belong to other weights (docs/numerics.md).
     """
     return dict(np.load(GOLDEN / "official_small" / "reference_f32.npz"))
+
+
+MOST_MEMORY = 5 * 2**30  # bytes of a worker, before it forgets its programs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_given_back():
+    """Compiled programs stay in memory: after a thousand tests two workers would fill 24 GiB."""
+    yield
+    used = pathlib.Path("/proc/self/statm")
+    if not used.exists():  # not on Linux
+        return
+    pages = int(used.read_text(encoding="ascii").split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -1,10 +1,16 @@
 """Models with random numbers, and a compiled step of them, that several tests take."""
 
+import dataclasses
 import functools
+import pathlib
+import shutil
+import tempfile
 
 import jax
 from flax import nnx
 
+import v4jax
+from tests.conftest import NANO
 from v4jax import Transformer
 
 
@@ -32,3 +38,20 @@ def extend(model):
         return model.logits(model.hidden(streams)), cache
 
     return functools.partial(step, params)
+
+
+@functools.cache
+def small_nano() -> pathlib.Path:
+    """A folder with the bundled model's first two layers: less than half of its code to compile."""
+    folder = pathlib.Path(_temporary().name)
+    cfg = v4jax.from_hf(NANO)
+    cfg = dataclasses.replace(cfg, layers=cfg.layers[:2], mtp_layers=())
+    v4jax.save(v4jax.load(NANO, config=cfg), folder / "nano")
+    shutil.copy(NANO / "tokenizer.json", folder / "nano")
+    return folder / "nano"
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="v4jax-")

@@ -36,7 +36,7 @@ ROOMS = {
     "nn": {"config"},
     "checkpoint": {"config", "nn", "stores"},
     "inference": {"config", "nn", "text", "stores"},
-    "train": {"config", "nn", "checkpoint"},
+    "train": {"config", "nn", "checkpoint", "stores", "text"},
     "planning": {"config", "nn", "inference", "train"},
     "cli": {
         *("config", "nn", "text", "stores", "checkpoint", "inference", "train", "planning"),

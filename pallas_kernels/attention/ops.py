@@ -7,6 +7,10 @@
 `selected_attention` the entries an indexer picked (CSA). An entry of `ratio` tokens is visible from
 its last token on. All of them take one KV head shared by all query heads.
 
+A row may hold several documents, one behind the other: `positions` then begin anew with each, and
+`first` has the first entry of every query's document. Nothing of another document is visible. The
+kernels take rows of one document; with `first` the XLA forms run.
+
 Source: report section 2.3; visibility and sink as in the released `inference/model.py`.
 """
 
@@ -28,6 +32,7 @@ def window_attention(
     entries: jax.Array,  # [B, S, H]; S may be 0
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
+    first: jax.Array | None = None,  # [B, T] int32: see above
     *,
     ratio: int,
     scale: float,
@@ -47,16 +52,16 @@ def window_attention(
     Raises:
       ValueError: shapes do not agree, or an implementation that cannot run.
     """
-    _check(q, window, entries, sink, positions)
-    chosen = dispatch.choose(implementation, unsupported=tpu.unsupported(q, window, entries))
+    _check(q, window, entries, sink, positions, first)
+    chosen = dispatch.choose(implementation, unsupported=_unsupported(q, window, entries, first))
     static: dict[str, Any] = dict(ratio=max(ratio, 1), scale=scale)
     if chosen in ("tpu", "interpret"):
         static["interpret"] = chosen == "interpret"
         return tpu.attention(q, window, entries, None, sink, positions, **static)
     if chosen == "reference":
-        visible = reference.visible_entries(positions, entries.shape[1], max(ratio, 1))
+        visible = reference.visible_entries(positions, entries.shape[1], max(ratio, 1), first)
         return reference.attention_reference(q, window, entries, visible, sink, positions, scale)
-    return xla.attention(q, window, entries, None, sink, positions, **static)
+    return xla.attention(q, window, entries, None, sink, positions, first, **static)
 
 
 @dispatch.operation
@@ -67,6 +72,7 @@ def selected_attention(
     selection: Selection,  # of S entries, for [B, T] queries
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
+    first: jax.Array | None = None,  # [B, T] int32: see above; entries are those of `selection`
     *,
     scale: float,
     implementation: dispatch.Implementation = None,
@@ -81,7 +87,7 @@ def selected_attention(
     Raises:
       ValueError: shapes do not agree, or an implementation that cannot run.
     """
-    _check(q, window, entries, sink, positions)
+    _check(q, window, entries, sink, positions, first)
     if (selection.shape, selection.num_entries) != (q.shape[:2], entries.shape[1]):
         raise ValueError(
             f"selection, for {selection.shape} queries of {selection.num_entries} entries, must "
@@ -89,7 +95,7 @@ def selected_attention(
         )
     if selection.indices is not None:
         checks.check_indices(selection.indices, entries.shape[1])
-    chosen = dispatch.choose(implementation, unsupported=tpu.unsupported(q, window, entries))
+    chosen = dispatch.choose(implementation, unsupported=_unsupported(q, window, entries, first))
     static: dict[str, Any] = dict(ratio=1, scale=scale)
     if chosen in ("tpu", "interpret"):
         bits, interpret = selection.to_bits(), chosen == "interpret"
@@ -99,7 +105,7 @@ def selected_attention(
         mask = selection.mask()
         return reference.attention_reference(q, window, entries, mask, sink, positions, scale)
     indices = selection.to_indices()
-    return xla.attention(q, window, entries, indices, sink, positions, **static)
+    return xla.attention(q, window, entries, indices, sink, positions, None, **static)
 
 
 @dispatch.operation
@@ -169,7 +175,13 @@ def selected_mass(
     return xla.selected_mass(q, entries, indices, log_denominator, scale=scale)
 
 
-def _check(q, window, entries, sink, positions):
+def _unsupported(q, window, entries, first) -> str | None:
+    if first is not None:
+        return "the kernel takes rows of one document, without `first`"
+    return tpu.unsupported(q, window, entries)
+
+
+def _check(q, window, entries, sink, positions, first):
     if q.ndim != 4 or window.ndim != 3 or entries.ndim != 3:
         raise ValueError(
             f"q {q.shape} must be [B, T, N, H], window {window.shape} [B, C + T, H] and entries "
@@ -192,4 +204,6 @@ def _check(q, window, entries, sink, positions):
         raise ValueError(f"sink {sink.shape} must be [N] with N={num_heads} heads of q.")
     if positions.shape != (batch, num_queries):
         raise ValueError(f"positions {positions.shape} must be {(batch, num_queries)}.")
-    checks.check_positions(positions, are_consecutive=True)
+    if first is not None and first.shape != positions.shape:
+        raise ValueError(f"first {first.shape} must be {positions.shape}, as positions.")
+    checks.check_positions(positions, are_consecutive=first is None)

@@ -40,9 +40,15 @@ def attention_reference(
     return out.astype(q.dtype), jax.nn.logsumexp(scores, axis=-1)
 
 
-def visible_entries(positions: jax.Array, num_entries: int, ratio: int) -> jax.Array:
-    """[B, T] positions -> [B, T, S] bool: entry w covers tokens up to ratio * (w + 1) - 1."""
-    return jnp.arange(num_entries) < ((positions + 1) // ratio)[..., None]
+def visible_entries(
+    positions: jax.Array, num_entries: int, ratio: int, first: jax.Array | None = None
+) -> jax.Array:
+    """[B, T] positions -> [B, T, S] bool: entry w covers tokens up to ratio * (w + 1) - 1.
+
+    With `first` [B, T], entries are counted from there.
+    """
+    behind = jnp.arange(num_entries) - (0 if first is None else first[..., None])
+    return (behind >= 0) & (behind < ((positions + 1) // ratio)[..., None])
 
 
 def selection_mask(indices: jax.Array, num_entries: int) -> jax.Array:

@@ -111,7 +111,7 @@ def _stream(ring_rows, wanted, q, sink, window, entries: Pages, *, scale, interp
         functools.partial(_stream_kernel, grid=grid, lines=lines, scale=scale),
         *("decode_stream", grid, [ring_rows, wanted, entries.table.reshape(-1)]),
         *([q, sink, window, pool], [pl.BlockSpec(memory_space=pl.ANY)]),
-        tpu_pages.scratch(block, lines, pool),
+        tpu_pages.scratch(block, lines, pool, interpret),
         num_keys=window.shape[1] + entries.shape[1],
         interpret=interpret,
     )
@@ -296,7 +296,7 @@ def _stream_kernel(
     b = grid.sequence(pl.program_id(0), pl.program_id(1))
     softmax = _Softmax(q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale=scale)
     is_packed = pool_ref.dtype == jnp.uint32
-    block = stream[0].shape[0] // lines * PAGE
+    block = tpu_pages.pages_held(stream, lines) * PAGE
     softmax.start()
     softmax.visit_ring(ring_ref, ring_rows[b])
 

@@ -3,6 +3,7 @@
 Queries are taken in blocks of `BLOCK_QUERIES`. A block sees a band of `C + block` window rows, and
 then either its selected entries (gathered, [block, K, H]) or all visible entries in chunks of
 `BLOCK_ENTRIES` under a running softmax; chunks no query of the block can see are not visited.
+Queries of several documents in a row see entries from the `first` of their own on.
 
 The backward pass saves only `out` and the log-sum-exp, and recomputes probabilities block by block
 (FlashAttention, arXiv 2205.14135). Keys are values, so both gradients of a row go to one buffer.
@@ -22,21 +23,22 @@ BLOCK_ENTRIES = 512
 _LOWEST = -1e30
 
 
-def attention(q, window, entries, indices, sink, positions, *, ratio: int, scale: float):
+def attention(q, window, entries, indices, sink, positions, first, *, ratio: int, scale: float):
     """See `ops.py`. `indices` [B, T, K] selects entries; None attends to every visible one."""
     if indices is not None and not indices.shape[2]:  # nothing to gather
         entries, indices = entries[:, :0], None
-    return _attention(q, window, entries, sink, indices, positions, ratio, scale)
+    return _attention(q, window, entries, sink, indices, positions, first, ratio, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q, window, entries, sink, indices, positions, ratio, scale):
-    return _forward(q, window, entries, sink, indices, positions, ratio, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attention(q, window, entries, sink, indices, positions, first, ratio, scale):
+    return _forward(q, window, entries, sink, indices, positions, first, ratio, scale)
 
 
-def _forward(q, window, entries, sink, indices, positions, ratio, scale):
+def _forward(q, window, entries, sink, indices, positions, first, ratio, scale):
     grid = _Grid(q, window)
     q_p, positions_p, indices_p = map(grid.pad_queries, (q, positions, indices))
+    first_p = grid.pad_queries(first)
     window_p = grid.pad_rows(window)
 
     def block(i):
@@ -51,7 +53,8 @@ def _forward(q, window, entries, sink, indices, positions, ratio, scale):
             scores = jnp.where(indices_i[:, :, None] >= 0, scores, _LOWEST)
             state = _Softmax.of(near, _Part(scores, rows, "btsh"))
         elif entries.shape[1]:
-            state = _visible(near, q_i, entries, pos_i, ratio, scale)
+            chunks = _Chunks(entries.shape[1], pos_i, ratio, grid.queries(first_p, i))
+            state = _visible(near, q_i, entries, chunks, scale)
         else:
             state = _Softmax.of(near)
         return state.finish(sink, q.dtype)
@@ -60,10 +63,9 @@ def _forward(q, window, entries, sink, indices, positions, ratio, scale):
     return grid.join(out), grid.join(lse)
 
 
-def _visible(near, q_i, entries, pos_i, ratio, scale):
+def _visible(near, q_i, entries, chunks, scale):
     """The window with the first chunk of entries, then the other chunks one by one."""
-    chunks = _Chunks(entries.shape[1], pos_i, ratio)
-    entries = chunks.pad(entries)
+    entries, begin = chunks.pad(entries), chunks.begin
 
     def part(c):
         rows = chunks.rows(entries, c)
@@ -73,16 +75,16 @@ def _visible(near, q_i, entries, pos_i, ratio, scale):
     def chunk(c, state):
         return state.join(_Softmax.of(part(c)))
 
-    return jax.lax.fori_loop(1, chunks.count, chunk, _Softmax.of(near, part(0)))
+    return jax.lax.fori_loop(begin + 1, chunks.count, chunk, _Softmax.of(near, part(begin)))
 
 
-def _fwd(q, window, entries, sink, indices, positions, ratio, scale):
-    out, lse = _forward(q, window, entries, sink, indices, positions, ratio, scale)
-    return (out, lse), (q, window, entries, sink, indices, positions, out, lse)
+def _fwd(q, window, entries, sink, indices, positions, first, ratio, scale):
+    out, lse = _forward(q, window, entries, sink, indices, positions, first, ratio, scale)
+    return (out, lse), (q, window, entries, sink, indices, positions, first, out, lse)
 
 
 def _bwd(ratio, scale, residuals, cotangents):
-    q, window, entries, sink, indices, positions, out, lse = residuals
+    q, window, entries, sink, indices, positions, first, out, lse = residuals
     d_out, d_lse = cotangents
     grid = _Grid(q, window)
     # d score = p * (d_out . key - delta), for scores in the denominator; the sink has no key.
@@ -92,7 +94,7 @@ def _bwd(ratio, scale, residuals, cotangents):
     q_p, positions_p, indices_p, d_out_p, lse_p, delta_p = map(
         grid.pad_queries, (q, positions, indices, d_out, lse, delta)
     )
-    window_p = grid.pad_rows(window)
+    window_p, first_p = grid.pad_rows(window), grid.pad_queries(first)
 
     def block(carry, i):
         d_window, d_entries = carry
@@ -119,7 +121,7 @@ def _bwd(ratio, scale, residuals, cotangents):
             d_q += d_q_c
             d_entries = _scatter_add(d_entries, indices_i, d_rows)
         elif entries.shape[1]:
-            chunks = _Chunks(entries.shape[1], pos_i, ratio)
+            chunks = _Chunks(entries.shape[1], pos_i, ratio, grid.queries(first_p, i))
             padded = chunks.pad(entries)
 
             def chunk(c, carry):
@@ -128,7 +130,7 @@ def _bwd(ratio, scale, residuals, cotangents):
                 d_q_c, d_rows = grads(rows, chunks.visible(c)[:, :, None], "bsh")
                 return d_q + d_q_c, chunks.add(d_entries, d_rows, c)
 
-            d_q, d_entries = jax.lax.fori_loop(0, chunks.count, chunk, (d_q, d_entries))
+            d_q, d_entries = jax.lax.fori_loop(chunks.begin, chunks.count, chunk, (d_q, d_entries))
         return (d_window, d_entries), d_q.astype(q.dtype)
 
     num_entries = entries.shape[1]
@@ -144,6 +146,7 @@ def _bwd(ratio, scale, residuals, cotangents):
         d_window[:, : window.shape[1]].astype(window.dtype),
         d_entries[:, : entries.shape[1]].astype(entries.dtype),
         -jnp.sum(jnp.exp(sink - lse) * delta, axis=(0, 1)).astype(sink.dtype),
+        None,
         None,
         None,
     )
@@ -216,7 +219,11 @@ class _Grid:
     pad_rows = pad_queries
 
     def queries(self, x, i):
-        return jax.lax.dynamic_slice_in_dim(x, i * self.block, self.block, axis=1)
+        return (
+            None
+            if x is None
+            else jax.lax.dynamic_slice_in_dim(x, i * self.block, self.block, axis=1)
+        )
 
     def band(self, window, i):
         size = self.size + self.block
@@ -236,13 +243,19 @@ class _Grid:
 
 
 class _Chunks:
-    """Chunks of compressed entries, as many as the last query of a block can see."""
+    """Chunks of compressed entries: `begin` .. `count` - 1 are those a query of a block can see."""
 
-    def __init__(self, num_entries, positions_i, ratio):
+    def __init__(self, num_entries, positions_i, ratio, first_i):
         self.size = min(BLOCK_ENTRIES, num_entries)
-        self.num_visible = jnp.minimum((positions_i + 1) // ratio, num_entries)  # [B, t]
-        self.count = -(-jnp.max(self.num_visible) // self.size)
         self.padding = -num_entries % self.size
+        self.first, behind = first_i, (positions_i + 1) // ratio  # [B, t]
+        self.begin: int | jax.Array = 0
+        if first_i is not None:
+            last_chunk = -(-num_entries // self.size) - 1
+            self.begin = jnp.minimum(jnp.min(first_i) // self.size, last_chunk)
+            behind += first_i
+        self.end = jnp.minimum(behind, num_entries)
+        self.count = -(-jnp.max(self.end) // self.size)
 
     @staticmethod
     def padded_size(num_entries):
@@ -259,7 +272,9 @@ class _Chunks:
         return jax.lax.dynamic_update_slice_in_dim(d_entries, total, c * self.size, axis=1)
 
     def visible(self, c):  # [B, t, size]
-        return c * self.size + jnp.arange(self.size) < self.num_visible[..., None]
+        index = c * self.size + jnp.arange(self.size)
+        seen = index < self.end[..., None]
+        return seen if self.first is None else seen & (index >= self.first[..., None])
 
 
 def _pad_axis1(x, padding):

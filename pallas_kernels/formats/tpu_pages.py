@@ -77,15 +77,24 @@ def array_of(pool: Rows, interpret) -> tuple[jax.Array, int]:
     return array, lines
 
 
-def scratch(pages: int, lines: int, pool: jax.Array) -> list[Any]:
+def scratch(pages: int, lines: int, pool: jax.Array, interpret) -> list[Any]:
     """What a `PageStream` of blocks of so many pages of `lines` lines keeps in a kernel.
 
     An array for each block that is held, not one of all: only so does the compiler know that what is
     copied to one is not read from another, and moves the copies' instructions between those of the
-    vector unit.
+    vector unit. Not in the plain interpreter, where that would be three times the code to compile.
     """
-    blocks = [pltpu.VMEM((pages * lines, pool.shape[2]), pool.dtype)] * HELD
+    shape = pages * lines, pool.shape[2]
+    if interpret is True:
+        blocks = [pltpu.VMEM((HELD, *shape), pool.dtype)]
+    else:
+        blocks = [pltpu.VMEM(shape, pool.dtype)] * HELD
     return [*blocks, pltpu.SemaphoreType.DMA((HELD,)), pltpu.SMEM((3,), jnp.int32)]
+
+
+def pages_held(scratch_refs, lines: int) -> int:
+    """Pages of a block, of what `scratch` made."""
+    return scratch_refs[0].shape[-2] // lines
 
 
 class PageStream:
@@ -104,7 +113,8 @@ class PageStream:
         self.core, self.step = pl.program_id(0), pl.program_id(1)
         self.lengths, self.table, self.pool = lengths_ref, table_ref, pool_ref
         *self.blocks, self.arrived, self.state = scratch_refs
-        self.pages = self.blocks[0].shape[0] // lines  # of a block
+        self.is_one_array = len(self.blocks) == 1
+        self.pages = pages_held(scratch_refs, lines)
 
     def visit(self, body: Callable[[Any, jax.Array, Callable], Any]) -> None:
         """`body(rows_ref, k, start)` for each block k of this step's sequence, at least for one.
@@ -129,14 +139,26 @@ class PageStream:
         def _(k):
             slot, (page, count) = self.state[0], self._next()
             self.state[0] = jnp.where(slot == HELD - 1, 0, slot + 1)
+
+            def use(slot):
+                other = (slot + HELD - 1) % HELD
+                self._wait(slot, num_pages - k * self.pages)
+                started = body(self._block(slot), k, self._starting(other, page, count))
+                if not (isinstance(started, int) and started >= self.pages):
+                    self._start(other, page, started, count)
+
+            if self.is_one_array:
+                use(slot)
+                return
             for i in range(HELD):
                 # Not a branch: schedules count the turns of loops, but take every branch.
                 @pl.loop(0, jnp.where(slot == i, 1, 0))
                 def _(_, i=i):
-                    self._wait(i, num_pages - k * self.pages)
-                    started = body(self.blocks[i], k, self._starting((i - 1) % HELD, page, count))
-                    if not (isinstance(started, int) and started >= self.pages):
-                        self._start((i - 1) % HELD, page, started, count)
+                    use(i)
+
+    def _block(self, slot):
+        """Where one of the blocks is held; `slot` is a number where each is an array of its own."""
+        return self.blocks[0].at[slot] if self.is_one_array else self.blocks[slot]
 
     def _next(self):
         """The block to copy next: its first page among those of all tables, and how many it has.
@@ -155,19 +177,22 @@ class PageStream:
     def _num_pages(self, b):
         return pl.cdiv(self.lengths[b], PAGE)
 
-    def _copy(self, slot: int, page, line):
+    def _copy(self, slot, page, line):
         """Of a page among those of all tables, to lines of a block."""
         source = self.table[page] * self.lines
         if self.lines % PAGE == 0:
             source, line = pl.multiple_of(source, PAGE), pl.multiple_of(line, PAGE)
         return pltpu.make_async_copy(
             self.pool.at[0, pl.ds(source, self.lines)],
-            self.blocks[slot].at[pl.ds(line, self.lines)],
+            self._block(slot).at[pl.ds(line, self.lines)],
             self.arrived.at[slot],
         )
 
-    def _starting(self, slot: int, page, num_pages):
+    def _starting(self, slot, page, num_pages):
         def start(first, count: int):
+            if self.is_one_array:  # less code
+                self._start(slot, page, first, jnp.minimum(first + count, num_pages))
+                return
             left, page_first, line = num_pages - first, page + first, first * self.lines
             for j in range(count):
 
@@ -177,26 +202,29 @@ class PageStream:
 
         return start
 
-    def _start(self, slot: int, page, first, count):
+    def _start(self, slot, page, first, count):
         """Copies of pages `first` .. `count` - 1 of a block, whose page 0 is `page` of the tables."""
-        turns = jnp.maximum(count - first, 0) // UNROLL
+        if not self.is_one_array:
+            turns = jnp.maximum(count - first, 0) // UNROLL
 
-        @pl.loop(0, turns)
-        def _(i):
-            for j in range(UNROLL):
-                at = first + i * UNROLL + j
-                self._copy(slot, page + at, at * self.lines).start()
+            @pl.loop(0, turns)
+            def _(i):
+                for j in range(UNROLL):
+                    at = first + i * UNROLL + j
+                    self._copy(slot, page + at, at * self.lines).start()
 
-        @pl.loop(first + turns * UNROLL, count)
+            first += turns * UNROLL
+
+        @pl.loop(first, count)
         def _(at):
             self._copy(slot, page + at, at * self.lines).start()
 
-    def _wait(self, slot: int, count):
+    def _wait(self, slot, count):
         """For a block of `count` pages, or of all it has room for."""
 
         @pl.when(count >= self.pages)
         def _():
-            block = self.blocks[slot]
+            block = self._block(slot)
             pltpu.make_async_copy(block, block, self.arrived.at[slot]).wait()
 
         @pl.when(count < self.pages)

@@ -53,6 +53,7 @@ def choose(
     per_column: int,
     multiple: int,
     max_step: int,
+    widest: int | None = None,
 ) -> BlockSizes | None:
     """The widest block that fits VMEM, None if there is none.
 
@@ -61,8 +62,9 @@ def choose(
       per_column: bytes of VMEM for a column.
       multiple: columns that cannot be parted.
       max_step: columns to compute together at most.
+      widest: columns of a block at most; default: each core has a block.
     """
-    widest = max(num_columns // CORES[chip], multiple)
+    widest = max(num_columns // CORES[chip] if widest is None else widest, multiple)
     for columns in (*COLUMNS, multiple):
         fits = columns <= widest and fixed + columns * per_column <= VMEM_BUDGET[chip]
         if fits and num_columns % columns == 0 and columns % multiple == 0:

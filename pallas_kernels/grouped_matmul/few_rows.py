@@ -95,8 +95,8 @@ def grouped_product(
         for array, height in zip(operands(w), rows_of_operands(fmt, num_inputs)):
             in_specs.append(pl.BlockSpec((None, height, sizes.columns), weight_at))
             arrays.append(array)
-    parts = max(_parts(fmt, depth) for fmt in formats)
-    scratch.append(pltpu.VMEM((parts * rows, num_inputs), x.dtype))
+    spread_rows = rows * max(parts(fmt, depth) for fmt in formats)
+    scratch.append(pltpu.VMEM((spread_rows, num_inputs), x.dtype))
     scratch.append(pltpu.VMEM((padded, sizes.columns), jnp.float32))
     return pl.pallas_call(
         functools.partial(_kernel, product, formats, sizes, depth, len(row_values)),
@@ -126,9 +126,18 @@ def _padded(num_rows: int, rows: int) -> int:
     return -(-num_rows // SUBLANES) * SUBLANES + -(-rows // SUBLANES) * SUBLANES
 
 
-def _parts(fmt: Format, depth: int) -> int:
+def parts(fmt: Format, depth: int) -> int:
     """Groups of inputs that go through the matrix unit together."""
     return math.gcd(depth // fmt.group, fmt.num_inputs // fmt.group) if fmt.is_packed else 1
+
+
+def spread(x: jax.Array, spread_ref, fmt: Format, rows: int, depth: int) -> None:
+    """Lays out float32 rows [up to `rows`, in], `rows` for each of the groups of a pass."""
+    count = parts(fmt, depth)
+    group = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // fmt.group % count
+    for part in range(count):
+        own = x if count == 1 else jnp.where(group == part, x, 0.0)
+        spread_ref[part * rows : part * rows + x.shape[0], :] = own.astype(spread_ref.dtype)
 
 
 def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values, *all_refs):
@@ -159,12 +168,7 @@ def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values,
     def own_rows(ref):
         return pltpu.roll(ref[window, :], to_front, 0)[:rows]
 
-    x = own_rows(x_ref)
-    parts = spread_ref.shape[0] // rows
-    group = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // formats[0].group % parts
-    for part in range(parts):
-        own = x if parts == 1 else jnp.where(group == part, x, 0.0)
-        spread_ref[part * rows : (part + 1) * rows, :] = own.astype(spread_ref.dtype)
+    spread(own_rows(x_ref), spread_ref, formats[0], rows, depth)
     row_values = [own_rows(ref)[:, :1] for ref in row_refs]
     row = jax.lax.broadcasted_iota(jnp.int32, (window_rows, 1), 0) - inside
     mine = (row >= 0) & (row < jnp.minimum(end[v] - first_row, rows))
@@ -193,23 +197,32 @@ def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values,
 
 def _product(fmt: Format, spread_ref, w_refs, columns, depth, rows) -> jax.Array:
     """float32 [rows, columns] of a tile of rows."""
-    dtype = spread_ref.dtype
     if not fmt.is_packed:
-        return dot(spread_ref[...], w_refs[0][:, columns].astype(dtype))
+        return dot(spread_ref[...], w_refs[0][:, columns].astype(spread_ref.dtype))
+    scale = w_refs[1][:, columns]
+    return packed_product(fmt, spread_ref, w_refs[0], scale, columns, depth, rows)
+
+
+def packed_product(fmt: Format, spread_ref, values_ref, scale, columns, depth, rows) -> jax.Array:
+    """float32 [rows, columns] of rows that `spread` laid out.
+
+    Args:
+      scale: [in / group, columns].
+    """
+    dtype = spread_ref.dtype
     # The matrix unit takes e4m3 as it is.
     read_as = fmt.read_as if fmt.kind == "fp4" else tpu_formats.E4M3
     fmt = dataclasses.replace(fmt, read_as=read_as, scale_dtype=jnp.dtype(jnp.float32))
-    scale = scale_rows(fmt, w_refs[1][:, columns])
-    scale = jax.lax.bitcast_convert_type(scale, jnp.float32)
-    values = codes(fmt, w_refs[0], 0, fmt.num_inputs, columns)
+    scale = jax.lax.bitcast_convert_type(scale_rows(fmt, scale), jnp.float32)
+    values = codes(fmt, values_ref, 0, fmt.num_inputs, columns)
     if dtype == jnp.float32:
         values = [value.astype(jnp.float32) for value in values]
-    parts = _parts(fmt, depth)
+    count = parts(fmt, depth)
     terms = []
-    for group in range(0, len(values), parts):
-        inputs = slice(group * fmt.group, (group + parts) * fmt.group)
-        partial = dot(spread_ref[:, inputs], jnp.concatenate(values[group : group + parts]))
-        for part in range(parts):
+    for group in range(0, len(values), count):
+        inputs = slice(group * fmt.group, (group + count) * fmt.group)
+        partial = dot(spread_ref[:, inputs], jnp.concatenate(values[group : group + count]))
+        for part in range(count):
             own = partial[part * rows : (part + 1) * rows]
             terms.append(own * scale[group + part : group + part + 1])
     return functools.reduce(jnp.add, terms)

@@ -15,14 +15,8 @@ from pallas_kernels.grouped_matmul import block_sizes, few_rows, gradients, tpu,
 from pallas_kernels.grouped_matmul.reference import swiglu
 
 
-def unsupported(
-    x: jax.Array, ws: list[tpu.Weight], products: list[tpu.Product] | None = None
-) -> str | None:
-    """Why the kernels cannot take these arguments, None if they can.
-
-    Args:
-      products: what is to be formed; default what forward and backward need.
-    """
+def unsupported(x: jax.Array, ws: list[tpu.Weight]) -> str | None:
+    """Why the kernels cannot take these arguments, None if they can."""
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"x must be float32 or bfloat16, not {x.dtype}"
     if x.shape[0] == 0:
@@ -36,7 +30,7 @@ def unsupported(
     formats = [weights.format_of(w, x.dtype, chip) for w in ws]
     dtypes = (x.dtype,) * len(ws)
     again = tpu.Product("", lambda products, _: products, dtypes, has_row_sums=True)  # gradient's
-    for product in products or (again, transposed(x.dtype)):
+    for product in (again, transposed(x.dtype)):
         if tpu.sizes_for(product, chip, rows, formats, 1) is None:
             return f"a row of {ws[0].shape} weights is too long for the VMEM of {chip}"
     return None

@@ -66,9 +66,9 @@ class Format:
 
 
 def format_of(w: jax.Array | QuantizedArray, dtype, chip: str) -> Format:
-    """The format of a weight [E, in, out] that meets rows of `dtype`."""
+    """The format of a weight [..., in, out] that meets rows of `dtype`."""
     dtype = jnp.dtype(dtype)
-    _, num_inputs, num_outputs = w.shape
+    *_, num_inputs, num_outputs = w.shape
     if not isinstance(w, QuantizedArray):
         return Format("float", num_inputs, num_outputs, dtype, w.dtype.itemsize)
     powers = w.scale.dtype == jnp.float8_e8m0fnu
@@ -83,7 +83,7 @@ def format_of(w: jax.Array | QuantizedArray, dtype, chip: str) -> Format:
 
 def unsupported(w: jax.Array | QuantizedArray) -> str | None:
     """Why the kernels cannot take this weight."""
-    if w.shape[1] % 128 or w.shape[2] % 128:
+    if w.shape[-2] % 128 or w.shape[-1] % 128:
         return f"weights {w.shape} must have multiples of 128 inputs and outputs"
     if not isinstance(w, QuantizedArray):
         known = w.dtype in (jnp.float32, jnp.bfloat16)

@@ -4,7 +4,8 @@
     selection[t] = the `topk` visible entries of largest score, ties to the lowest index
 
 Zeros of either sign are equal; NaN is not supported. Entry s of `ratio` tokens is visible to a
-query at position p if s < (p + 1) // ratio.
+query at position p if s < (p + 1) // ratio. Where a row holds several documents, positions begin anew
+with each, entries are counted from the first of the query's document, and the XLA form runs.
 
 Source: report section 2.3.1 (eqs. 15-17); released `inference/model.py` (Indexer).
 """
@@ -24,6 +25,7 @@ def index_topk(
     weights: jax.Array,  # [B, T, A] float32, may be negative
     keys: jax.Array | Pages,  # [B, S, I]
     positions: jax.Array,  # [B, T] int32
+    first: jax.Array | None = None,  # [B, T] int32: the first entry of each query's document
     *,
     topk: int,
     ratio: int,
@@ -61,22 +63,26 @@ def index_topk(
     if ratio < 1:
         raise ValueError(f"{ratio=} must be positive.")
     checks.check_positions(positions, are_consecutive=False)
-    implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys))
+    if first is not None and first.shape != positions.shape:
+        raise ValueError(f"first {first.shape} must be {positions.shape}, as positions.")
+    implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys, first))
     lists = implementation in ("tpu", "interpret") and num_queries == 1
     if isinstance(keys, Pages) and not lists and implementation != "xla":
         held = keys.contiguous()
         keys = held if isinstance(held, jax.Array) else held.unpack(q.dtype)
     q, weights = jax.lax.stop_gradient(q), jax.lax.stop_gradient(weights)
     keys = jax.lax.stop_gradient(keys)
-    num_visible = jnp.minimum((positions + 1) // ratio, num_entries)
+    end = (positions + 1) // ratio + (0 if first is None else first)
+    num_visible = jnp.minimum(end, num_entries)  # if the first entry is 0
     if not num_entries or (num_entries == topk and num_queries == 1):
-        return Selection.of_indices(xla.all_visible(num_visible, num_entries), num_entries)
+        indices = xla.all_visible(num_visible, num_entries, first)
+        return Selection.of_indices(indices, num_entries)
     match implementation:
         case "reference":
             assert isinstance(keys, jax.Array)  # see above
-            indices = reference.index_topk(q, weights, keys, num_visible, topk)
+            indices = reference.index_topk(q, weights, keys, num_visible, topk, first)
         case "xla":
-            indices = xla.index_topk(q, weights, keys, num_visible, topk)
+            indices = xla.index_topk(q, weights, keys, num_visible, topk, first)
         case _ if isinstance(keys, Pages):
             indices = tpu_decode.index_list(
                 *(q[:, 0], weights[:, 0], keys, num_visible[:, 0]),
@@ -105,7 +111,9 @@ def selected_scores(
     return xla.selected_scores(q, weights, keys, indices)
 
 
-def _unsupported(q, keys) -> str | None:
+def _unsupported(q, keys, first) -> str | None:
+    if first is not None:
+        return "the kernel takes rows of one document, without `first`"
     held = keys.pool if isinstance(keys, Pages) else keys
     dtype = held.dtype if isinstance(held, jax.Array) else q.dtype
     if q.dtype != dtype or q.dtype not in (jnp.bfloat16, jnp.float32):

@@ -88,7 +88,9 @@ def index_list(
                 pltpu.VMEM((num_rows, LANES), jnp.float32),
                 pltpu.VMEM((num_rows, LANES), jnp.float32),
                 pltpu.VMEM((num_rows, LANES), jnp.bfloat16),
-                *tpu_pages.scratch(block_sizes.decode_block(num_entries) // PAGE, lines, pool),
+                *tpu_pages.scratch(
+                    block_sizes.decode_block(num_entries) // PAGE, lines, pool, interpret
+                ),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((batch, 1, num_slots), jnp.int32),
@@ -127,7 +129,7 @@ def _kernel(
 ):
     visible = visible_ref[grid.sequence(pl.program_id(0), pl.program_id(1))]
     is_packed = pool_ref.dtype == jnp.uint32
-    block = stream[0].shape[0] // lines * PAGE
+    block = tpu_pages.pages_held(stream, lines) * PAGE
     some = block_sizes.decode_keys(num_entries)
     weights = jnp.broadcast_to(weights_ref[...], (weights_ref.shape[0], LANES))
 

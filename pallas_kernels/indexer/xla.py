@@ -14,10 +14,18 @@ BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 1024
 
 
-def all_visible(num_visible: jax.Array, num_entries: int) -> jax.Array:
+def all_visible(
+    num_visible: jax.Array, num_entries: int, first: jax.Array | None = None
+) -> jax.Array:
     """[B, T, S] int32: every visible entry, whatever its score."""
     index = jnp.arange(num_entries, dtype=jnp.int32)
-    return jnp.where(index < num_visible[..., None], index, -1)
+    return jnp.where(_is_visible(index, num_visible, first), index, -1)
+
+
+def _is_visible(index, num_visible, first):
+    """Whether indices [S] or [B, T, S] are of entries `first` .. `num_visible` - 1 of [B, T] queries."""
+    before_end = index < num_visible[..., None]
+    return before_end if first is None else before_end & (index >= first[..., None])
 
 
 def index_topk(
@@ -26,6 +34,7 @@ def index_topk(
     keys: jax.Array | Pages,  # [B, S, I]; what is packed is unpacked chunk by chunk
     num_visible: jax.Array,  # [B, T] int32, at most S
     topk: int,  # at most S
+    first: jax.Array | None = None,  # [B, T] int32: visible entries begin here (None: at 0)
 ) -> jax.Array:  # [B, T, topk] int32
     """Indices, then -1 where fewer are visible. In the order of their scores; of pages ascending.
 
@@ -33,7 +42,7 @@ def index_topk(
     """
     num_entries, num_queries = keys.shape[1], q.shape[1]
     if num_entries == topk:
-        return all_visible(num_visible, num_entries)
+        return all_visible(num_visible, num_entries, first)
     block = min(BLOCK_QUERIES, num_queries)
     num_blocks = -(-num_queries // block)
     padding = num_blocks * block - num_queries
@@ -41,13 +50,17 @@ def index_topk(
         jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         for x in (q, weights, num_visible)
     )
+    if first is not None:
+        first = jnp.pad(first, [(0, 0), (0, padding)])
     chunk = min(BLOCK_ENTRIES, num_entries)
 
     def select(i):
-        q_i, weights_i, visible_i = (
-            jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
-            for x in (q, weights, num_visible)
-        )
+        def mine(x):
+            return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
+
+        q_i, weights_i, visible_i = map(mine, (q, weights, num_visible))
+        first_i = None if first is None else mine(first)
+        begin = 0 if first_i is None else jnp.min(first_i) // chunk
 
         def fill(c, scores):
             at = jnp.minimum(
@@ -61,10 +74,10 @@ def index_topk(
             return jax.lax.dynamic_update_slice_in_dim(scores, part, at, axis=2)
 
         scores = jnp.zeros((q.shape[0], block, num_entries), jnp.float32)
-        scores = jax.lax.fori_loop(0, -(-jnp.max(visible_i) // chunk), fill, scores)
-        scores = jnp.where(jnp.arange(num_entries) < visible_i[..., None], scores, -jnp.inf)
-        _, index = jax.lax.top_k(scores, topk)
-        is_visible = index < visible_i[..., None]
+        scores = jax.lax.fori_loop(begin, -(-jnp.max(visible_i) // chunk), fill, scores)
+        seen = _is_visible(jnp.arange(num_entries), visible_i, first_i)
+        _, index = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), topk)
+        is_visible = _is_visible(index, visible_i, first_i)
         if isinstance(keys, Pages):
             index = jnp.sort(jnp.where(is_visible, index, num_entries), axis=-1)
             return jnp.where(index < num_entries, index, -1)

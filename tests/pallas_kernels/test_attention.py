@@ -94,7 +94,7 @@ def cotangents(q) -> tuple[np.ndarray, np.ndarray]:
     return d_out.astype(np.float32), d_lse.astype(np.float32)
 
 
-def value_and_gradients(implementation, args, d_out, d_lse, indices=None, ratio=1):
+def value_and_gradients(implementation, args, d_out, d_lse, indices=None, ratio=1, first=None):
     """(out, log denominator) and gradients of q, window, entries, sink."""
     *args, positions = args
 
@@ -105,7 +105,7 @@ def value_and_gradients(implementation, args, d_out, d_lse, indices=None, ratio=
         def op(q, window, entries, sink):
             if indices is None:
                 static["ratio"] = ratio
-                return window_attention(q, window, entries, sink, positions, **static)
+                return window_attention(q, window, entries, sink, positions, first, **static)
             selection = Selection.of_indices(jnp.asarray(indices), entries.shape[1])
             return selected_attention(q, window, entries, selection, sink, positions, **static)
 
@@ -164,6 +164,23 @@ def test_window_attention_equals_float64_loop(
     set_blocks(monkeypatch, blocks)
     args = inputs(num_queries, size, num_entries, starts)
     check(args, visible_entries(args[-1], num_entries, ratio), ratio=ratio)
+
+
+def test_documents_of_a_row_do_not_see_each_other(monkeypatch):
+    """Documents that begin in a block of queries, inside it and with a chunk; one has no entry."""
+    set_blocks(monkeypatch, SMALL_BLOCKS)
+    *args, _ = inputs(300, 16, 75, (0, 0))
+    begins = np.array([[0, 64, 160, 164], [0, 4, 96, 292]])
+    at = np.arange(300)
+    starts = np.stack([row[np.searchsorted(row, at, side="right") - 1] for row in begins])
+    positions, first = (at - starts).astype(np.int32), (starts // 4).astype(np.int32)
+    chosen = [[f + np.arange((p + 1) // 4) for f, p in zip(*row)] for row in zip(first, positions)]
+    check((*args, positions), chosen, ratio=4, first=first)
+    static = dict(ratio=4, scale=SCALE)
+    with pytest.raises(ValueError, match="rows of one document, without `first`"):
+        window_attention(*args, positions, first, implementation="interpret", **static)
+    with pytest.raises(ValueError, match=r"first \(2, 2\) must be \(2, 300\)"):
+        window_attention(*args, positions, first[:, :2], **static)
 
 
 @pytest.mark.parametrize(

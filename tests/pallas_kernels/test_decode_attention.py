@@ -66,15 +66,22 @@ def check(implementation, args, positions, ratio=4):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@DTYPES
 @pytest.mark.parametrize(
-    "num_heads, width, ring, num_entries, ratio, positions",
+    "num_heads, width, ring, num_entries, ratio, positions, dtype",
     [
-        (4, 96, 16, None, 1, (0, 40)),  # a window and nothing else; a ring of one row
-        (4, 128, 64, 5, 4, (2, 19)),  # no visible entry; all of them
-        (3, 128, 7, 130, 128, (127, 20000)),  # ragged ring, one entry, a page and a bit
-        (1, 256, 16, 2500, 4, (4095, 9999)),  # the first block just full; several blocks
-        (2, 128, 16, 4500, 4, (9, 17999)),  # more blocks than are held at once
+        (4, 96, 16, None, 1, (0, 40), jnp.float32),  # a window alone; a ring of one row
+        (4, 128, 64, 5, 4, (2, 19), jnp.bfloat16),  # no visible entry; all of them
+        (
+            3,
+            128,
+            7,
+            130,
+            128,
+            (127, 20000),
+            jnp.float32,
+        ),  # ragged ring, one entry, a page and a bit
+        (1, 256, 16, 2500, 4, (4095, 9999), jnp.bfloat16),  # the first block just full; several
+        (2, 128, 16, 4500, 4, (9, 17999), jnp.float32),  # more blocks than are held at once
     ],
 )
 def test_every_visible_entry(
@@ -194,7 +201,7 @@ def packed_inputs(num_entries, num_picked):
 
 @pytest.mark.parametrize(
     "num_entries, num_picked",
-    [(300, 128), (128, 64), (640, 300)],  # 640 rows end with a page, and so do 128
+    [(300, 128), (640, 300)],  # 640 rows end with a page
 )
 def test_picked_packed_rows_equal_the_rows_they_hold(num_entries, num_picked):
     args = packed_inputs(num_entries, num_picked)
@@ -217,7 +224,7 @@ def test_packed_columns_equal_the_rows_they_hold(num_entries):
         np.testing.assert_array_equal(run(implementation, packed, positions), expected)
 
 
-@pytest.mark.parametrize("size, rope_dim", [(16, 64), (128, 64), (16, 128)])
+@pytest.mark.parametrize("size, rope_dim", [(128, 64), (16, 128)])
 def test_packed_window(size, rope_dim):
     """Of widths that the kernel does not read, it is unpacked before."""
     args = packed_inputs(256, None)

@@ -93,6 +93,22 @@ def test_selection_equals_stable_sort(num_queries, num_entries, topk, ratio, sta
     np.testing.assert_array_equal(np.sort(actual, axis=-1), expected)
 
 
+@pytest.mark.parametrize("topk, implementation", [(5, "xla"), (5, "reference"), (21, "xla")])
+def test_documents_of_a_row_select_their_own_entries(topk, implementation, blocks):
+    q, weights, keys, _ = inputs(84, 21)
+    starts = np.repeat([0, 4, 40], [4, 36, 44])
+    first = np.broadcast_to(starts // 4, (2, 84)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(84) - starts, (2, 84)).astype(np.int32)
+    scores, expected = scores_of(q, weights, keys), np.full((2, 84, topk), -1)
+    for start in (0, 4, 40):
+        mine = starts == start
+        found = selection(scores[:, mine, start // 4 :], positions[:, mine], topk, 4)
+        expected[:, mine, -found.shape[2] :] = np.where(found < 0, -1, found + start // 4)
+    options = dict(topk=topk, ratio=4, implementation=implementation)
+    actual = index_topk(q, weights, keys, positions, first, **options)
+    np.testing.assert_array_equal(np.sort(actual, axis=-1), np.sort(expected, axis=-1))
+
+
 def test_more_entries_than_one_chunk_of_the_module():
     num_entries = xla.BLOCK_ENTRIES + 60
     q, weights, keys, positions = inputs(3, num_entries, (4 * num_entries - 10, 4 * 1024 - 3))
@@ -365,14 +381,14 @@ def short_turns(monkeypatch):
     monkeypatch.setattr(block_sizes, "MAX_DECODE_BLOCK", 2048)
 
 
-@pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16, PackedKeys])
+SHORT = 300, 40, (0, 127, 300, 128)  # none, a page less one, all, a page
+LONG = 9000, 200, (8192, 9000, 5, 8193)  # four blocks, five
+
+
 @pytest.mark.parametrize("implementation", ["interpret", "xla"])
 @pytest.mark.parametrize(
-    "num_entries, topk, visible",
-    [
-        (300, 40, (0, 127, 300, 128)),  # none, a page less one, all, a page
-        (9000, 200, (8192, 9000, 5, 8193)),  # four blocks, five
-    ],
+    "num_entries, topk, visible, kind",
+    [(*SHORT, jnp.float32), (*SHORT, PackedKeys), (*LONG, jnp.bfloat16), (*LONG, PackedKeys)],
 )
 def test_decoding_over_pages(num_entries, topk, visible, implementation, kind, short_turns):
     """In a table that is wider than any sequence; what is behind each sequence is no number."""

@@ -7,26 +7,46 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.formats.quantize import FP8_WEIGHT_BLOCK, QuantizedArray
+from pallas_kernels.formats.quantize import (
+    FP4_WEIGHT_BLOCK,
+    FP8_WEIGHT_BLOCK,
+    QuantizedArray,
+)
+from pallas_kernels.grouped_matmul import block_sizes
 from pallas_kernels.linear import linear
 from tests.tolerances import BFLOAT16, FLOAT32, assert_close
 
-SHAPES = [
+SHAPES = [  # rows, inputs of a group, outputs of all, groups
     (1, 256, 128, 1),
     (8, 384, 512, 1),
-    (5, 128, 256, 2),
+    (5, 128, 1024, 2),
     (33, 256, 384, 3),
-    (300, 128, 256, 1),
+    (300, 128, 1024, 2),
 ]
 
 
-def _make(rows: int, num_inputs: int, num_outputs: int, groups: int, dtype):
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of columns in a group, and several steps in a block."""
+    monkeypatch.setattr(block_sizes, "COLUMNS", (256, 128))
+    monkeypatch.setattr(block_sizes, "STEPS", (128,))
+
+
+def _make(rows: int, num_inputs: int, num_outputs: int, groups: int, dtype, kind: str = "fp8"):
+    """Rows and a weight: "fp8", "fp4", or "float32" for FP8 with such scales."""
     keys = jax.random.split(jax.random.key(rows), 3)
     x = jax.random.normal(keys[0], (rows, groups * num_inputs), dtype)
-    values = jax.random.normal(keys[1], (num_inputs, num_outputs)).astype(jnp.float8_e4m3fn)
-    blocks = (num_inputs // 128, num_outputs // 128)
-    scale = jnp.exp2(jax.random.randint(keys[2], blocks, -9, 3)).astype(jnp.float8_e8m0fnu)
-    return x, QuantizedArray(values, scale, FP8_WEIGHT_BLOCK)
+    block = FP4_WEIGHT_BLOCK if kind == "fp4" else FP8_WEIGHT_BLOCK
+    blocks = (num_inputs // block[0], num_outputs // block[1])
+    if kind == "float32":
+        scale = jax.random.uniform(keys[2], blocks, minval=2**-9, maxval=8.0)
+    else:
+        scale = jnp.exp2(jax.random.randint(keys[2], blocks, -9, 3)).astype(jnp.float8_e8m0fnu)
+    if kind == "fp4":
+        values = jax.random.bits(keys[1], (num_inputs // 2, num_outputs), jnp.uint8)
+    else:
+        values = jax.random.normal(keys[1], (num_inputs, num_outputs)).astype(jnp.float8_e4m3fn)
+    return x, QuantizedArray(values, scale, block)
 
 
 def _expected(x, w, groups: int) -> np.ndarray:
@@ -38,6 +58,7 @@ def _expected(x, w, groups: int) -> np.ndarray:
 @pytest.mark.parametrize("implementation", ["interpret", "xla"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("small_blocks")
 def test_it_is_the_product_of_unpacked_weights(shape, dtype, implementation):
     """Products of bfloat16 are exact in float32, so both dtypes are held to float32's bound."""
     x, w = _make(*shape, dtype)
@@ -47,6 +68,17 @@ def test_it_is_the_product_of_unpacked_weights(shape, dtype, implementation):
 
     assert out.dtype == jnp.float32
     assert_close(out, _expected(x, w, groups), FLOAT32)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("kind", ["fp4", "float32"])
+@pytest.mark.usefixtures("small_blocks")
+def test_other_formats(kind, rows):
+    x, w = _make(rows, 256, 1024, 2, jnp.float32, kind)
+
+    out = linear(x, w, groups=2, implementation="interpret")
+
+    assert_close(out, _expected(x, w, 2), FLOAT32)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -80,7 +112,8 @@ def test_float_weights_and_leading_axes():
     [
         ((3, 100), 1, r"x \(3, 100\) must be .*\[in, groups \* out\], for groups=1"),
         ((3, 3 * 128), 3, "groups=3"),
-        ((3, 4 * 128), 4, r"4 groups of w \(128, 256\) cut its blocks of \(128, 128\)"),
+        ((3, 4 * 128), 4, r"4 groups of w \(128, 256\) have 64 outputs, not a multiple of 128"),
+        ((0, 128), 1, "x has no rows"),
     ],
 )
 def test_bad_input(shape, groups, message):

@@ -35,9 +35,14 @@ def run(tmp_path, monkeypatch):
         given = {"model": "tiny", "batch-size": 2, "seq-len": 64, "save": "float", **given}
         words = [str(w) for name, value in given.items() if value for w in (f"--{name}", value)]
         monkeypatch.setattr(sys, "argv", ["finetune", *words, *map(str, options)])
-        monkeypatch.setattr(TrainStep, "step", lambda self, state, tokens: call.step(state))
+        monkeypatch.setattr(TrainStep, "step", step)
         finetune.main()
 
+    def step(self, state, tokens):
+        call.batches.append(tokens)
+        return call.step(state)
+
+    call.batches = []
     call.step = lambda state: (state, Metrics(*[jnp.float32(1)] * 5, ()))
     call.folder = tmp_path
     return call
@@ -201,3 +206,89 @@ def test_a_run_that_no_memory_here_holds_is_refused(run, monkeypatch):
     with pytest.raises(ValueError, match=r"training flash needs at least 4,\d+\.\d GiB .*lora"):
         run(model="flash")
     assert not (run.folder / "o").exists()
+
+
+@pytest.fixture
+def talk(run, monkeypatch):
+    """`run` over a file of conversations, with nano's tokenizer."""
+    small = dataclasses.replace(tiny(), layers=tiny().layers[:1], mtp_layers=(), vocab_size=1280)
+    monkeypatch.setitem(finetune.VARIANTS, "tiny", lambda: small)
+    path = run.folder / "d.jsonl"
+    lines = [{"prompt": f"Who is {n}?", "completion": "Emma. " * n} for n in range(1, 22)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def call(*options: object, **changed: object):
+        given = {"tokens": None, "data": path, "tokenizer": NANO / "tokenizer.json", **changed}
+        run(*options, **given)
+
+    call.run, call.path = run, path
+    return call
+
+
+def test_a_run_over_data_goes_on_with_the_rows_that_it_would_have_read(talk):
+    def step(state):
+        if len(talk.run.batches) == stop:
+            raise Killed
+        return state, Metrics(*[jnp.float32(1)] * 5, ())
+
+    talk.run.step, stop = step, None
+    talk("--save-every", 2, steps=7, output=talk.run.folder / "whole")
+    whole = list(talk.run.batches)
+    talk.run.batches.clear()
+    stop = 6
+    with pytest.raises(Killed):
+        talk("--save-every", 2, steps=7)
+    talk.run.batches.clear()
+    stop = None
+    talk("--save-every", 2, steps=7)
+
+    assert len(whole) == 7 and len(talk.run.batches) == 3
+    for new, old in zip(*map(jax.tree.leaves, (talk.run.batches, whole[4:])), strict=True):
+        np.testing.assert_array_equal(new, old)
+    (model,) = (talk.run.folder / "o" / "model").glob("tokenizer.json")
+    assert Tokenizer(model).encode("Emma") == Tokenizer(NANO).encode("Emma")
+
+
+def test_settings_of_data_belong_to_the_run(talk):
+    talk()
+    for options, name in (
+        (("--no-packing",), "no_packing"),
+        (("--too-long", "refuse"), "too_long"),
+    ):
+        with pytest.raises(ValueError, match=f"other settings: {name}"):
+            talk(*options)
+    with pytest.raises(ValueError, match="other settings: mode"):
+        talk("--mode", "think-high")
+    lines = talk.path.read_text()
+    talk.path.write_text(lines.replace("Emma", "Anne"))
+    with pytest.raises(ValueError, match="other settings: data"):
+        talk()
+    talk.path.write_text(lines)
+    talk()
+
+
+def test_held_out_data_is_weighed_by_its_tokens(talk, monkeypatch):
+    """Four batches of one row each, whose losses are their numbers."""
+    losses = iter(range(1, 5))
+    monkeypatch.setattr(TrainStep, "loss", lambda self, state, batch: next(losses))
+    talk("--eval-data", talk.path, "--batch-size", 1, steps=1)
+
+    record = json.loads((talk.run.folder / "o" / "metrics.jsonl").read_text())
+    rows = finetune.Examples(talk.path, Tokenizer(NANO), 64, align=1)
+    counts = [rows.row(i)[1][0].sum() for i in range(4)]
+    assert len(set(counts)) > 1
+    expected = np.dot(counts, (1, 2, 3, 4)) / np.sum(counts)
+    assert record["heldout_ce"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_data_needs_a_tokenizer(talk, capsys):
+    with pytest.raises(SystemExit):
+        talk(tokenizer=None)
+    assert "--data: expected --tokenizer FILE beside --model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        talk("--tokens", talk.run.folder / "t.npy")
+    assert "not allowed with argument" in capsys.readouterr().err
+    talk.path.write_text('{"messages": 1}\n')
+    with pytest.raises(ValueError, match="line 1: messages is 1"):
+        talk()
+    assert not (talk.run.folder / "o").exists()

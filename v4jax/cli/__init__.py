@@ -12,6 +12,7 @@ COMMANDS = {
     "batch": "a file of requests, restartable",
     "serve": "an OpenAI-compatible HTTP server",
     "finetune": "train from scratch or from a checkpoint",
+    "data": "look at a file of training data: lengths, loss masks, malformed lines",
     "convert": "checkpoints between formats and names",
     "plan": "does a job fit a TPU slice, and how fast could it be",
 }

@@ -1,7 +1,10 @@
-"""Trains a model on a stream of tokens: from scratch, or from a checkpoint.
+"""Trains a model on conversations, texts or tokens: from scratch, or from a checkpoint.
 
+    v4jax finetune --checkpoint DIR --data chat.jsonl --output runs/a --trainable lora --dtype bfloat16
     v4jax finetune --model nano --tokens runs/nano/data/tokens.npy --output runs/nano
-    v4jax finetune --checkpoint DIR --tokens T.npy --output runs/a --trainable lora --dtype bfloat16
+
+`--data` has an example a line, which the released prompt format renders; loss is on what the assistant writes
+(docs/training.md; `v4jax data check FILE` shows it). `--tokens` is one array of ids, cut into windows.
 
 AdamW over the next token, the token after it (MTP), the indexer's loss and router balance. What trains
 is float32; with `--trainable no-experts` or `lora` the other weights stay packed as they are stored.
@@ -19,6 +22,7 @@ any mesh, to write model/.
 import argparse
 import json
 import math
+import pathlib
 import shutil
 import sys
 
@@ -34,12 +38,14 @@ from v4jax.cli.options import DTYPES, checkpoint_folder, command_parser, local_f
 from v4jax.cli.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
 from v4jax.config import VARIANTS, V4Config
 from v4jax.inference.batch.files import fingerprint
+from v4jax.nn.documents import alignment
 from v4jax.nn.lora import ATTENTION, LoRA
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
 from v4jax.planning.devices import require_room_to_train, training_mesh
 from v4jax.text.tokenizer import Tokenizer
-from v4jax.train.data import TokenStream
+from v4jax.train.data import Data, Examples, TokenStream
+from v4jax.train.data.examples import TOO_LONG
 from v4jax.train.losses import LossWeights
 from v4jax.train.optimizers import adamw, warmup_cosine
 from v4jax.train.trainer import FORMATS, TRAINABLE, Trainer
@@ -71,6 +77,7 @@ def rate(text: str) -> float:
 _FREE = (
     "output",
     "eval_tokens",
+    "eval_data",
     "save_every",
     "eval_every",
     "log_every",
@@ -79,6 +86,8 @@ _FREE = (
     "mesh",
     *("distributed", "coordinator", "num_processes", "process_id"),
 )
+# Of `--data` alone: they are no settings of a run over tokens.
+_OF_DATA = ("data", "mode", "no_packing", "too_long")
 # Left out, it depends on where training starts: pre-training's values, or what fine-tuning takes.
 _BY_START = {"bias_speed": (1e-3, 0.0), "mtp_weight": (0.3, 0.1)}
 
@@ -86,11 +95,21 @@ _BY_START = {"bias_speed": (1e-3, 0.0), "mtp_weight": (0.3, 0.1)}
 def identity_of(args: argparse.Namespace) -> dict[str, object]:
     """Settings and files that a run's numbers depend on."""
     found = {name: value for name, value in vars(args).items() if name not in _FREE}
-    found["tokens"] = fingerprint([args.tokens])
+    if args.data:
+        found["data"] = fingerprint([args.data, tokenizer_file(args)])
+        found["release"] = Tokenizer(tokenizer_file(args)).release
+    else:
+        found = {name: value for name, value in found.items() if name not in _OF_DATA}
+        found["tokens"] = fingerprint([args.tokens])
     if args.checkpoint:
         files = [stores.join(args.checkpoint, "config.json"), *weight_files(args.checkpoint)]
         found["checkpoint"] = fingerprint(files)
     return found
+
+
+def tokenizer_file(args: argparse.Namespace) -> str:
+    """The `tokenizer.json` that data is encoded with."""
+    return stores.in_folder(args.tokenizer or args.checkpoint, "tokenizer.json")
 
 
 def claim(args: argparse.Namespace) -> None:
@@ -130,7 +149,10 @@ def parse_args() -> argparse.Namespace:
         metavar="DIR",
         help="start from this folder, or from its URL (gs://, s3://)",
     )
-    parser.add_argument("--tokens", type=local_folder, required=True, help=".npy, integers [N]")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=local_folder, metavar="FILE", help=".jsonl or .txt")
+    what.add_argument("--tokens", type=local_folder, help=".npy, integers [N]")
+    parser.add_argument("--eval-data", type=local_folder, metavar="FILE", help="held-out data")
     parser.add_argument("--eval-tokens", type=local_folder, help="held-out tokens, .npy")
     parser.add_argument(
         "--output", type=local_folder, metavar="DIR", required=True, help="folder of the run"
@@ -148,7 +170,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-every", type=positive, default=250, help="steps")
     parser.add_argument("--eval-every", type=positive, default=250, help="steps")
     parser.add_argument("--log-every", type=positive, default=10, help="steps")
-    parser.add_argument("--tokenizer", type=local_folder, help="tokenizer.json to put into model/")
+    parser.add_argument(
+        "--tokenizer",
+        type=local_folder,
+        help="tokenizer.json for --data, and to put into model/; default: that of --checkpoint",
+    )
+    rows = parser.add_argument_group("rows of --data")
+    rows.add_argument("--mode", help="of conversations that name none, as think-high")
+    rows.add_argument(
+        "--no-packing", action="store_true", help="one example a row, and padding behind it"
+    )
+    rows.add_argument(
+        "--too-long",
+        choices=TOO_LONG,
+        default="cut",
+        help="an example longer than --seq-len: the rest of a text goes into further rows and that of a "
+        "conversation is left out, or the run is refused",
+    )
     trained = parser.add_argument_group("what trains")
     trained.add_argument(
         "--trainable",
@@ -194,6 +232,12 @@ def parse_args() -> argparse.Namespace:
     )
     add_pod_arguments(parser, auto=True)
     args = parse_pod_args(parser)
+    if args.data and not (args.tokenizer or args.checkpoint):
+        parser.error("--data: expected --tokenizer FILE beside --model, to encode it with.")
+    if args.eval_data and not (args.tokenizer or args.checkpoint):
+        parser.error("--eval-data: expected --tokenizer FILE beside --model, to encode it with.")
+    if args.eval_data and args.eval_tokens:
+        parser.error("--eval-data and --eval-tokens: expected one of them.")
     if args.save == "adapter" and args.trainable != "lora":
         parser.error("--save adapter: expected --trainable lora beside it.")
     for name, (pre_training, fine_tuning) in _BY_START.items():
@@ -245,6 +289,25 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
     )
 
 
+def read_data(
+    args: argparse.Namespace, file: pathlib.Path | None, tokens: pathlib.Path | None
+) -> Data:
+    """A file of examples, or else an array of tokens."""
+    if file is None:
+        assert tokens is not None  # one of them is required
+        return TokenStream(tokens, args.seq_len, seed=args.seed)
+    return Examples(
+        file,
+        Tokenizer(tokenizer_file(args)),
+        args.seq_len,
+        seed=args.seed,
+        packing=not args.no_packing,
+        too_long=args.too_long,
+        mode=args.mode,
+        align=alignment(config_of(args)),
+    )
+
+
 def _nothing(path: str, variable: nnx.Variable) -> bool:
     """Of the model's own parameters a LoRA trains none."""
     del path, variable
@@ -265,8 +328,10 @@ def main() -> None:
 
 def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
     """The run; the first process prints and logs."""
-    stream = TokenStream(args.tokens, args.seq_len, seed=args.seed)
-    stream.require_ids(config_of(args).vocab_size)
+    data = read_data(args, args.data, args.tokens)
+    data.require_ids(config_of(args).vocab_size)
+    if is_first and args.data:
+        print(data, file=sys.stderr)
     chosen = TRAINABLE.get(args.trainable, _nothing)
     require_room_to_train(config_of(args), chosen, args.mesh or {}, jax.devices()[0])
     args.output.mkdir(parents=True, exist_ok=True)
@@ -274,10 +339,10 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
         claim(args)
     trainer = make_trainer(args)
     evaluation = None
-    if args.eval_tokens:
-        evaluation = TokenStream(args.eval_tokens, args.seq_len, seed=args.seed)
+    if args.eval_data or args.eval_tokens:
+        evaluation = read_data(args, args.eval_data, args.eval_tokens)
     trainer.fit(
-        stream,
+        data,
         args.steps,
         batch_size=args.batch_size,
         output=args.output,

@@ -2,41 +2,43 @@
 
     v4jax plan --model flash --topology v6e:4x4 --job decode --context 131072 --batch 16
     v4jax plan --model flash --topology v6e:2x4,tpu7x:2x2x1 --job serve
+    v4jax plan --model flash --topology v6e:2x4 --job decode --context 131072 --batch 8 --step
 
 Needs `pip install 'v4jax[tpu]'`, no TPU; of the model nothing but shapes is made. Without `--mesh` a
 mesh is chosen, and the choice explained. `--layers 5` gives a quick look at a shorter model.
+
+`--step` says what the compiler made of a whole step, by kind of layer: operations, launches, and how
+long XLA's part, the kernels and the collectives take. It compiles one short model to the end and, for
+each kind of layer, one with a layer more up to the schedule.
 
 `--job serve` compiles nothing and needs seconds: by arithmetic it says how many requests a slice holds
 when it is full, how long a step of so many takes at least, and which mesh is fastest.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import jax
 
 from pallas_kernels.chips import CHIPS, Chip
 from sharding import AXES, make_mesh
-from v4jax.cli import full_slices
+from v4jax.cli import full_slices, step_table
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import command_parser
 from v4jax.config import VARIANTS, V4Config
 from v4jax.planning import costs
 from v4jax.planning.capacity import Workload
+from v4jax.planning.compiled import peak_of, schedule
 from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
 from v4jax.planning.plan import EXPERTS, Job, MeshChoice, choose_mesh, program
 from v4jax.planning.roofline import Roofline, roofline
+from v4jax.planning.step_report import StepReport, measure
 from v4jax.planning.topologies import COMPILER_OPTIONS, Slice, chip_of, topology_devices
 
 GiB = 2**30
@@ -127,6 +129,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--schedule", action="store_true", help="stop once the program is scheduled, without code"
     )
+    parser.add_argument(
+        "--step", action="store_true", help="what a step is made of, by kind of layer"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args()
     if args.layers < 0 or args.batch < 0 or args.answer < 0:
@@ -136,8 +141,8 @@ def parse_args() -> argparse.Namespace:
             parser.error("--answer: expected --context, the tokens before it")
         if args.mesh and "," in args.topology:
             parser.error("--mesh: expected one --topology")
-        if args.schedule:
-            parser.error("--schedule: --job serve compiles nothing")
+        if args.schedule or args.step:
+            parser.error("--schedule, --step: --job serve compiles nothing")
     elif len(args.context or ()) != 1 or args.answer:
         parser.error(f"--job {args.job}: expected one --context, and no --answer")
     return args
@@ -161,13 +166,6 @@ def mesh_sizes(text: str, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def peak_of(compiled: jax.stages.Compiled) -> float:
-    """Bytes of memory that a device needs."""
-    stats: Any = compiled.memory_analysis()
-    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return kept + stats.temp_size_in_bytes
-
-
 def memory_of(peak: float, held: dict[str, float], chip: Chip) -> Memory:
     """What a device holds at a peak that the compiler says."""
     parameters, optimizer = held.get("parameters", 0.0), held.get("optimizer", 0.0)
@@ -189,39 +187,6 @@ def memory_of_error(message: str, held: dict[str, float], chip: Chip) -> Memory:
     return memory_of(float(found[1]) * 1024 ** (" KMGT".index(found[2])), held, chip)
 
 
-def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
-    """Compiles up to the schedule, which takes a fraction of the time: code is what takes long.
-
-    The compiler writes the scheduled HLO and its memory report before it makes code. It goes on in a
-    thread that ends with the process.
-
-    Returns:
-      the HLO's text, and the bytes of memory that a device needs.
-    """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        options = COMPILER_OPTIONS | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        compiling = ThreadPoolExecutor(1).submit(lowered.compile, options)
-        text = ""
-        reports: list[Path] = []
-        while not (reports and is_whole(text)):
-            with contextlib.suppress(TimeoutError):
-                compiling.result(timeout=1)  # raises what the compiler does
-            reports = list(Path(folder).glob("*memory-usage-report.txt"))
-            for path in Path(folder).glob("*.after_optimizations.txt"):
-                text = path.read_text()
-        return text, memory_of_report(reports[0].read_text())
-
-
-def is_whole(text: str) -> bool:
-    """Whether HLO has been written to its end: what is run comes last."""
-    return "\nENTRY " in text and text.rstrip().endswith("\n}")
-
-
-def memory_of_report(report: str) -> float:
-    """Bytes of HBM in the compiler's memory report."""
-    return float(re.findall(r"Memory Space: default .*\nTotal bytes: (\d+)", report)[0])
-
-
 def plan(
     cfg: V4Config, topology: str, job: Job, mesh_text: str, *, has_code: bool = True, say=print
 ) -> Report:
@@ -234,12 +199,7 @@ def plan(
       ValueError: the topology is unknown, or the mesh does not suit the job.
     """
     chip, devices = chip_of(topology), topology_devices(topology)
-    if mesh_text:
-        sizes = mesh_sizes(mesh_text, len(devices))
-    else:
-        choice = choose_mesh(cfg, chip, len(devices), job)
-        sizes = choice.sizes
-        say(describe_choice(choice))
+    sizes = chosen_sizes(cfg, chip, len(devices), job, mesh_text, say)
     started = time.monotonic()
     mesh = make_mesh(devices=devices, **sizes)
     planned = program(cfg, job, mesh)
@@ -281,6 +241,35 @@ def plan(
         compile_seconds=round(seconds, 1),
         has_code=has_code,
     )
+
+
+def chosen_sizes(
+    cfg: V4Config, chip: Chip, num_devices: int, job: Job, mesh_text: str, say=print
+) -> dict[str, int]:
+    """Of the mesh that `--mesh` gives, else of the one that is chosen, which is explained.
+
+    Raises:
+      ValueError: see `mesh_sizes` and `choose_mesh`.
+    """
+    if mesh_text:
+        return mesh_sizes(mesh_text, num_devices)
+    choice = choose_mesh(cfg, chip, num_devices, job)
+    say(describe_choice(choice))
+    return choice.sizes
+
+
+def plan_step(
+    cfg: V4Config, topology: str, job: Job, mesh_text: str, *, has_code: bool = True, say=print
+) -> StepReport:
+    """Chooses or reads a mesh for the whole model, and measures a step under it.
+
+    Raises:
+      ValueError: see `plan` and `step_report.measure`.
+    """
+    devices = topology_devices(topology)
+    sizes = chosen_sizes(cfg, chip_of(topology), len(devices), job, mesh_text, say)
+    held = program(cfg, job, make_mesh(devices=devices, **sizes)).held
+    return measure(cfg, topology, job, sizes, held, has_code=has_code, say=say)
 
 
 def describe_choice(choice: MeshChoice) -> str:
@@ -399,6 +388,10 @@ def main() -> None:
         experts=args.experts,
         cache=args.cache,
     )
+    if args.step:
+        step = plan_step(cfg, args.topology, job, args.mesh, has_code=not args.schedule, say=say)
+        print(step_table.as_json(step) if args.json else step_table.describe(step))
+        return
     report = plan(cfg, args.topology, job, args.mesh, has_code=not args.schedule, say=say)
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=1))

@@ -51,7 +51,7 @@ from v4jax.nn.placement import num_batch_parts, specs
 
 NO_TOKEN = -1  # of a row that has ended
 STOP_SLOTS = 8  # stop ids of a row come in multiples of this
-MOST_STEPS = 16  # of one call of decode
+MOST_STEPS = 32  # of one call of decode
 PROGRAMS = 32  # steps of a kind that are kept: models of the same parts share them
 
 Tables = dict[int, Any]  # by ratio: pages [S, n] int32

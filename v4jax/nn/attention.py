@@ -33,6 +33,7 @@ from v4jax.nn.cache import (
     write_window,
 )
 from v4jax.nn.compressor import Compressor
+from v4jax.nn.documents import Documents, first_rows, positions_of
 from v4jax.nn.indexer import Indexer, indexer_loss
 from v4jax.nn.layers import (
     GroupedLinear,
@@ -67,33 +68,42 @@ class Attention(nnx.Module):
         self.indexer = Indexer(context, indexer, compressor) if indexer and compressor else None
         self.cfg, self.spec, self.numerics = cfg, spec, context.numerics
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+    def __call__(
+        self, x: jax.Array, documents: Documents | None = None
+    ) -> tuple[jax.Array, jax.Array | float]:
         """Whole sequences x [B, T, D] from position 0, or this device's part of them.
+
+        Args:
+          documents: what the rows hold, if not one sequence each.
 
         Returns:
           out [B, T, D], and the indexer's loss (a scalar, 0 for layers without one).
         """
         batch, length, _ = x.shape
-        positions = collectives.axis_index("seq") * length + jnp.arange(length, dtype=jnp.int32)
-        positions = jnp.broadcast_to(positions, (batch, length))
+        positions = positions_of(documents, batch, length)
+        first = first_rows(documents, self.spec.ratio)
         latent, q, kv = self.project(x, positions)
         window = jnp.concatenate([collectives.halo(kv, self.cfg.window, "seq"), kv], axis=1)
         entries = None
         if self.compressor:
-            entries = self.compressor.gather(self.round_rows(self.compressor(x)), length)
+            entries = self.round_rows(self.compressor(x, documents))
+            entries = self.compressor.gather(entries, length)
         if entries is None or self.indexer is None:
-            return self._output(self._attend_dense(q, window, entries, positions), positions), 0.0
+            out = self._attend_dense(q, window, entries, positions, first)
+            return self._output(out, positions), 0.0
         x, latent = jax.lax.stop_gradient((x, latent))
         queries, weights = self.indexer.queries(x, latent, positions)
-        keys = self.numerics.round_indexer(self.indexer.compressor(x))
+        keys = self.numerics.round_indexer(self.indexer.compressor(x, documents))
         keys = self.indexer.compressor.gather(keys, length)
-        selection = self.indexer.select(queries, weights, keys, positions)
-        out, log_denominator = self._attend_selected(q, window, entries, selection, positions)
+        selection = self.indexer.select(queries, weights, keys, positions, first)
+        args = (q, window, entries, selection, positions, first)
+        out, log_denominator = self._attend_selected(*args)
         with jax.named_scope("indexer/loss"):
             indices = selection.to_indices()
             mass = selected_mass(q, entries, indices, log_denominator, scale=self._scale)
             mass = collectives.psum(mass, "heads")
-            loss = indexer_loss(queries, weights, keys, indices, mass)
+            valid = None if documents is None else documents.valid
+            loss = indexer_loss(queries, weights, keys, indices, mass, valid)
         return self._output(out, positions), loss
 
     def extend(self, x: jax.Array, chunk: Chunk, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
@@ -151,7 +161,7 @@ class Attention(nnx.Module):
         """Compressed rows [B, S, H] as the cache holds them."""
         return self.numerics.round_kv(rows, self.cfg.nope_head_dim)
 
-    def _attend_dense(self, q, window, entries, positions):
+    def _attend_dense(self, q, window, entries, positions, first=None):
         if entries is None:
             entries = jnp.zeros((q.shape[0], 0, q.shape[-1]), q.dtype)
         with jax.named_scope("hca" if self.compressor else "swa"):
@@ -160,13 +170,14 @@ class Attention(nnx.Module):
                 *collectives.copy_to((window, entries), "heads"),
                 self.sink[...],
                 positions,
+                first,
                 ratio=max(self.spec.ratio, 1),
                 scale=self._scale,
                 implementation=self.numerics.implementation,
             )
         return out
 
-    def _attend_selected(self, q, window, entries, selection, positions):
+    def _attend_selected(self, q, window, entries, selection, positions, first=None):
         with jax.named_scope("csa"):
             return selected_attention(
                 q,
@@ -174,6 +185,7 @@ class Attention(nnx.Module):
                 selection,
                 self.sink[...],
                 positions,
+                first,
                 scale=self._scale,
                 implementation=self.numerics.implementation,
             )

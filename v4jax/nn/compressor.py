@@ -20,6 +20,7 @@ from pallas_kernels.gated_pool import Pool, pool_windows
 from sharding import collectives
 from v4jax.config import CompressorSpec
 from v4jax.nn.cache import Chunk, OpenPool, init_pool
+from v4jax.nn.documents import Documents
 from v4jax.nn.layers import ModelContext, RMSNorm, WideLinear, rope_frequencies, rotate
 
 
@@ -42,27 +43,57 @@ class Compressor(nnx.Module):
         self.cfg, self.numerics = context.cfg, context.numerics
 
     @jax.named_scope("compressor")
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Entries of whole sequences x [B, T, D] that start at position 0.
+    def __call__(self, x: jax.Array, documents: Documents | None = None) -> jax.Array:
+        """Entries of whole sequences x [B, T, D] that start at position 0, or of rows of documents.
 
         Of this device's part of them, if they are cut over devices: the entries whose last token it
         has come first (`gather` joins them).
+
+        Raises:
+          ValueError: a device's part of rows with several documents is not whole windows.
         """
         batch, length, _ = x.shape
+        if documents is not None and documents.starts is not None:
+            return self._of_documents(x, documents.starts)
         if collectives.axis_size("seq") > 1:
             zero = jnp.zeros(batch, jnp.int32)
             chunk = Chunk.make(zero, zero + length * collectives.axis_size("seq"), length)
             return self.extend(x, chunk, init_pool(batch, self.width, overlap=self.overlap))[0]
+        pooled = self._pool_whole(x)
+        if self.overlap:
+            pooled = self._overlap(pooled, Pool.empty((batch, self.width)))
+        return self._finish(pooled, jnp.zeros(batch, jnp.int32))
+
+    def _of_documents(self, x: jax.Array, starts: jax.Array) -> jax.Array:
+        """Entries of rows with several documents, which begin at whole windows."""
+        length = x.shape[1]
+        if collectives.axis_size("seq") > 1 and length % self.ratio:
+            raise ValueError(
+                f"rows of several documents are cut into parts of {length} tokens, and a compressed "
+                f"row pools {self.ratio}: expected parts that are multiples of it. Take a seq_len that "
+                "is a multiple of that times the devices of a sequence, or rows of one document."
+            )
+        pooled = self._pool_whole(x)
+        count = length // self.ratio
+        at = collectives.axis_index("seq") * length + self.ratio * jnp.arange(count)
+        position = at - starts[:, : count * self.ratio : self.ratio]  # of a window's first token
+        if self.overlap:
+            before = jax.tree.map(
+                lambda p: collectives.halo(p[..., : self.width], 1, "seq")[:, 0], pooled
+            )
+            is_first = (position == 0)[..., None]
+            pooled = self._overlap(pooled, before, is_first)
+        entries = self.norm(cast(pooled.mean(), self.numerics.dtype))
+        return rotate(entries, position, rope_frequencies(self.cfg, compressed=True))
+
+    def _pool_whole(self, x: jax.Array) -> Pool:
+        """Partial sums of the whole windows of x [B, T, D]: [B, T / ratio, F]."""
+        batch, length, _ = x.shape
         count = length // self.ratio
         value, gate = self._project(x)
         rows = (batch, count, self.ratio, value.shape[-1])
         value, gate = (y[:, : count * self.ratio].reshape(rows) for y in (value, gate))
-        pooled = pool_windows(
-            value, gate, self.ape[...], implementation=self.numerics.implementation
-        )
-        if self.overlap:
-            pooled = self._overlap(pooled, Pool.empty((batch, self.width)))
-        return self._finish(pooled, jnp.zeros(batch, jnp.int32))
+        return pool_windows(value, gate, self.ape[...], implementation=self.numerics.implementation)
 
     @jax.named_scope("compressor")
     def extend(
@@ -183,13 +214,19 @@ class Compressor(nnx.Module):
             implementation=self.numerics.implementation,
         )
 
-    def _overlap(self, pools: Pool, previous: Pool) -> Pool:
-        """Joins the second half of each window with the first half of the one before it."""
+    def _overlap(self, pools: Pool, previous: Pool, is_first: jax.Array | None = None) -> Pool:
+        """Joins the second half of each window with the first half of the one before it.
+
+        Where `is_first` [B, n, 1] there is none before it.
+        """
         shifted = jax.tree.map(
             lambda p, s: jnp.concatenate([s[:, None], p[:, :-1, : self.width]], axis=1),
             pools,
             previous,
         )
+        if is_first is not None:
+            nothing = Pool.empty((1, 1, 1))
+            shifted = jax.tree.map(lambda s, e: jnp.where(is_first, e, s), shifted, nothing)
         return shifted.join(jax.tree.map(lambda p: p[..., self.width :], pools))
 
     def _finish(self, pools: Pool, start: jax.Array) -> jax.Array:

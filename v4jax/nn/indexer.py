@@ -62,13 +62,19 @@ class Indexer(nnx.Module):
         weights: jax.Array,
         keys: jax.Array | Pages,
         positions: jax.Array,
+        first: jax.Array | None = None,
     ) -> Selection:
-        """The entries each query attends to: all that are visible where there are few."""
+        """The entries each query attends to: all that are visible where there are few.
+
+        Args:
+          first: [B, T] the first entry of each query's document, in rows of several documents.
+        """
         return index_topk(
             queries,
             weights,
             keys,
             positions,
+            first,
             topk=min(self.spec.topk, keys.shape[1]),
             ratio=self.compressor.ratio,
             implementation=self.numerics.implementation,
@@ -81,6 +87,7 @@ def indexer_loss(
     keys: jax.Array,  # [B, S, I]
     indices: jax.Array,  # [B, T, K]
     mass: jax.Array,  # [B, T, K] attention on the selected entries, summed over heads
+    valid: jax.Array | None = None,  # [B, T] bool: queries that are tokens, not padding
 ) -> jax.Array:
     """Mean over queries of KL(attention mass || softmax of scores), both over the selected set.
 
@@ -89,6 +96,8 @@ def indexer_loss(
     """
     chosen = indices >= 0
     counted = jnp.sum(chosen, axis=-1) > 1
+    if valid is not None:
+        counted &= valid
     mass = jax.lax.stop_gradient(mass)
     target = mass / jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), 1e-20)
     scores = selected_scores(queries, weights, keys, indices)

@@ -27,6 +27,7 @@ from sharding import DECODE, AxisRules, collectives
 from v4jax.config import LayerSpec, V4Config
 from v4jax.nn.attention import Attention
 from v4jax.nn.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
+from v4jax.nn.documents import Documents
 from v4jax.nn.hyper_connections import HyperConnection, HyperHead
 from v4jax.nn.inspection import LayerView, view
 from v4jax.nn.layers import KeyStream, Linear, ModelContext, RMSNorm
@@ -58,11 +59,13 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(context, dim)
         self.moe = MoE(context, spec)
 
-    def __call__(self, streams: jax.Array, tokens: jax.Array) -> tuple[jax.Array, BlockStats]:
-        """Whole sequences from position 0; tokens [B, T]."""
+    def __call__(
+        self, streams: jax.Array, tokens: jax.Array, documents: Documents | None = None
+    ) -> tuple[jax.Array, BlockStats]:
+        """Whole sequences from position 0, or rows of documents; tokens [B, T]."""
         x, *mix = self.attn_hc.pre(streams)
-        out, indexer_loss = self.attention(self.attn_norm(x))
-        streams, router = self._feed_forward(out, streams, mix, tokens)
+        out, indexer_loss = self.attention(self.attn_norm(x), documents)
+        streams, router = self._feed_forward(out, streams, mix, tokens, documents)
         return streams, BlockStats(jnp.asarray(indexer_loss, jnp.float32), router)
 
     def extend(
@@ -73,10 +76,10 @@ class Block(nnx.Module):
         out, cache = self.attention.extend(self.attn_norm(x), chunk, cache)
         return self._feed_forward(out, streams, mix, tokens)[0], cache
 
-    def _feed_forward(self, out, streams, mix, tokens):
+    def _feed_forward(self, out, streams, mix, tokens, documents=None):
         """From the output of attention on: the streams are passed over once between the two."""
         streams, x, *mix = self.ffn_hc.post_pre(out, streams, *mix)
-        out, stats = self.moe(self.ffn_norm(x), tokens)
+        out, stats = self.moe(self.ffn_norm(x), tokens, documents)
         return self.ffn_hc.post(out, streams, *mix), stats
 
 
@@ -173,12 +176,17 @@ class Stage(nnx.Module):
         self.repeats = plan.repeats
 
     def __call__(
-        self, streams: jax.Array, tokens: jax.Array, *, remat: bool
+        self,
+        streams: jax.Array,
+        tokens: jax.Array,
+        documents: Documents | None = None,
+        *,
+        remat: bool,
     ) -> tuple[jax.Array, tuple[BlockStats, ...]]:
         """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...]."""
 
         def layer(block, streams):
-            return gathered(block, streams.dtype)(streams, tokens)
+            return gathered(block, streams.dtype)(streams, tokens, documents)
 
         # Layer by layer: the backward pass then holds the gathered weights of one at a time.
         layer = jax.checkpoint(layer) if remat else layer
@@ -219,7 +227,11 @@ class MTP(nnx.Module):
         self.num_streams = context.cfg.num_streams
 
     def __call__(
-        self, streams: jax.Array, embedded: jax.Array, tokens: jax.Array
+        self,
+        streams: jax.Array,
+        embedded: jax.Array,
+        tokens: jax.Array,
+        documents: Documents | None = None,
     ) -> tuple[jax.Array, BlockStats]:
         """Streams [B, T, M * D] and the embeddings and ids of the next tokens.
 
@@ -229,7 +241,7 @@ class MTP(nnx.Module):
         batch, length, _ = streams.shape
         apart = streams.reshape(batch, length, self.num_streams, -1)
         x = self.e_proj(self.enorm(embedded))[:, :, None] + self.h_proj(self.hnorm(apart))
-        streams, stats = self.block(x.reshape(streams.shape), tokens)
+        streams, stats = self.block(x.reshape(streams.shape), tokens, documents)
         return self.norm(self.hc_head(streams)), stats
 
 
@@ -327,13 +339,17 @@ class Transformer(nnx.Module):
         return rendering_parts.text(repr(self))
 
     def trunk(
-        self, tokens: jax.Array, *, remat: bool = False
+        self, tokens: jax.Array, documents: Documents | None = None, *, remat: bool = False
     ) -> tuple[jax.Array, tuple[tuple[BlockStats, ...], ...]]:
-        """All layers: streams [B, T, M * D] and per stage and block the stats [repeats, ...]."""
+        """All layers: streams [B, T, M * D] and per stage and block the stats [repeats, ...].
+
+        Args:
+          documents: what the rows of `tokens` hold, if not one sequence each.
+        """
         streams = self.streams(self.embedding(tokens))
         stats = []
         for stage in self.stages:
-            streams, one = stage(streams, tokens, remat=remat)
+            streams, one = stage(streams, tokens, documents, remat=remat)
             stats.append(one)
         return streams, tuple(stats)
 
@@ -456,10 +472,14 @@ class Transformer(nnx.Module):
             return self.head.products(hidden)
 
     def mtp_hidden(
-        self, streams: jax.Array, next_tokens: jax.Array, depth: int = 0
+        self,
+        streams: jax.Array,
+        next_tokens: jax.Array,
+        depth: int = 0,
+        documents: Documents | None = None,
     ) -> tuple[jax.Array, BlockStats]:
         """Hidden states [B, T, D] that predict the token after `next_tokens` [B, T]."""
         if not 0 <= depth < len(self.mtp):
             raise ValueError(f"depth={depth}: this model has {len(self.mtp)} MTP blocks.")
         mtp = gathered(self.mtp[depth], streams.dtype)
-        return mtp(streams, self.embedding(next_tokens), next_tokens)
+        return mtp(streams, self.embedding(next_tokens), next_tokens, documents)

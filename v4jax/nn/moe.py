@@ -23,6 +23,7 @@ from pallas_kernels.grouped_matmul import swiglu
 from sharding import collectives
 from sharding.expert_parallel import apply_experts
 from v4jax.config import LayerSpec
+from v4jax.nn.documents import Documents, alignment, sums
 from v4jax.nn.layers import (
     HashTable,
     Linear,
@@ -71,12 +72,13 @@ class Router(nnx.Module):
         )
         self.bias = None if spec.hash_routed else bias()
         self.table = table() if spec.hash_routed else None
-        self.moe = moe
+        self.moe, self.align = moe, alignment(cfg)
 
     def __call__(
         self,
         x: jax.Array,  # [B, T, D]
         tokens: jax.Array,  # [B, T] int32
+        documents: Documents | None = None,
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Experts [B, T, K] int32, weights [B, T, K] float32, and statistics."""
         scores = self.scores(x)
@@ -88,7 +90,9 @@ class Router(nnx.Module):
             _, experts = jax.lax.top_k(biased, self.moe.experts_per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True) * self.moe.routed_scale
-        return experts, weights, self._stats(scores, experts)
+        if documents is None:
+            return experts, weights, self._stats(scores, experts)
+        return experts, weights, self._stats_of_documents(scores, experts, documents)
 
     def scores(self, x: jax.Array) -> jax.Array:
         """Of every expert, before any bias: [B, T, D] -> [B, T, E] float32."""
@@ -108,6 +112,24 @@ class Router(nnx.Module):
         fraction = collectives.psum(counts, "seq") * (num_experts / (k * length))  # [B, E]
         share = jnp.sum(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=1) / length
         return RouterStats(jnp.sum(fraction * share) / batch, total)
+
+    def _stats_of_documents(
+        self, scores: jax.Array, experts: jax.Array, documents: Documents
+    ) -> RouterStats:
+        """The same per document of a row, without padding; a mean over documents."""
+        num_experts, k = self.moe.num_experts, self.moe.experts_per_token
+        chosen = jnp.sum(jax.nn.one_hot(experts, num_experts), axis=2)  # [B, T, E]
+        chosen = jnp.where(documents.valid[..., None], chosen, 0)
+        total = collectives.psum(jnp.sum(chosen, axis=(0, 1)), "batch", "seq").astype(jnp.int32)
+        if self.table is not None:
+            return RouterStats(jnp.zeros(()), total)
+        share = scores / jnp.sum(scores, axis=-1, keepdims=True)
+        counts = collectives.psum(sums(chosen, documents, self.align), "seq")  # [B, n, E]
+        share = sums(share, documents, self.align)
+        length = jnp.sum(counts, axis=-1, keepdims=True) / k
+        fraction = counts * num_experts / (k * jnp.maximum(length, 1) ** 2)
+        count = collectives.psum(jnp.sum(length > 0), "batch")
+        return RouterStats(jnp.sum(fraction * share) / jnp.maximum(count, 1), total)
 
 
 class ExpertLinear(Matrix):
@@ -139,10 +161,12 @@ class MoE(nnx.Module):
         self.shared = SharedExpert(context)
         self.limit, self.numerics = moe.swiglu_limit, context.numerics
 
-    def __call__(self, x: jax.Array, tokens: jax.Array) -> tuple[jax.Array, RouterStats]:
+    def __call__(
+        self, x: jax.Array, tokens: jax.Array, documents: Documents | None = None
+    ) -> tuple[jax.Array, RouterStats]:
         """x [B, T, D] and token ids [B, T] (for hash routing)."""
         with jax.named_scope("moe/route"):
-            experts, weights, stats = self.router(x, tokens)
+            experts, weights, stats = self.router(x, tokens, documents)
         with jax.named_scope("moe/experts"):
             routed = self._experts(x.reshape(-1, x.shape[-1]), experts, weights)
         with jax.named_scope("moe/shared"):

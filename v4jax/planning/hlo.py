@@ -55,8 +55,8 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """The collectives in compiled HLO, those that send most first."""
-    bodies, entry = _computations(text)
-    times = _executions(bodies, entry)
+    bodies, entry = computations(text)
+    times = executions(bodies, entry)
     counts: dict[tuple[str, str, int], int] = collections.Counter()
     for name, lines in bodies.items():
         for line in lines:
@@ -95,8 +95,8 @@ def exchanges(text: str) -> list[Exchange]:
     """
     if "is_scheduled=true" not in text.split("\n", 1)[0]:
         raise ValueError("the HLO is not scheduled: expected the text of a compiled program.")
-    bodies, entry = _computations(text)
-    times = _executions(bodies, entry)
+    bodies, entry = computations(text)
+    times = executions(bodies, entry)
     with_products = {name for name, lines in bodies.items() if any(map(_PRODUCT.search, lines))}
     found = []
     for name, lines in bodies.items():
@@ -105,7 +105,7 @@ def exchanges(text: str) -> list[Exchange]:
                 continue
             done = re.compile(rf" {start['kind']}-done\(%?{re.escape(start['name'])}\)")
             end = next((j for j in range(i + 1, len(lines)) if done.search(lines[j])), i)
-            work = [_scope(one) for one in lines[i + 1 : end] if _works(one, with_products)]
+            work = [scope_of(one) for one in lines[i + 1 : end] if _works(one, with_products)]
             result = _result(start["kind"], start["result"])
             found.append(Exchange(start["kind"], result, times[name], tuple(work)))
     return found
@@ -117,13 +117,13 @@ def _works(line: str, with_products: set[str]) -> bool:
     return any(one in with_products for one, _ in _CALLED.findall(line))
 
 
-def _scope(line: str) -> str:
+def scope_of(line: str) -> str:
     """What an instruction was made from: the part of its name that the program's scopes give."""
     name = re.search(r'op_name="([^"]*)"', line)
     return re.sub(r"jit\([^)]*\)/|shard_map/|/pallas_call", "", name[1]) if name else "unnamed"
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Lines of each computation, and the name of the one that is run."""
     bodies: dict[str, list[str]] = {}
     entry, current = "", None
@@ -169,8 +169,8 @@ def _collective_in(name: str, bodies: dict[str, list[str]]) -> re.Match[str] | N
     return None
 
 
-def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How often each computation runs."""
+def executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs, by its name; all branches of a condition count."""
     calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
     for name, lines in bodies.items():
         for line in lines:

@@ -76,6 +76,7 @@ class _Turn:
 
     role: str
     is_context: bool
+    index: int  # of its first message
     content: str = ""
     blocks: list[_Block] = dataclasses.field(default_factory=list)  # user turns only
     reasoning: str = ""
@@ -94,6 +95,14 @@ class Prompt:
     # How a completion begins, for the parsers of `v4jax.text.parse`: "thinking" in the reasoning,
     # "chat" in the answer.
     thinking_mode: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a rendered conversation: what a model writes as one message, or what it is given."""
+
+    text: str
+    message: int | None  # number of the assistant message that it is; None: it is given
 
 
 def render(
@@ -122,17 +131,40 @@ def render(
             reply; tools or schema are given twice; or BOS is in the text of a message.
     """
     thinking_mode, effort = resolve_mode(mode, release)
-    for name, value in (("tools", tools), ("response_format", response_format)):
-        if value:
-            messages = _with_field(messages, name, value)
+    messages = with_fields(messages, tools, response_format)
     text = encode_messages(messages, thinking_mode, reasoning_effort=effort, release=release)
+    require_one_bos(text)
+    return Prompt(text, _completion_mode(messages, thinking_mode))
+
+
+def require_one_bos(text: str) -> None:
+    """Refuses a rendered conversation in which a message spells out BOS.
+
+    Raises:
+        EncodingError: it has several.
+    """
     if text.count(BOS) > 1:
         raise EncodingError(
             f"{BOS} is in the text of a message: it begins a prompt, and stands there once. A "
             "prompt that is rendered already is continued as it is (prompt instead of messages; "
             "mode raw of the commands)."
         )
-    return Prompt(text, _completion_mode(messages, thinking_mode))
+
+
+def with_fields(
+    messages: Sequence[Mapping[str, object]],
+    tools: Sequence[Mapping[str, object]] | None,
+    response_format: Mapping[str, object] | None = None,
+) -> Sequence[Mapping[str, object]]:
+    """Messages with tools and schema on the first system message, made if there is none.
+
+    Raises:
+        EncodingError: some message has them already.
+    """
+    for name, value in (("tools", tools), ("response_format", response_format)):
+        if value:
+            messages = _with_field(messages, name, value)
+    return messages
 
 
 def with_bos(text: str) -> str:
@@ -199,6 +231,33 @@ def encode_messages(
     Raises:
         EncodingError: a message or an argument is not one the format knows.
     """
+    pieces = encode_pieces(
+        messages,
+        thinking_mode,
+        context,
+        drop_thinking,
+        add_default_bos_token,
+        reasoning_effort,
+        release=release,
+    )
+    return "".join(piece.text for piece in pieces)
+
+
+def encode_pieces(
+    messages: Sequence[Mapping[str, object]],
+    thinking_mode: str,
+    context: Sequence[Mapping[str, object]] | None = None,
+    drop_thinking: bool = True,
+    add_default_bos_token: bool = True,
+    reasoning_effort: str | None = None,
+    *,
+    release: str = "april",
+) -> list[Piece]:
+    """`encode_messages` in pieces, none empty: which of it a model writes, and which it is given.
+
+    A model writes the whole of an assistant message: reasoning and its end, content, calls, EOS. The
+    transition before it, with the token that opens the reply, is given. Args and errors as there.
+    """
     check_thinking_mode(thinking_mode)
     effort_prompt = _effort_prompt(reasoning_effort, release)
     is_thinking = thinking_mode == "thinking"
@@ -211,18 +270,31 @@ def encode_messages(
         turns = [t for i, t in enumerate(turns) if i >= last_user or t.role != "developer"]
         last_user = _last_user(turns)
 
-    parts = [BOS] if add_default_bos_token and not context else []
+    parts = [Piece(BOS if add_default_bos_token and not context else "", None)]
     if is_thinking and turns and not turns[0].is_context:
-        parts.append(effort_prompt)
+        parts.append(Piece(effort_prompt, None))
     for index, turn in enumerate(turns):
         if turn.is_context:
             continue
         answers_task = index > 0 and turns[index - 1].task is not None
         next_role = turns[index + 1].role if index + 1 < len(turns) else None
         shows_reasoning = is_thinking and (not is_dropping or index >= last_user)
-        parts.append(_render(turn, shows_reasoning and not answers_task))
-        parts.append(_render_transition(turn, next_role, is_thinking, shows_reasoning))
-    return "".join(parts)
+        text = _render(turn, shows_reasoning and not answers_task)
+        parts.append(Piece(text, turn.index if turn.role == "assistant" else None))
+        transition = _render_transition(turn, next_role, is_thinking, shows_reasoning)
+        parts.append(Piece(transition, None))
+    return _joined(parts)
+
+
+def _joined(parts: list[Piece]) -> list[Piece]:
+    """What is given between two messages of the model, in one piece."""
+    found: list[Piece] = []
+    for part in filter(lambda part: part.text, parts):
+        if part.message is None and found and found[-1].message is None:
+            found[-1] = Piece(found[-1].text + part.text, None)
+        else:
+            found.append(part)
+    return found
 
 
 def _effort_prompt(effort: str | None, release: str) -> str:
@@ -242,13 +314,13 @@ def _turns(messages: Sequence[Mapping[str, Any]], is_context: bool) -> list[_Tur
     gives only its content.
     """
     turns: list[_Turn] = []
-    for message in messages:
+    for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise EncodingError(
                 f"Message {shown(message)}: expected a dict with a 'role' from {ROLES}."
             )
         role = message["role"]
-        turn = _Turn("user" if role == "tool" else role, is_context)
+        turn = _Turn("user" if role == "tool" else role, is_context, index)
         if role in ("user", "tool"):
             call_id = _field(message, "tool_call_id", (str, int))
             block = _Block(_content(message), role == "tool", call_id)

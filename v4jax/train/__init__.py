@@ -1,8 +1,8 @@
 """Training: `Trainer`, data, losses, optimizers."""
 
-from v4jax.train.data import TokenStream
+from v4jax.train.data import Examples, TokenStream
 from v4jax.train.losses import LossWeights
 from v4jax.train.optimizers import adamw, warmup_cosine
 from v4jax.train.trainer import Trainer
 
-__all__ = ["LossWeights", "TokenStream", "Trainer", "adamw", "warmup_cosine"]
+__all__ = ["Examples", "LossWeights", "TokenStream", "Trainer", "adamw", "warmup_cosine"]

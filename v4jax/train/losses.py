@@ -7,12 +7,14 @@ Source: report section 4.2; weights of the terms there and in `LossWeights`.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sharding import collectives
 from v4jax.nn.cross_entropy import cross_entropy
+from v4jax.nn.documents import Documents
 from v4jax.nn.model import Transformer
 
 
@@ -42,6 +44,20 @@ class Metrics:
     expert_counts: tuple[tuple[jax.Array, ...], ...]  # [repeats, E] int32; MTP blocks come last
 
 
+IGNORED = -100  # a target without loss
+
+
+class Batch(NamedTuple):
+    """What a step takes. Of a token stream it takes the first three alone."""
+
+    inputs: jax.Array  # [B, T] int32
+    following: jax.Array  # [B, T] the tokens after them
+    after: jax.Array  # [B, T] and those after these
+    loss_weights: jax.Array  # [B, T] float32, of `following`
+    after_weights: jax.Array  # [B, T] float32, of `after`
+    documents: Documents
+
+
 def shifted(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens [B, T + 2] -> inputs, the tokens after them, and those after these, [B, T] each."""
     return tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
@@ -55,20 +71,42 @@ def training_loss(
     weights: LossWeights = LossWeights(),
     *,
     remat: bool = True,
+    loss_weights: jax.Array | None = None,  # [B, T] float32, of `following`
+    after_weights: jax.Array | None = None,  # [B, T] float32, of `after`
+    documents: Documents | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Loss of predicting the following tokens and, by MTP, those after them.
+
+    Cross entropies are weighted means over all targets. A target of -100 (`IGNORED`) has weight 0; MTP,
+    which reads the following tokens, then takes the next input in its place. Weights leave it the token.
+
+    Args:
+      loss_weights, after_weights: default 1.
+      documents: what the rows hold, if not one sequence each. Indexer and balance are then means over
+        tokens and documents, without padding.
 
     Returns:
       the loss to differentiate and the metrics. With tokens cut over devices the first is this
       device's share, and shares add up to the loss; metrics are of all tokens.
+
+    Raises:
+      ValueError: loss weights without those of MTP's targets, where MTP has a loss.
     """
-    streams, stats = model.trunk(inputs, remat=remat)
-    ce = mean_share(cross_entropy(model, model.hidden(streams), following))
+    if model.mtp and weights.mtp and loss_weights is not None and after_weights is None:
+        raise ValueError(
+            "loss_weights without after_weights: expected both, or LossWeights(mtp=0). MTP predicts "
+            "`after`, and which of its targets count cannot be told from those of `following`."
+        )
+    streams, stats = model.trunk(inputs, documents, remat=remat)
+    labels, counted = without_ignored(following, loss_weights)
+    ce = mean_share(cross_entropy(model, model.hidden(streams), labels), counted)
     blocks = [block for stage in stats for block in stage]
     mtp_ce = jnp.zeros(())
     if model.mtp:
-        hidden, mtp_stats = model.mtp_hidden(streams, following)
-        mtp_ce = mean_share(cross_entropy(model, hidden, after))
+        read = jnp.where(following == IGNORED, jnp.roll(inputs, -1, axis=1), following)
+        hidden, mtp_stats = model.mtp_hidden(streams, read, documents=documents)
+        labels, counted = without_ignored(after, after_weights)
+        mtp_ce = mean_share(cross_entropy(model, hidden, labels), counted)
         mtp_stats = jax.tree.map(lambda x: x[None], mtp_stats)
         blocks.append(mtp_stats)
         stats = (*stats, (mtp_stats,))
@@ -83,6 +121,14 @@ def training_loss(
     return loss, Metrics(total, ce, mtp_ce, indexer, balance, counts)
 
 
-def mean_share(losses: jax.Array) -> jax.Array:
-    """This device's share of the mean over all tokens."""
-    return jnp.sum(losses) / (losses.size * collectives.axis_size("batch", "seq"))
+def without_ignored(targets: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Targets [B, T] that are ids everywhere, and their weights [B, T], 0 for those that were not."""
+    counts = targets != IGNORED
+    weights = jnp.ones(targets.shape) if weights is None else weights
+    return jnp.where(counts, targets, 0), jnp.where(counts, weights, 0)
+
+
+def mean_share(losses: jax.Array, weights: jax.Array) -> jax.Array:
+    """This device's share of the weighted mean over all tokens; 0 if none counts."""
+    total = collectives.psum(jnp.sum(weights), "batch", "seq")
+    return jnp.sum(losses * weights) / jnp.where(total > 0, total, 1)

@@ -16,8 +16,8 @@ from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, reduce_gradients, specs
 from v4jax.nn.quantization import Chosen, everything, round_to_released
-from v4jax.train.data import TokenStream
-from v4jax.train.losses import LossWeights, Metrics, mean_share, training_loss
+from v4jax.train.data import Data
+from v4jax.train.losses import LossWeights, Metrics, mean_share, training_loss, without_ignored
 from v4jax.train.optimizers import update_routing_bias
 
 
@@ -107,29 +107,30 @@ class TrainStep:
         self._states = []
         return TrainState(params, fixed, self.optimizer.init(params))
 
-    def batch(self, stream: TokenStream, step: int, batch_size: int) -> tuple[jax.Array, ...]:
+    def batch(self, data: Data, step: int, batch_size: int) -> tuple:
         """Tokens of a step as `step` takes them; every process reads its own rows.
 
         Raises:
           ValueError: the mesh does not divide the batch or the sequences, or a token is outside the
             model's vocabulary.
         """
-        check_mesh(self.cfg, self.rules, batch=batch_size, length=stream.seq_len)
+        check_mesh(self.cfg, self.rules, batch=batch_size, length=data.seq_len)
         sharding = None
         if not jax.sharding.get_abstract_mesh().empty:
             sharding = jax.NamedSharding(jax.sharding.get_mesh(), self.rules.tokens)
-        return stream.targets(step, batch_size, self.cfg.vocab_size, sharding)
+        return data.targets(step, batch_size, self.cfg, sharding)
 
-    def step(self, state: TrainState, tokens: Sequence[jax.Array]) -> tuple[TrainState, Metrics]:
-        """One step on inputs, the tokens after them, and those after these, [B, T] each.
+    def step(self, state: TrainState, tokens: Sequence) -> tuple[TrainState, Metrics]:
+        """One step on inputs, the tokens after them, and those after these, [B, T] each, or a `Batch`.
 
-        From `batch`, or `loss.shifted` of an array [B, T + 2]. The old state is donated.
+        From `batch`, or `losses.shifted` of an array [B, T + 2]. The old state is donated.
         """
         return self.compiled_step(state, *tokens)
 
-    def loss(self, state: TrainState, tokens: Sequence[jax.Array]) -> jax.Array:
+    def loss(self, state: TrainState, tokens: Sequence) -> jax.Array:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
-        return self._loss(state, *tokens[:2])
+        inputs, following, _, *rest = tokens
+        return self._loss(state, inputs, following, *rest[::2])  # not the weights of MTP's targets
 
     def is_finite(self, state: TrainState) -> bool:
         """Whether no parameter is NaN or infinite."""
@@ -162,12 +163,26 @@ def _require_floats(params: nnx.State) -> None:
 
 
 def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: bool = True):
-    """A function (params, fixed, inputs, following, after) -> gradients and metrics, over a mesh."""
+    """A function (params, fixed, *batch) -> gradients and metrics, over a mesh.
 
-    def on_device(params, fixed, inputs, following, after):
+    The batch is inputs, the tokens after them and those after these, or the parts of a `losses.Batch`.
+    """
+
+    def on_device(params, fixed, inputs, following, after, *rest):
+        loss_weights, after_weights, documents = rest or (None, None, None)
+
         def loss_fn(params):
-            model = nnx.merge(graphdef, params, fixed)
-            return training_loss(model, inputs, following, after, weights, remat=remat)
+            return training_loss(
+                nnx.merge(graphdef, params, fixed),
+                inputs,
+                following,
+                after,
+                weights,
+                remat=remat,
+                loss_weights=loss_weights,
+                after_weights=after_weights,
+                documents=documents,
+            )
 
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
         return reduce_gradients(gradients), metrics
@@ -187,16 +202,20 @@ def _all_finite(params) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
-def _mean_loss(graphdef, computed, rules, state, inputs, following):
-    def on_device(params, fixed, inputs, following):
+def _mean_loss(graphdef, computed, rules, state, inputs, following, *rest):
+    def on_device(params, fixed, inputs, following, *rest):
+        loss_weights, documents = rest or (None, None)
         model = nnx.merge(graphdef, params, fixed)
-        losses = cross_entropy(model, model.hidden(model.trunk(inputs)[0]), following)
-        return collectives.psum(mean_share(losses), "batch", "seq")
+        hidden = model.hidden(model.trunk(inputs, documents)[0])
+        labels, counted = without_ignored(following, loss_weights)
+        share = mean_share(cross_entropy(model, hidden, labels), counted)
+        return collectives.psum(share, "batch", "seq")
 
-    params = computed(state.params)
-    in_specs = (specs(params, rules), specs(state.fixed, rules), rules.tokens, rules.tokens)
+    params, tokens = computed(state.params), (inputs, following, *rest)
+    placed = (specs(params, rules), specs(state.fixed, rules))
+    in_specs = (*placed, *[rules.tokens] * len(tokens))
     run = collectives.per_device(on_device, rules, in_specs, jax.P())
-    return run(params, state.fixed, inputs, following)
+    return run(params, state.fixed, *tokens)
 
 
 def _train_step(

@@ -26,8 +26,8 @@ from v4jax.nn.lora import LoRA, LoRAParam, add_lora, merge_lora
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, require_placed
 from v4jax.nn.quantization import Chosen, everything, not_expert, to_float, to_released
-from v4jax.train.data import TokenStream
-from v4jax.train.losses import LossWeights, Metrics
+from v4jax.train.data import Data
+from v4jax.train.losses import Batch, LossWeights, Metrics
 from v4jax.train.state import Saver
 from v4jax.train.step import TrainState, TrainStep
 
@@ -109,14 +109,14 @@ class Trainer:
         """The model as it is now, adapters included. The next step frees its arrays."""
         return self._step.model(self._state)
 
-    def step(self, tokens: Sequence[jax.Array]) -> Metrics:
-        """One step on inputs, the tokens after them, and those after these, [B, T] each."""
+    def step(self, tokens: Sequence) -> Metrics:
+        """One step on inputs, the tokens after them, and those after these, [B, T] each, or a `Batch`."""
         with self._on_mesh():
             self._state, metrics = self._step.step(self._state, tokens)
         self.steps += 1
         return metrics
 
-    def batch(self, data: TokenStream, step: int, batch_size: int) -> tuple[jax.Array, ...]:
+    def batch(self, data: Data, step: int, batch_size: int) -> tuple:
         """Tokens of a step as `step` takes them. Every process reads its own rows.
 
         Raises:
@@ -125,24 +125,29 @@ class Trainer:
         with self._on_mesh():
             return self._step.batch(data, step, batch_size)
 
-    def loss(self, tokens: Sequence[jax.Array]) -> float:
+    def loss(self, tokens: Sequence) -> float:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
         with self._on_mesh():
             return float(self._step.loss(self._state, tokens))
 
-    def evaluate(self, data: TokenStream, batch_size: int = 8, batches: int = 4) -> float:
-        """Mean next-token loss in nats over fixed windows of held-out tokens."""
-        losses = [self.loss(self.batch(data, i, batch_size)) for i in range(batches)]
-        return float(np.mean(losses))
+    def evaluate(self, data: Data, batch_size: int = 8, batches: int = 4) -> float:
+        """Mean next-token loss in nats over fixed rows of held-out data, of the tokens that count."""
+        losses, counts = [], []
+        for number in range(batches):
+            batch = self.batch(data, number, batch_size)
+            losses.append(self.loss(batch))
+            with self._on_mesh():
+                counts.append(float(batch.loss_weights.sum()) if isinstance(batch, Batch) else 1.0)
+        return float(np.average(losses, weights=counts))
 
     def run(
         self,
-        data: TokenStream,
+        data: Data,
         steps: int,
         *,
         batch_size: int = 8,
         output: str | os.PathLike | None = None,
-        evaluation: TokenStream | None = None,
+        evaluation: Data | None = None,
         eval_every: int = 250,
         save_every: int = 250,
         log_every: int = 10,
@@ -155,7 +160,7 @@ class Trainer:
         Args:
           batch_size: sequences a step.
           output: a folder that gets state/ every `save_every` steps, and metrics.jsonl.
-          evaluation: held-out tokens, measured every `eval_every` steps ("heldout_ce" of a record).
+          evaluation: held-out data, measured every `eval_every` steps ("heldout_ce" of a record).
 
         Raises:
           ValueError: a loss or a parameter became NaN or infinite. The last good state is kept.
@@ -200,9 +205,7 @@ class Trainer:
             self._state, self.steps = found
         return saver
 
-    def fit(
-        self, data: TokenStream, steps: int, *, progress: bool = True, **options
-    ) -> list[Record]:
+    def fit(self, data: Data, steps: int, *, progress: bool = True, **options) -> list[Record]:
         """`run` to its end, with a progress bar. Options as there.
 
         Returns:

@@ -9,6 +9,8 @@ import os
 import jax
 import numpy as np
 
+from v4jax.config import V4Config
+
 _BLOCK = 1 << 24  # tokens looked at together
 
 
@@ -81,12 +83,12 @@ class TokenStream:
         return np.stack([self.tokens[s : s + width] for s in starts])
 
     def targets(
-        self, step: int, batch_size: int, vocab_size: int, sharding: jax.NamedSharding | None
+        self, step: int, batch_size: int, cfg: V4Config, sharding: jax.NamedSharding | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A step's inputs, the tokens after them, and those after these, [batch_size, seq_len] each.
 
         Args:
-          vocab_size: ids that the model knows.
+          cfg: of the model, for the ids that it knows.
           sharding: where they go; every process reads the rows that its devices hold. None: to the
             default device.
 
@@ -100,7 +102,7 @@ class TokenStream:
                 rows, columns = index
                 start, stop, _ = columns.indices(self.seq_len)
                 found = self.rows(step, batch_size, rows)[:, start + offset : stop + offset]
-                _require_ids(found.reshape(-1), vocab_size)
+                _require_ids(found.reshape(-1), cfg.vocab_size)
                 return found.astype(np.int32)
 
             if sharding is None:

@@ -1,9 +1,9 @@
 """Rows times a weight, which may be packed: the dense linears of the model.
 
-A packed weight goes through the kernels of the experts, as one expert (or one for each group): it
-comes to VMEM in its own bytes and is unpacked there. XLA on a TPU unpacks it in HBM first, at 4 bytes
-a weight: 8192 x 4096 in FP8 times 8 rows takes 790,000 cycles on v6e instead of the 37,000 that
-reading the weight takes (docs/kernels.md).
+A packed weight comes to VMEM in its own bytes, from where it lies, and is unpacked there (`tpu.py`).
+XLA on a TPU unpacks it in HBM first, at 4 bytes a weight: 8192 x 4096 in FP8 times 8 rows takes
+790,000 cycles on v6e instead of the 37,000 that reading the weight takes
+(docs/measurements/kernels.md).
 """
 
 import functools
@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compact
-from pallas_kernels.dispatch import Implementation, choose, operation
+from pallas_kernels.dispatch import Implementation, choose, operation, target_chip
 from pallas_kernels.formats.quantize import QuantizedArray
-from pallas_kernels.grouped_matmul import vjp
+from pallas_kernels.linear import tpu
 
 
 @operation
@@ -44,7 +44,7 @@ def linear(
         )
     if not isinstance(w, QuantizedArray):
         return _xla(x, w, groups)
-    match choose(implementation, unsupported=_unsupported(x, w, groups)):
+    match choose(implementation, unsupported=tpu.unsupported(x, w, groups, target_chip())):
         case "tpu" | "interpret" as kernel:
             return _packed(x, w, groups, kernel == "interpret")
         case _:
@@ -65,30 +65,10 @@ def _xla(x: jax.Array, w: jax.Array, groups: int) -> jax.Array:
     return out.reshape(*out.shape[:-2], -1)
 
 
-def _unsupported(x: jax.Array, w: QuantizedArray, groups: int) -> str | None:
-    if groups > 1 and w.shape[1] // groups % w.block[1]:
-        return f"{groups} groups of w {w.shape} cut its blocks of {w.block}"
-    rows, stacked = jax.eval_shape(functools.partial(as_experts, groups=groups), x, w)
-    return vjp.unsupported(rows, [stacked], [vjp.matmul_product(jnp.float32)])
-
-
-def as_experts(x: jax.Array, w: QuantizedArray, groups: int):
-    """Rows [groups * P, in], group by group, and weights [groups, in, out]."""
-    rows = x.reshape(-1, groups, w.shape[0]).swapaxes(0, 1).reshape(-1, w.shape[0])
-
-    def part(a):
-        return a.reshape(a.shape[0], groups, -1).swapaxes(0, 1)
-
-    return rows, QuantizedArray(part(w.values), part(w.scale), w.block)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _packed(x, w, groups, interpret):
-    rows, stacked = as_experts(x, w, groups)
-    sizes = jnp.full(groups, rows.shape[0] // groups, jnp.int32)
-    product = vjp.matmul_product(jnp.float32)
-    out = vjp.forward(product, rows, [stacked], sizes, [], interpret)
-    out = out.reshape(groups, -1, out.shape[-1]).swapaxes(0, 1)
+    rows = x.reshape(-1, x.shape[-1])
+    out = tpu.linear(rows, w, groups, target_chip(), interpret=interpret)
     return out.reshape(*x.shape[:-1], w.shape[1])
 
 

@@ -4,6 +4,7 @@ libtpu writes, for every kernel, the VLIW bundles it scheduled and what each use
 cycle of straight-line code; waits for memory are not in it. Bundles are marked with the loops they
 lie in, so given how often each loop turns (`trips`, in the order the loops appear; the first is the
 kernel's grid), the cycles of the whole kernel follow. Predicated regions (`pl.when`) count as taken.
+Trips that the compiler knew stand in the code it wrote; those that depend on data do not.
 
 `start_dump` must be called before libtpu is loaded. Format: found by reading the dumps of
 libtpu 0.0.42.
@@ -17,6 +18,9 @@ import shutil
 import tempfile
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{")
+_EXIT = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
+_USAGE = "final_hlo-static-per-bundle-utilization.txt"
+_ANY = re.compile(rf"^\d+-(.+)-\d+-{re.escape(_USAGE)}$")
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL")
 
 
@@ -37,13 +41,14 @@ class Schedule:
     regions: tuple[Region, ...]
     num_loops: int
     capacity: dict[str, int]  # unit -> slots of one bundle
+    fixed_trips: tuple[int | None, ...] = ()  # of each loop; None: it depends on data
 
     @property
     def bundles(self) -> int:
         """Static length: every bundle once."""
         return sum(region.bundles for region in self.regions)
 
-    def cycles(self, trips: tuple[int, ...]) -> int:
+    def cycles(self, trips: tuple[float, ...]) -> float:
         """Bundles times the trips of the loops around them.
 
         Raises:
@@ -51,12 +56,22 @@ class Schedule:
         """
         return sum(r.bundles * self._times(r, trips) for r in self.regions)
 
-    def unit_cycles(self, unit: str, trips: tuple[int, ...]) -> float:
+    @property
+    def least_cycles(self) -> float:
+        """Cycles if every loop whose trips depend on data turns once."""
+        return self.cycles(tuple(trips or 1 for trips in self.fixed_trips))
+
+    @property
+    def depends_on_data(self) -> bool:
+        """Whether some loop turns as often as the data say."""
+        return None in self.fixed_trips
+
+    def unit_cycles(self, unit: str, trips: tuple[float, ...]) -> float:
         """Cycles that `unit` alone would need."""
         used = sum(r.used[unit] * self._times(r, trips) for r in self.regions)
         return used / self.capacity[unit]
 
-    def spills(self, trips: tuple[int, ...] | None = None) -> int:
+    def spills(self, trips: tuple[float, ...] | None = None) -> float:
         """Register fills and spills; with `trips`, counted as often as they run."""
         return sum(
             (r.used["VLOAD:FILL"] + r.used["VSTORE:SPILL"])
@@ -64,12 +79,12 @@ class Schedule:
             for r in self.regions
         )
 
-    def _times(self, region: Region, trips: tuple[int, ...]) -> int:
+    def _times(self, region: Region, trips: tuple[float, ...]) -> float:
         if len(trips) != self.num_loops:
             raise ValueError(
                 f"{self.kernel} has {self.num_loops} loops, but trips={trips} names {len(trips)}."
             )
-        times = 1
+        times: float = 1
         for loop in region.loops:
             times *= trips[loop]
         return times
@@ -97,15 +112,26 @@ def read(folder: str, kernel: str) -> list[Schedule]:
     Raises:
       FileNotFoundError: libtpu wrote none.
     """
-    suffix = "final_hlo-static-per-bundle-utilization.txt"
-    pattern = re.compile(rf"\d+-({re.escape(kernel)}[^-]*)-\d+-{re.escape(suffix)}$")
+    pattern = re.compile(rf"\d+-({re.escape(kernel)}[^-]*)-\d+-{re.escape(_USAGE)}$")
     found = {}
-    for path in glob.glob(os.path.join(glob.escape(folder), f"*{suffix}")):
+    for path in glob.glob(os.path.join(glob.escape(folder), f"*{_USAGE}")):
         if match := pattern.search(os.path.basename(path)):
             found[match.group(1)] = path
     if not found:
         raise FileNotFoundError(f"no schedule of a kernel {kernel!r} in {folder}.")
     return [_parse(name, found[name]) for name in sorted(found)]
+
+
+def read_all(folder: str) -> dict[str, Schedule]:
+    """Schedules of all that has been compiled, kernels and what XLA made: by the instruction's name.
+
+    Of instructions that do the same, the compiler writes one.
+    """
+    found = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), f"*{_USAGE}")):
+        if match := _ANY.search(os.path.basename(path)):
+            found[match[1]] = _parse(match[1], path)
+    return found
 
 
 def _parse(name: str, usage_path: str) -> Schedule:
@@ -116,7 +142,7 @@ def _parse(name: str, usage_path: str) -> Schedule:
         if "schedule-analysis" not in p
     ]
     units, capacity, rows = _read_usage(usage_path)
-    loops = _read_loops(bundle_path)
+    loops, trips = _read_loops(bundle_path)
     if len(rows) != len(loops):
         raise ValueError(f"{usage_path} has {len(rows)} bundles, {bundle_path} {len(loops)}.")
     regions: dict[tuple[int, ...], list] = {}
@@ -128,8 +154,9 @@ def _parse(name: str, usage_path: str) -> Schedule:
             Region(where, len(group), {u: sum(c) for u, c in zip(units, zip(*group))})
             for where, group in regions.items()
         ),
-        num_loops=max((loop + 1 for where in loops for loop in where), default=0),
+        num_loops=len(trips),
         capacity=capacity,
+        fixed_trips=trips,
     )
 
 
@@ -145,17 +172,24 @@ def _read_usage(path: str):
     )
 
 
-def _read_loops(path: str) -> list[tuple[int, ...]]:
-    """For each bundle, the loops it lies in. A loop begins at an LB mark; `>` counts its depth."""
+def _read_loops(path: str) -> tuple[list[tuple[int, ...]], tuple[int | None, ...]]:
+    """For each bundle, the loops it lies in, and the trips of each loop.
+
+    A loop begins at an LB mark; `>` counts its depth. Its exit test compares the counter, which goes
+    from 0 in steps of 1, with a number where that is known.
+    """
     stack: list[int] = []
-    count, result = 0, []
+    trips: list[int | None] = []
+    result = []
     with open(path, encoding="utf-8") as file:
         for line in file:
             if not (match := _BUNDLE.match(line)):
                 continue
             depth = len(match.group(3))
             if match.group(2) == "LB":
-                stack = [*stack[: depth - 1], count]
-                count += 1
+                stack = [*stack[: depth - 1], len(trips)]
+                trips.append(None)
             result.append(tuple(stack[:depth]))
-    return result
+            if result[-1] and (exit_test := _EXIT.search(line)):
+                trips[result[-1][-1]] = int(exit_test[1])
+    return result, tuple(trips)

@@ -1,0 +1,140 @@
+"""How often the loops of Pallas kernels turn, where that depends on data: for their schedules.
+
+The order of a kernel's loops was found by reading the compiler's dumps (`schedules`). Kernels that are
+not here have loops of fixed trips alone, or their schedule counts such loops once.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from pallas_kernels.attention import tpu_decode
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.formats.pages import PAGE
+from pallas_kernels.formats.tpu_pages import HELD, UNROLL
+from pallas_kernels.grouped_matmul import block_sizes as product_sizes
+from pallas_kernels.grouped_matmul import few_rows
+from pallas_kernels.grouped_matmul.weights import Format
+from pallas_kernels.indexer import block_sizes as index_sizes
+from v4jax.planning.launches import Kernel
+from v4jax.planning.schedules import Schedule
+
+Trips = tuple[float, ...]
+# Halvings of the indexer's search for its threshold that random queries and keys need in decoding: normal
+# numbers rounded to FP4, as the model rounds them.
+DECODE_PASSES = 14
+_BYTES = {"u8": ("fp4", 0.5), "f8e4m3fn": ("fp8", 1.0), "bf16": ("float", 2.0)}
+
+
+def trips(
+    kernel: Kernel, schedule: Schedule, chip: str, experts: float | None = None
+) -> Trips | None:
+    """Trips of all loops of a kernel; None if some are not known.
+
+    Args:
+      experts: of how many a step reads the weights, for the kernels of routed experts.
+    """
+    if not schedule.depends_on_data:
+        return tuple(trips or 1 for trips in schedule.fixed_trips)
+    found: Trips | None = None
+    if kernel.name.endswith("_few_rows"):
+        found = _few_rows(kernel, chip, experts)
+    elif kernel.name == "index_list":
+        table, queries = kernel.operands[1][1], kernel.operands[2][1]
+        pages = table[0] // queries[0]
+        found = index_list_trips(chip, queries[0], pages * PAGE, kernel.results[0][1][-1])
+    elif kernel.name == "decode_stream":
+        table, queries = kernel.operands[2][1], kernel.operands[3][1]
+        is_packed = kernel.operands[-1][0] == "u32"
+        found = decode_stream_trips(chip, queries[0], table[0] // queries[0], is_packed)
+    return found if found is not None and len(found) == schedule.num_loops else None
+
+
+def _few_rows(kernel: Kernel, chip: str, experts: float | None) -> Trips | None:
+    weights = [(d, shape) for d, shape in kernel.operands if len(shape) == 3 and d in _BYTES]
+    if not weights:
+        return None
+    num_rows, groups = kernel.results[0][1][0], weights[0][1][0]
+    formats = []
+    for dtype, (_, height, columns) in weights:
+        kind, size = _BYTES[dtype]
+        num_inputs = height * 2 if kind == "fp4" else height
+        formats.append(Format(kind, num_inputs, columns, jnp.dtype(jnp.bfloat16), size))
+    rows = product_sizes.few_rows(num_rows, groups, formats[0].num_inputs)
+    if rows is None:
+        return None
+    visits = groups * -(-num_rows // groups // rows) if experts is None else max(experts, 1.0)
+    return few_rows_trips(chip, formats, num_rows, rows, visits)
+
+
+def few_rows_trips(
+    chip: str, formats: Sequence[Format], num_rows: int, rows: int, visits: float
+) -> Trips:
+    """Of products of few rows with each expert or group of a weight.
+
+    Args:
+      rows: of a visit, at most.
+      visits: experts or groups that are read.
+    """
+    sizes = few_rows.sizes_for(chip, rows, formats, num_rows)
+    assert sizes is not None  # it was compiled
+    steps = sizes.columns // sizes.step
+    tiles = (num_rows + max(rows, 8)) // 8
+    grid = formats[0].num_outputs // sizes.columns * visits
+    return (grid, tiles / visits, *((steps,) if steps > 1 else ()), 1 / visits)
+
+
+def index_list_trips(chip: str, batch: int, num_entries: int, topk: int) -> Trips:
+    """Of `index_list`: the indexer's scores and picks in decoding."""
+    block, keys = index_sizes.decode_block(num_entries), index_sizes.decode_keys(num_entries)
+    pair = 2 * index_sizes.decode_chunk(num_entries)
+    pairs = -(-num_entries // (pair * 128))
+    tiles = -(-num_entries // (128 * 128))
+    search = (DECODE_PASSES, pairs, 0, 0, 0, 0)
+    visits = (tiles,) * (-(-topk // 128))
+    stream = stream_trips(
+        chip, batch, num_entries // PAGE, block // PAGE, (block // keys,), copies_behind=False
+    )
+    return (*stream, 0, pair // 128 * pairs, *search, tiles, *visits)
+
+
+def decode_stream_trips(chip: str, batch: int, pages: int, is_packed: bool) -> Trips:
+    """Of `decode_stream`: attention to all pages of a sequence in decoding."""
+    block = min(tpu_decode.BLOCK_ENTRIES[chip] // PAGE, pages)
+    cleared = -pages % block / -(-pages // block)
+    return stream_trips(chip, batch, pages, block, (cleared,), None if is_packed else True)
+
+
+def stream_trips(
+    chip: str,
+    batch: int,
+    pages: int,
+    block: int,
+    used: tuple[float, ...],
+    copies_behind: bool | None,
+) -> Trips:
+    """Of a kernel's grid and of its `pallas_kernels.formats.tpu_pages.PageStream`, which come first.
+
+    Args:
+      pages: of each sequence.
+      block: pages of a block.
+      used: trips of the loops of the code that uses a block.
+      copies_behind: whether copies are issued behind that code (False: there are loops for it that do
+        not turn; None: there are none).
+    """
+    cores = min(batch, CHIPS[chip].cores)
+    blocks = -(-pages // block)
+    first = min(pages, block)
+    second = min(pages - block, block) if blocks > 1 else first if batch > cores else 0
+
+    def turns(pages: int) -> list[int]:
+        several, single = divmod(pages, UNROLL)
+        return [single] if block < UNROLL else [several, single]  # few pages: no loop over several
+
+    warm = [n * cores / batch for size in (first, second) for n in turns(size)]
+    waits = pages % block / blocks
+    behind: Trips = ()
+    if copies_behind is not None:
+        behind = tuple(n / blocks for n in turns(pages * copies_behind))
+    grid = (batch,) if batch > 1 else ()  # a grid of one step is no loop
+    return (*grid, *warm, blocks, *(1 / HELD, waits, *used, *behind) * HELD)
