@@ -402,7 +402,7 @@ def test_what_cannot_be_served_is_refused(model):
     for bad, message in (
         (dict(slots=0), "slots=0: expected at least 1"),
         (dict(cache_tokens=0), "cache_tokens=0: expected a positive number"),
-        (dict(steps_per_call=17), r"steps_per_call=17: expected 1\.\.16"),
+        (dict(steps_per_call=33), r"steps_per_call=33: expected 1\.\.32"),
     ):
         with pytest.raises(ValueError, match=message):
             Engine(model, **bad)

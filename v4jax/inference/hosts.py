@@ -33,7 +33,7 @@ from v4jax.inference.steps import MOST_STEPS
 
 KEPT = 256  # messages between two rounds of receipts, after which older ones are removed
 _POLL = 10_000  # milliseconds that a follower waits at once; it goes on as long as it takes
-_engines = 0  # that have been led or followed here: every process counts alike
+_opened = 0  # channels: every process counts alike
 
 
 class ProcessesDifferError(RuntimeError):
@@ -68,23 +68,38 @@ class Message:
 
 
 class Channel:
-    """Messages from process 0 to all others, in order."""
+    """Messages from process 0 to all others, in order.
 
-    def __init__(self):
-        global _engines
+    Args:
+      store: the client of a key-value store.
+      name: of this channel in it.
+      process: number of this process, of `count`.
+    """
+
+    def __init__(self, store: Any, name: str, process: int, count: int):
+        self._store, self._prefix = store, name
+        self._process, self._count = process, count
+        self._sent = 0  # or received
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    @classmethod
+    def open(cls) -> "Channel":
+        """Another one of the processes of jax.distributed, which all have to open it.
+
+        Raises:
+          ValueError: there are no others.
+        """
+        global _opened
         from jax._src import distributed  # jax has no public name for its key-value store
 
-        client = distributed.global_state.client
-        if client is None:
+        store = distributed.global_state.client
+        if store is None:
             raise ValueError(
                 "this is the only process: call jax.distributed.initialize before an engine leads or "
                 "follows."
             )
-        self._store: Any = client
-        self._prefix = f"v4jax/engine/{_engines}"
-        self._sent = 0
-        self._digest = hashlib.blake2b(digest_size=16)
-        _engines += 1
+        _opened += 1
+        return cls(store, f"v4jax/engine/{_opened}", jax.process_index(), jax.process_count())
 
     def add(self, events: Iterable[Request]) -> None:
         """Takes the tokens of a step into the digest."""
@@ -111,18 +126,18 @@ class Channel:
         text = self._waited_for(self._key(self._sent))
         self._sent += 1
         if self._sent % KEPT == 0:
-            self._store.key_value_set(self._receipt(self._sent, jax.process_index()), "")
+            self._store.key_value_set(self._receipt(self._sent, self._process), "")
         message = Message.decoded(text)
         if message.digest != self._digest.hexdigest():
             raise ProcessesDifferError(
-                f"process {jax.process_index()} has read other tokens than process 0 before step "
+                f"process {self._process} has read other tokens than process 0 before step "
                 f"{self._sent}: the devices of the two computed different things."
             )
         return message
 
     def _remove(self, first: int, end: int) -> None:
         """Messages that everybody has received."""
-        for process in range(1, jax.process_count()):
+        for process in range(1, self._count):
             receipt = self._receipt(end, process)
             self._waited_for(receipt)
             self._store.key_value_delete(receipt)

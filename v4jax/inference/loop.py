@@ -96,7 +96,7 @@ class RequestLoop:
             )
         if self._channel is not None or self.has_work or self._scheduler.steps:
             raise ValueError("this engine has begun: call lead() before the first request.")
-        self._channel = Channel()
+        self._channel = Channel.open()
 
     def end(self) -> None:
         """Lets the followers go. After `stop`, if the engine ran in a thread."""
@@ -113,7 +113,7 @@ class RequestLoop:
         """
         if jax.process_index() == 0:
             raise ValueError("process 0 has nobody to follow: it leads, see lead().")
-        channel = Channel()
+        channel = Channel.open()
         while not (message := channel.receive()).is_end:
             with self._turn:
                 channel.add(self._step([*map(self._prepared, message.new)], message.cancelled))
