@@ -472,6 +472,21 @@ def test_what_cannot_be_called_is_said(tools, options, message):
         call_grammar(tools, TOKENIZER, **options)
 
 
+def test_a_model_that_has_to_call_does(engine):
+    """Behind its reasoning, which is free."""
+    age = {"type": "integer", "minimum": 0, "maximum": 99}
+    tools = [function("greet", an_object("age", "pace", age=age, pace=PACE))]
+    calls = call_grammar(tools, TOKENIZER, name="greet")
+    for mode in ("non-think", "think-high"):
+        sampling = Sampling(seed=2, max_new_tokens=400)
+        reply = engine.chat("Who?", mode, sampling, tools=tools, grammar=calls)
+        assert bool(reply.reasoning) == (mode == "think-high") and not reply.content
+        (call,) = reply.tool_calls
+        assert call["function"]["name"] == "greet" and reply.finish_reason == "stop"
+        arguments = json.loads(call["function"]["arguments"])
+        jsonschema.validate(arguments, tools[0]["function"]["parameters"])
+
+
 @settings(deadline=None)
 @given(data=st.data())
 def test_a_mask_takes_away_what_it_does_not_allow(data):

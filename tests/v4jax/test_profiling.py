@@ -42,6 +42,7 @@ def test_generate_writes_a_trace_of_later_steps(tmp_path, capsys, monkeypatch):
 
 
 def test_a_batch_job_writes_a_trace(tmp_path, capsys, monkeypatch):
+    """`serve` does in tests/v4jax/test_server.py."""
     monkeypatch.setattr("sys.argv", ["v4jax"])
     asked, folder = tmp_path / "asked.jsonl", tmp_path / "trace"
     lines = [{"id": name, "prompt": "Emma was"} for name in "ab"]

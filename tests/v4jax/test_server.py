@@ -6,6 +6,7 @@ All but the last test have a stand-in for the engine, which writes a text that t
 import asyncio
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -1195,7 +1196,7 @@ def test_the_command_serves_nano_and_ends_at_sigterm(tmp_path):
     """With the engine itself."""
     command = [sys.executable, "-m", "v4jax", "serve", "--checkpoint", "nano", "--port", "0"]
     with subprocess.Popen(
-        [*command, "--dtype", "float32", "--slots", "2"],
+        [*command, "--dtype", "float32", "--slots", "2", "--profile", "trace"],
         cwd=tmp_path,
         env={**environment(), "PYTHONPATH": os.fspath(ROOT), "V4JAX_API_KEY": "k"},
         stderr=subprocess.PIPE,
@@ -1218,12 +1219,22 @@ def test_the_command_serves_nano_and_ends_at_sigterm(tmp_path):
                 ]
                 asked |= {**_format(schema), "max_tokens": 300, "reasoning_effort": "high"}
                 answer = client.chat.completions.create(**asked, logit_bias=BIAS)
+                del asked["response_format"]
+                asked |= {"tools": _tools(schema), "tool_choice": _named("walk")}
+                called = client.chat.completions.create(**asked, logit_bias=BIAS)
             assert answer.choices[0].finish_reason == "stop"
             assert list(json.loads(answer.choices[0].message.content)) == ["is_clever"]
+            assert called.choices[0].finish_reason == "tool_calls"
+            (call,) = called.choices[0].message.tool_calls
+            assert call.function.name == "walk"
+            assert list(json.loads(call.function.arguments)) == ["is_clever"]
             assert 1 <= reply.usage.completion_tokens <= 12
             assert reply.choices[0].logprobs.content[0].logprob <= 0
             assert "".join(again) == reply.choices[0].message.content
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
+            assert "steps, in trace" in process.stderr.read()
+            (path,) = (tmp_path / "trace").rglob("*.trace.json.gz")
+            assert b"while" in gzip.decompress(path.read_bytes())  # the loop of decoding steps
         finally:
             process.kill()
