@@ -257,7 +257,10 @@ def project(fn_ref, x_ref, raw_ref, square_ref, product_ref, *, norm_eps: float,
     def step(i, _):
         channels = pl.ds(pl.multiple_of(i * size, size), size)
         x = x_ref[:, channels]
-        product = dot(fn_ref[:, channels], x, 1, 1)
+        fn = fn_ref[:, channels]
+        if fn.dtype != x.dtype:  # float32, not cut
+            fn = jnp.concatenate(cut(fn, 3)).astype(x.dtype)
+        product = dot(fn, x, 1, 1)
         for start in range(0, worked, GROUP):
             part = x[start : start + GROUP].astype(jnp.float32)
             square_ref[start : start + GROUP] += fold(part * part)

@@ -23,7 +23,8 @@ channels is transposed and spread over 128 lanes once per block.
 Exact products: `fn` is float32. It is cut into three bfloat16 arrays that sum to it, so that one
 pass of the matrix unit over 3 * E rows gives what a float32 product would (bfloat16 streams are
 exact as they are; float32 streams take the matrix unit's float32 passes). The tokens are the
-stationary operand: `raw` comes out with tokens on lanes.
+stationary operand: `raw` comes out with tokens on lanes. XLA cuts it once for many tokens; for few,
+where that would take longer than the kernel, the kernel does.
 """
 
 import functools
@@ -35,6 +36,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.hyper_connections import phases, tpu_backward
 from pallas_kernels.hyper_connections.phases import LANES, Operand, Static
 
+FEW_TOKENS = 128  # of which one block takes all
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def collapse(
@@ -44,12 +47,12 @@ def collapse(
     static: Static,
 ) -> tuple[jax.Array, jax.Array]:
     """u [N, D], and [E + 8, N] float32: `raw`, then the inverse rms in 8 equal rows."""
-    parts = _projection(fn, streams.dtype)
+    parts = _projection(fn, streams)
     u, raw = phases.launch(
         *(_collapse_kernel, "hc_pre"),
         [Operand(streams, 0), Operand(parts, None), Operand(affine, None)],
         _collapse_results(streams, fn, static),
-        lambda tokens: _collapse_scratch(tokens, parts),
+        lambda tokens: _collapse_scratch(tokens, parts, streams),
         flops_per_byte=fn.shape[1],
         static=static,
     )
@@ -85,7 +88,7 @@ def mix_collapse(
     static: Static,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The new streams, and what `collapse` makes of them."""
-    parts = _projection(fn, streams.dtype)
+    parts = _projection(fn, streams)
     mixed, u, raw = phases.launch(
         *(functools.partial(_mix_collapse_kernel, num_tokens=len(f)), "hc_fused"),
         [
@@ -96,16 +99,20 @@ def mix_collapse(
             Operand(jax.ShapeDtypeStruct(streams.shape, streams.dtype), 0),
             *_collapse_results(streams, fn, static),
         ],
-        lambda tokens: _collapse_scratch(tokens, parts),
+        lambda tokens: _collapse_scratch(tokens, parts, streams),
         flops_per_byte=fn.shape[1],
         static=static,
     )
     return mixed, u, raw
 
 
-def _projection(fn: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """[M * D, E] -> [3 * E, M * D] bfloat16, or [E, M * D] float32 for float32 streams."""
-    if dtype == jnp.bfloat16:
+def _projection(fn: jax.Array, streams: jax.Array) -> jax.Array:
+    """[M * D, E] as the kernels take it.
+
+    For bfloat16 streams of many tokens [3 * E, M * D] bfloat16. Of few tokens one block takes all, and
+    cuts [E, M * D] float32 itself, which XLA would take longer for than the kernel.
+    """
+    if streams.dtype == jnp.bfloat16 and len(streams) > FEW_TOKENS:
         return jnp.concatenate(phases.cut(fn.T, 3)).astype(jnp.bfloat16)
     return fn.T
 
@@ -117,11 +124,12 @@ def _collapse_results(streams, fn, static):
     return [Operand(u, 0), Operand(raw, 1)]
 
 
-def _collapse_scratch(tokens, parts):
+def _collapse_scratch(tokens, parts, streams):
+    rows = parts.shape[0] * (1 if parts.dtype == streams.dtype else 3)
     return [
         pltpu.VMEM((8, tokens, LANES), jnp.float32),
         pltpu.VMEM((tokens, LANES), jnp.float32),
-        pltpu.VMEM((parts.shape[0], tokens), jnp.float32),
+        pltpu.VMEM((rows, tokens), jnp.float32),
     ]
 
 

@@ -298,9 +298,12 @@ def test_kernel_equals_reference(op, shape):
     compare(op, args, "interpret", FLOAT32, GRADIENT_FLOAT32)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "interpret"])
-def test_bfloat16_streams_equal_reference(implementation):
-    args = arrays((1, 20, 256), jnp.bfloat16)["post_pre"]
+@pytest.mark.parametrize(
+    "implementation, length", [("xla", 20), ("interpret", 20), ("interpret", 150)]
+)
+def test_bfloat16_streams_equal_reference(implementation, length):
+    """Of 20 tokens the kernel cuts `fn` itself, of 150 XLA does."""
+    args = arrays((1, length, 256), jnp.bfloat16)["post_pre"]
     compare("post_pre", args, implementation, BFLOAT16, BFLOAT16)
 
 
