@@ -2,6 +2,7 @@
 
     python -m benchmarks.long_context --lengths 1024 65536 262144 1048576 --json figures.json
     python -m scripts.plot_long_context figures.json docs/long_context.svg
+    python -m benchmarks.long_context --lengths 100 --room 1048576
 
 One engine of one slot with room for the longest. Of each length: seconds and tokens/s of its prompt, the
 time of a decoded token behind it (after the first), bytes of the pools, and the process's peak memory so far. Prompts share
@@ -26,11 +27,12 @@ DECODED = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 65_536, 262_144])
+    parser.add_argument("--room", type=int, help="tokens of the cache (default: what they need)")
     parser.add_argument("--json", type=pathlib.Path, help="for scripts.plot_long_context")
     args = parser.parse_args()
 
     model = v4jax.load("nano", v4jax.released())
-    most = max(args.lengths) + DECODED + 1
+    most = args.room or max(args.lengths) + DECODED + 1
     engine = Engine(model, slots=1, cache_tokens=most + 1024, prefixes=0)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._scheduler.slots.cache.pools))
     print(f"{model.cfg.name}, room for {most} tokens: {held / 2**20:.0f} MiB of pages")

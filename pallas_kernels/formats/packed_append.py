@@ -121,7 +121,10 @@ def _row_by_row(data, items, start, counts, table):
         old = jax.lax.dynamic_slice(flat, (at,), (words,))
         return jax.lax.dynamic_update_slice(flat, jnp.where(counts[b] > 0, items[b], old), (at,))
 
-    return jax.lax.fori_loop(0, batch, put, data.reshape(-1)).reshape(data.shape)
+    # Up to the last that writes, which XLA does not know: it would join a single turn with reads that
+    # follow, which then need what was there before, and so copy all pages.
+    end = jnp.max(jnp.where(counts > 0, jnp.arange(1, batch + 1), 0))
+    return jax.lax.fori_loop(0, end, put, data.reshape(-1)).reshape(data.shape)
 
 
 def _call(data, new, start, counts, table, num_lines, on_lanes, interpret):

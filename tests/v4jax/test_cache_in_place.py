@@ -74,10 +74,12 @@ def compiled_decoding(chip: str, cache: LayerCache) -> jax.stages.Compiled:
     )
 
 
-@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("kind", ["CSA", "HCA"])
-@pytest.mark.parametrize("batch, capacity", [(BATCH, CAPACITY), (64, 1 << 20)])
-def test_a_decoding_step_moves_nothing_of_the_cache(batch, capacity, kind, chip):
+@pytest.mark.parametrize(
+    "chip, batch, capacity",
+    [*((chip, BATCH, CAPACITY) for chip in CHIPS), ("v6e", 64, 1 << 20), ("v7x", 64, 1 << 20)],
+)
+def test_a_decoding_step_moves_nothing_of_the_cache(chip, batch, capacity, kind):
     cache = layer_of(kind, batch, capacity)
     rings = batch * CFG.window * CFG.head_dim * 2  # bytes of all windows in bfloat16
     assert isinstance(cache.entries.pool, PackedRows if kind == "CSA" else PackedColumns)
@@ -90,6 +92,22 @@ def test_a_decoding_step_moves_nothing_of_the_cache(batch, capacity, kind, chip)
     assert largest_of_xla(text) < rings / 2
     for array in (cache.window, cache.entries.pool, cache.index_keys and cache.index_keys.pool):
         assert array is None or moves(text, array.data.shape) == []
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_nor_does_a_cpu(batch, optimized):
+    """Where what is written and what is read next might be joined, and need the cache of before."""
+    cache, indexer = layer_of("CSA", batch, 1 << 14), CFG.indexer
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct((batch, *sizes), jnp.bfloat16)
+
+    shapes = shape(CFG.num_heads, CFG.head_dim), shape(1, CFG.head_dim)
+    shapes += shape(1, indexer.num_heads, indexer.head_dim), shape(1, indexer.head_dim)
+    start = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    text = jax.jit(step, donate_argnums=0).lower(cache, *shapes, start).compile().as_text()
+    for array in (cache.entries.pool, cache.index_keys.pool):
+        assert moves(text, array.data.shape) == []
 
 
 @pytest.mark.parametrize("capacity", [40, 2600])
