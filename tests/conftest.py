@@ -61,7 +61,7 @@ def official_small_f32() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "official_small" / "reference_f32.npz"))
 
 
-MOST_MEMORY = 5 * 2**30  # bytes of a worker, before it forgets its programs
+MOST_MEMORY = 3 * 2**30  # bytes of a worker, before it forgets its programs
 
 
 @pytest.fixture(scope="module", autouse=True)
