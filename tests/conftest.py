@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import pathlib
+import socket
 
 
 def _flags(devices: int) -> str:
@@ -40,6 +41,13 @@ def environment(devices: int = 1, **settings: object) -> dict[str, str]:
     """Of a process that a test starts, with so many devices and, but for `settings`, ours."""
     settings = {name.upper(): str(value) for name, value in {**SETTINGS, **settings}.items()}
     return {**os.environ, **settings, "XLA_FLAGS": _flags(devices)}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

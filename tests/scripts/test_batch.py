@@ -4,13 +4,13 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 
 import jax
 import pytest
 
+from tests.conftest import free_port
 from tests.models import small_nano
 from tests.scripts.test_scripts import run, start
 from v4jax import checkpoint
@@ -53,9 +53,7 @@ def kill(process) -> None:
 
 def run_two(*args) -> list[str]:
     """Two connected processes do a job; what each of them printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     hosts = ("--coordinator", coordinator, "--num-processes", 2, "--process-id")
     both = [start("batch", *args, *hosts, i) for i in range(2)]
     errs = [process.communicate(timeout=600)[1] for process in both]
@@ -95,7 +93,7 @@ def test_a_job_is_done_and_reported(requests, whole):
 def test_killed_at_random_moments_it_finishes_with_the_same_files(requests, whole):
     """Kills at any time from the start on, and at any time after a first new result."""
     output, rng, unfinished = requests.with_name("killed.jsonl"), random.Random(0), set()
-    for kills in range(3):
+    for kills in range(4):
         process = start("batch", *arguments(requests, output))
         before, deadline = count(output), time.monotonic() + 300
         if kills == 1:
@@ -111,7 +109,7 @@ def test_killed_at_random_moments_it_finishes_with_the_same_files(requests, whol
 
     run("batch", *arguments(requests, output))
 
-    assert any(0 < n < 12 for n in unfinished), unfinished
+    assert len([n for n in unfinished if 0 < n < 12]) >= 2, unfinished
     assert contents(output) == whole[0]
 
 

@@ -4,11 +4,11 @@ import contextlib
 import json
 import re
 import signal
-import socket
 import time
 import urllib.error
 import urllib.request
 
+from tests.conftest import free_port
 from tests.models import small_nano
 from tests.scripts.test_scripts import run, start
 
@@ -37,9 +37,7 @@ def complete(url: str) -> str:
 
 
 def test_two_processes_serve_one_model():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     hosts = ("--coordinator", coordinator, "--num-processes", 2, "--process-id")
     options = ("--port", 0, "--slots", 2, "--cache-tokens", 1024)
     first, second = (start("serve", *ARGUMENTS, *options, *hosts, i) for i in range(2))

@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import json
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, environment, free_port
 from tests.models import random_model
 from v4jax import checkpoint, tiny
 from v4jax.config import csa_layer, hca_layer
@@ -29,10 +28,7 @@ def folder(tmp_path):
 def _run(count: int, checkpoint_folder, folder) -> list[dict]:
     """Runs the job as `count` processes and returns what each of them found."""
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tests.sharding.one_of_several", str(port), str(count)]
+    command = [sys.executable, "-m", "tests.sharding.one_of_several", str(free_port()), str(count)]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(open(folder / f"{i}.log", "w+")) for i in range(count)]
         processes = [

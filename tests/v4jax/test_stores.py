@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import socket
 import struct
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import jax
 import pytest
 
 import v4jax
-from tests.conftest import NANO, ROOT, environment
+from tests.conftest import NANO, ROOT, environment, free_port
 from tests.object_store import Handler, Store
 from tests.reference.checkpoints import assert_same_parameters, parameters
 from v4jax import stores
@@ -140,9 +139,7 @@ v4jax.load(url, mesh=v4jax.make_mesh(expert=2))
 
 
 def test_a_process_reads_only_the_experts_of_its_devices(store, server):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     variables = {
         "FSSPEC_GS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
         "FSSPEC_GS_TOKEN": "anon",

@@ -8,7 +8,7 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import jax
 
@@ -63,10 +63,10 @@ class RequestLoop:
             if self.before_step is not None:
                 self.before_step()
             new = [self._inbox.popleft() for _ in range(len(self._inbox))]
-            unwanted = [r.number for r in (*new, *self._in_scheduler()) if r._is_unwanted]
+            cancelled = [r.number for r in (*new, *self._in_scheduler()) if r._is_cancelled]
             if self._channel is not None:
-                self._channel.send(new, unwanted)
-            events = self._step(new, unwanted)
+                self._channel.send(new, cancelled)
+            events = self._step(new, cancelled)
             if self._channel is not None:
                 self._channel.add(events)
             self._turn.notify_all()
@@ -74,14 +74,11 @@ class RequestLoop:
             request._tell()
         return events
 
-    def _step(self, new: Sequence[Request], unwanted: Collection[int]) -> list[Request]:
+    def _step(self, new: Sequence[Request], cancelled: Sequence[int]) -> list[Request]:
         """A turn that begins with these requests and without those."""
         for request in new:
             self._add(request)
-        for request in self._in_scheduler():
-            if request.number in unwanted:
-                request._is_cancelled = True
-        return self._scheduler.step()
+        return self._scheduler.step(frozenset(cancelled))
 
     def lead(self) -> None:
         """Makes every step of this engine one of all processes, the others of which `follow`.

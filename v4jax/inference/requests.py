@@ -53,8 +53,7 @@ class Request:
     finished_at: float | None = None
 
     _stage: Stage = Stage.WAITING
-    _is_unwanted: bool = False  # cancelled by somebody, which the next step begins with
-    _is_cancelled: bool = False
+    _is_cancelled: bool = False  # by somebody; the next step begins with it
     _slot: int = -1  # none
     _fed: int = 0  # tokens of the prompt that are in the cache
     _in_flight: int = 0  # tokens that calls may generate whose results are not read
@@ -77,7 +76,7 @@ class Request:
 
     def cancel(self) -> None:
         """Ends it at the next step of the engine. From any thread; nothing if it has ended."""
-        self._is_unwanted = True
+        self._is_cancelled = True
 
     def _tell(self) -> None:
         """Calls the listeners."""

@@ -20,7 +20,7 @@ give one token a slot, and a call waits for the tokens of the one before.
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -127,10 +127,14 @@ class Scheduler:
         """Whether a step would do anything."""
         return bool(self.waiting or self._calls or any(self.in_slot))
 
-    def step(self) -> list[Request]:
-        """One turn; returns the requests that got tokens or ended."""
+    def step(self, cancelled: Collection[int] = ()) -> list[Request]:
+        """One turn; returns the requests that got tokens or ended.
+
+        Args:
+          cancelled: numbers of requests that end with it.
+        """
         events: dict[int, Request] = {}
-        for request in self._cancel():
+        for request in self._cancel(cancelled):
             events[request.number] = request
         self._admit(events)
         called = self._decode(events)
@@ -187,9 +191,9 @@ class Scheduler:
 
     # Turns ----------------------------------------------------------------------------------------
 
-    def _cancel(self) -> Iterator[Request]:
-        cancelled = [r for r in (*self.waiting, *self.in_slot) if r is not None and r._is_cancelled]
-        for request in cancelled:
+    def _cancel(self, cancelled: Collection[int]) -> Iterator[Request]:
+        requests = [*self.waiting, *self.in_slot]
+        for request in [r for r in requests if r is not None and r.number in cancelled]:
             if request._stage is Stage.WAITING:
                 self.waiting.remove(request)
             elif request._stage is Stage.DECODING:

@@ -96,8 +96,9 @@ class Attention(nnx.Module):
         keys = self.numerics.round_indexer(self.indexer.compressor(x, documents))
         keys = self.indexer.compressor.gather(keys, length)
         selection = self.indexer.select(queries, weights, keys, positions, first)
-        args = (q, window, entries, selection, positions, first)
-        out, log_denominator = self._attend_selected(*args)
+        out, log_denominator = self._attend_selected(
+            q, window, entries, selection, positions, first
+        )
         with jax.named_scope("indexer/loss"):
             indices = selection.to_indices()
             mass = selected_mass(q, entries, indices, log_denominator, scale=self._scale)

@@ -62,7 +62,7 @@ class Compressor(nnx.Module):
         pooled = self._pool_whole(x)
         if self.overlap:
             pooled = self._overlap(pooled, Pool.empty((batch, self.width)))
-        return self._finish(pooled, jnp.zeros(batch, jnp.int32))
+        return self._finish(pooled, self._positions(jnp.zeros(batch, jnp.int32), pooled))
 
     def _of_documents(self, x: jax.Array, starts: jax.Array) -> jax.Array:
         """Entries of rows with several documents, which begin at whole windows."""
@@ -83,8 +83,7 @@ class Compressor(nnx.Module):
             )
             is_first = (position == 0)[..., None]
             pooled = self._overlap(pooled, before, is_first)
-        entries = self.norm(cast(pooled.mean(), self.numerics.dtype))
-        return rotate(entries, position, rope_frequencies(self.cfg, compressed=True))
+        return self._finish(pooled, position)
 
     def _pool_whole(self, x: jax.Array) -> Pool:
         """Partial sums of the whole windows of x [B, T, D]: [B, T / ratio, F]."""
@@ -115,7 +114,7 @@ class Compressor(nnx.Module):
         pools = jax.tree.map(lambda p, f: p.at[:, 0].set(f), pools, first)
         joined = pools if state.previous is None else self._overlap(pools, state.previous)
         end = self._end(state, pools, counts) if end is None else end
-        return self._finish(joined, chunk.start), counts, end
+        return self._finish(joined, self._positions(chunk.start, joined)), counts, end
 
     def gather(self, entries: jax.Array, length: int) -> jax.Array:
         """Entries [B, S, width] of whole sequences, from what each device made of its `length` tokens."""
@@ -229,10 +228,15 @@ class Compressor(nnx.Module):
             shifted = jax.tree.map(lambda s, e: jnp.where(is_first, e, s), shifted, nothing)
         return shifted.join(jax.tree.map(lambda p: p[..., self.width :], pools))
 
-    def _finish(self, pools: Pool, start: jax.Array) -> jax.Array:
+    def _positions(self, start: jax.Array, pools: Pool) -> jax.Array:
+        """[B, n] of the first tokens of windows that follow one another from `start` [B] on."""
+        index = start[:, None] // self.ratio + jnp.arange(pools.total.shape[1])
+        return index * self.ratio
+
+    def _finish(self, pools: Pool, position: jax.Array) -> jax.Array:
+        """Entries of windows whose first tokens have these positions [B, n]."""
         entries = self.norm(cast(pools.mean(), self.numerics.dtype))
-        index = start[:, None] // self.ratio + jnp.arange(entries.shape[1])
-        return rotate(entries, index * self.ratio, rope_frequencies(self.cfg, compressed=True))
+        return rotate(entries, position, rope_frequencies(self.cfg, compressed=True))
 
 
 def _at(pools: Pool, index: jax.Array) -> Pool:

@@ -35,7 +35,7 @@ def trips(
       experts: of how many a step reads the weights, for the kernels of routed experts.
     """
     if not schedule.depends_on_data:
-        return tuple(trips or 1 for trips in schedule.fixed_trips)
+        return schedule.least_trips
     found: Trips | None = None
     if kernel.name.endswith("_few_rows"):
         found = _few_rows(kernel, chip, experts)

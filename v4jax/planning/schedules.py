@@ -57,9 +57,14 @@ class Schedule:
         return sum(r.bundles * self._times(r, trips) for r in self.regions)
 
     @property
+    def least_trips(self) -> tuple[int, ...]:
+        """Of each loop; 1 where they depend on data."""
+        return tuple(trips or 1 for trips in self.fixed_trips)
+
+    @property
     def least_cycles(self) -> float:
         """Cycles if every loop whose trips depend on data turns once."""
-        return self.cycles(tuple(trips or 1 for trips in self.fixed_trips))
+        return self.cycles(self.least_trips)
 
     @property
     def depends_on_data(self) -> bool:

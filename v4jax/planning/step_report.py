@@ -136,10 +136,7 @@ class StepReport:
     @property
     def total(self) -> Costs:
         """Of the whole step."""
-        whole = self.once
-        for kind, layer in self.kinds.items():
-            whole = whole.plus(layer, self.layers[kind])
-        return whole
+        return _with_layers(self.once, self.kinds, self.layers)
 
 
 def measure(
@@ -193,12 +190,8 @@ def assemble(
 ) -> StepReport:
     """The report, from a program with one layer of each kind (`whole`) and from single layers."""
     counts = collections.Counter(spec.kind for spec in cfg.layers)
-    once = whole
-    for layer in layers.values():
-        once = once.plus(layer, -1)
-    total = once
-    for kind, layer in layers.items():
-        total = total.plus(layer, counts[kind])
+    once = _with_layers(whole, layers, dict.fromkeys(layers, -1))
+    total = _with_layers(once, layers, counts)
     sent = [
         Collective(kind, result, int(group), int(amount.count), amount.bytes)
         for (kind, result, group), amount in total.sent.items()
@@ -216,6 +209,13 @@ def assemble(
         temp=base.temp,
         has_schedules=bool(base.schedules),
     )
+
+
+def _with_layers(costs: Costs, kinds: Mapping[str, Costs], counts: Mapping[str, int]) -> Costs:
+    """With so many layers of each kind beside them."""
+    for kind, layer in kinds.items():
+        costs = costs.plus(layer, counts[kind])
+    return costs
 
 
 def representatives(cfg: V4Config) -> dict[str, LayerSpec]:

@@ -23,6 +23,7 @@ from v4jax.nn.documents import Documents, alignment
 from v4jax.train.data.formats import Example, LineError, Pair, parse_line, text_example
 from v4jax.train.data.lines import Lines
 from v4jax.train.data.packing import Rows, pack
+from v4jax.train.data.placing import placed
 from v4jax.train.losses import Batch
 
 if TYPE_CHECKING:
@@ -244,26 +245,24 @@ class Examples:
             )
         row = functools.cache(lambda r: self.row(step * batch_size + r))
 
-        def placed(part: int, at: int, dtype: type | None = None) -> jax.Array:
+        shape = (batch_size, self.seq_len)
+
+        def column(part: int, at: int, dtype: type | None = None) -> jax.Array:
             def read(index: tuple[slice, ...]) -> np.ndarray:
                 rows = range(*index[0].indices(batch_size))
                 found = np.stack([row(r)[part][at][index[1]] for r in rows])
                 return found if dtype is None else found.astype(dtype)
 
-            if sharding is None:
-                return jax.device_put(read((slice(None), slice(None))))
-            shape = (batch_size, self.seq_len)
-            # jax says that an index may be None; it never is.
-            return jax.make_array_from_callback(shape, sharding, read)  # type: ignore[arg-type]
+            return placed(read, shape, sharding)
 
-        starts = placed(2, 0) if self.packing else None
+        starts = column(2, 0) if self.packing else None
         return Batch(
-            inputs=placed(0, 0),
-            following=placed(0, 1),
-            after=placed(0, 2),
-            loss_weights=placed(1, 0),
-            after_weights=placed(1, 1),
-            documents=Documents(placed(2, 1, bool), starts),
+            inputs=column(0, 0),
+            following=column(0, 1),
+            after=column(0, 2),
+            loss_weights=column(1, 0),
+            after_weights=column(1, 1),
+            documents=Documents(column(2, 1, bool), starts),
         )
 
     def _place(self, number: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from v4jax.config import V4Config
+from v4jax.train.data.placing import placed
 
 _BLOCK = 1 << 24  # tokens looked at together
 
@@ -105,9 +106,6 @@ class TokenStream:
                 _require_ids(found.reshape(-1), cfg.vocab_size)
                 return found.astype(np.int32)
 
-            if sharding is None:
-                return jax.device_put(read((slice(None), slice(None))))
-            # jax says that an index may be None; it never is.
-            return jax.make_array_from_callback(shape, sharding, read)  # type: ignore[arg-type]
+            return placed(read, shape, sharding)
 
         return shifted_by(0), shifted_by(1), shifted_by(2)
