@@ -33,12 +33,16 @@ from v4jax.inference.grammar import Grammar, GrammarError
 from v4jax.inference.requests import EngineFullError
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.server import ServerSettings, bind, make_app
+from v4jax.inference.server.choice import Update
 from v4jax.inference.server.fields import Fields
 from v4jax.inference.server.prompts import EFFORTS, encode_chat, mode_of
+from v4jax.inference.server.requests import read_chat
+from v4jax.inference.server.responses import Answer
 from v4jax.inference.server.run import GracefulServer
 from v4jax.inference.tool_grammar import call_grammar
 from v4jax.text.format import CALLS_END, CALLS_START, DSML, SPECIAL_TOKENS, THINK_END
 from v4jax.text.prompt import with_bos
+from v4jax.text.stream import Delta
 from v4jax.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(NANO)
@@ -371,6 +375,21 @@ def test_reasoning_and_tool_calls_have_their_own_fields(live, is_streamed):
     assert [call["name"] for call in calls] == ["walk", "rest"]
     assert json.loads(calls[0]["arguments"]) == {"to": 'Box "Hill"', "km": 7}
     assert calls[1]["arguments"] == "{}"
+
+
+def test_a_chunk_has_reasoning_or_what_follows_it():
+    """Tokens of a busy server come several at a time, and clients read one text of a chunk."""
+    fields = {"messages": HELLO, "mode": "think-high", "stream": True}
+    asked = read_chat(fields, FakeEngine(), ServerSettings(model="nano"))
+    came = [Delta("reasoning", "I "), Delta("reasoning", "think."), Delta("content", "Two.")]
+
+    chunks = Answer(asked, "nano", TOKENIZER).chunks(0, Update(came, finish_reason="stop"))
+
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"reasoning_content": "I think."},
+        {"content": "Two."},
+        {},
+    ]
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])

@@ -67,13 +67,26 @@ class Answer:
     def chunks(self, index: int, update: Update) -> list[dict]:
         """The chunks of what a choice has got: its text, and then that it has ended."""
         chunks = []
-        logprobs = self._logprobs(index, update.logprobs)
-        if update.deltas or update.logprobs:
-            chunks.append(self._chunk(index, self._body(index, update.deltas), logprobs))
+        for deltas, infos in self._parts(update):
+            if deltas or infos:
+                logprobs = self._logprobs(index, infos)
+                chunks.append(self._chunk(index, self._body(index, deltas), logprobs))
         if update.finish_reason is not None:
             end = {"finish_reason": update.finish_reason}
             chunks.append(self._chunk(index, self._body(index, []) | end, None))
         return chunks
+
+    def _parts(self, update: Update) -> list[tuple[list[Delta], list[TokenInfo]]]:
+        """Reasoning apart from what follows it: many clients read one text of a chunk alone."""
+        if not self._is_chat:
+            return [(update.deltas, update.logprobs)]
+        return [
+            (
+                [delta for delta in update.deltas if (delta.kind == "reasoning") == is_reasoning],
+                [info for info in update.logprobs if info.is_reasoning == is_reasoning],
+            )
+            for is_reasoning in (True, False)
+        ]
 
     def usage_chunk(self, usage: dict) -> dict:
         """The last chunk of a stream with `include_usage`."""
