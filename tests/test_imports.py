@@ -35,7 +35,7 @@ ROOMS = {
     "text": {"stores"},
     "nn": {"config"},
     "checkpoint": {"config", "nn", "stores"},
-    "inference": {"config", "nn", "text", "stores"},
+    "inference": {"config", "nn", "text", "stores", "checkpoint"},
     "train": {"config", "nn", "checkpoint", "stores", "text"},
     "planning": {"config", "nn", "inference", "train"},
     "cli": {

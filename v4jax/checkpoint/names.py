@@ -207,3 +207,17 @@ def to_transformers(name: str) -> str:
     if not _HF_LAYER.fullmatch(name):
         return name
     return "model." + name.replace(".attn.kv_norm.weight", ".attn.norm.weight")
+
+
+_TO_HF_BLOCK = {released: theirs for theirs, released in _HF_BLOCK.items()}
+
+
+def transformers_module(module: str) -> str | None:
+    """Name in memory of the module of transformers 5 that has a released matrix of a layer.
+
+    `layers.3.attn.wq_a` is `model.layers.3.self_attn.q_a_proj`. None of what has no module of its own:
+    routed experts, which lie in one tensor, and MTP blocks.
+    """
+    match = _HF_LAYER.fullmatch(f"{module}.weight")
+    theirs = match and _TO_HF_BLOCK.get(match[2])
+    return f"model.layers.{match[1]}.{theirs.removesuffix('.weight')}" if match and theirs else None

@@ -65,6 +65,7 @@ class Completions(RequestLoop, abc.ABC):
         *,
         stop_ids: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Puts a request in the queue."""
 
@@ -76,6 +77,7 @@ class Completions(RequestLoop, abc.ABC):
         *,
         stop_ids: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> Completion: ...
 
     @overload
@@ -86,6 +88,7 @@ class Completions(RequestLoop, abc.ABC):
         *,
         stop_ids: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> list[Completion]: ...
 
     def generate(
@@ -95,6 +98,7 @@ class Completions(RequestLoop, abc.ABC):
         *,
         stop_ids: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> Completion | list[Completion]:
         """Completions of prompts: one of a text, a list of a list.
 
@@ -106,13 +110,16 @@ class Completions(RequestLoop, abc.ABC):
           stop_ids: ids that end a completion; default those of the tokenizer that end a turn, or the
             model's end-of-sentence id.
           grammar: what every completion has to be, behind its reasoning, see `submit`.
+          adapter: name of the engine's adapter that computes them.
 
         Raises:
           ValueError, RuntimeError: see `stream`.
         """
         several = [prompts] if isinstance(prompts, str) else prompts
         stops = self._stop_ids(stop_ids)
-        steps = list(self.stream(several, sampling, stop_ids=stops, grammar=grammar))
+        steps = list(
+            self.stream(several, sampling, stop_ids=stops, grammar=grammar, adapter=adapter)
+        )
         completions = []
         for row in np.stack(steps, axis=1) if steps else ():
             tokens = tuple(int(token) for token in row[row >= 0])
@@ -131,6 +138,7 @@ class Completions(RequestLoop, abc.ABC):
         *,
         tools: Sequence[Mapping] | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> Reply:
         """The assistant's next turn.
 
@@ -139,6 +147,7 @@ class Completions(RequestLoop, abc.ABC):
           mode: "non-think", "think-high" or "think-max" (releases since 0731 also "think-low").
           tools: functions that the assistant may call.
           grammar: what the answer has to be; tools are called then only if it says so (`call_grammar`).
+          adapter: name of the engine's adapter that computes it.
 
         Raises:
           ValueError: there is no tokenizer, or messages or mode that cannot be rendered; else as
@@ -151,7 +160,7 @@ class Completions(RequestLoop, abc.ABC):
             messages = [{"role": "user", "content": messages}]
         prompt = self.tokenizer.render(messages, mode, tools=tools)
         ids = self.tokenizer.encode(prompt.text)
-        (completion,) = self.generate([ids], sampling, grammar=grammar)
+        (completion,) = self.generate([ids], sampling, grammar=grammar, adapter=adapter)
         text = completion.text or ""
         message = parse_partial_completion(text, prompt.thinking_mode, is_complete=True)
         return Reply(
@@ -169,6 +178,7 @@ class Completions(RequestLoop, abc.ABC):
         *,
         stop_ids: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> Iterator[np.ndarray]:
         """As `generate`, token by token. A row depends on its own prompt and sampling alone.
 
@@ -177,7 +187,8 @@ class Completions(RequestLoop, abc.ABC):
 
         Raises:
           ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for
-            the model together with what it may generate; a grammar that cannot be used.
+            the model together with what it may generate; a grammar that cannot be used; no such
+            adapter.
           RuntimeError: a request ended with an error.
         """
         ids = self._ids(prompts)
@@ -185,7 +196,8 @@ class Completions(RequestLoop, abc.ABC):
         requests = []
         try:
             for prompt, one in zip(ids, _one_each(sampling, len(ids))):
-                requests.append(self.submit(prompt, one, stop_ids=stops, grammar=grammar))
+                request = self.submit(prompt, one, stop_ids=stops, grammar=grammar, adapter=adapter)
+                requests.append(request)
             for step in itertools.count():
                 for request in requests:
                     while len(request.tokens) <= step and not request.is_ended:

@@ -16,19 +16,20 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 
 from sharding import DECODE, PREFILL
+from v4jax.checkpoint.adapters import Adapter, load_adapter
 from v4jax.inference import prefix_files
 from v4jax.inference.completions import Completions, Prompt
 from v4jax.inference.grammar import Grammar, GrammarError, Matchers
 from v4jax.inference.ledger import Ledger
 from v4jax.inference.prefix import PIECE, Prefixes
-from v4jax.inference.requests import EngineFullError, Request
+from v4jax.inference.requests import AdapterRow, EngineFullError, Request
 from v4jax.inference.sampling import Sampling
 from v4jax.inference.scheduler import Programs, Scheduler
 from v4jax.inference.steps import (
@@ -40,6 +41,7 @@ from v4jax.inference.steps import (
     prefill_step,
     slot_steps,
 )
+from v4jax.nn.adapter_rows import with_adapters
 from v4jax.nn.cache import Cache, CacheFormat, empty_cache, pool_pages
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.model import Transformer
@@ -88,13 +90,18 @@ class Engine(Completions):
       queue: requests that may wait; None: any number.
       prefixes: that are kept for requests which begin with the same tokens; 0: none.
       host_bytes: host memory for prefixes that had to leave the devices.
+      adapters: by name, folders of LoRA adapters that requests may have (`v4jax.checkpoint.adapters`).
+        All are on the devices, and a step computes every row with its own (`v4jax.nn.adapter_rows`).
 
     Attributes:
+      adapters: their names.
       before_step: called before every step, if it is set, by whoever steps.
 
     Raises:
       ValueError: the mesh does not suit the model, its weights do not lie as the steps read them,
-        the tokenizer has ids that the model does not know, or numbers out of range.
+        the tokenizer has ids that the model does not know, numbers out of range, or an adapter that
+        cannot be one of several (`with_adapters`).
+      FileNotFoundError, CheckpointError: see `load_adapter`.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class Engine(Completions):
         queue: int | None = None,
         prefixes: int = PREFIXES,
         host_bytes: int = 0,
+        adapters: Mapping[str, str | os.PathLike] | None = None,
     ):
         keep_programs()
         self.cfg, self.tokenizer = model.cfg, tokenizer
@@ -118,6 +126,15 @@ class Engine(Completions):
         self._mesh, self._format, self._queue = mesh_of(model), cache, queue
         self._rows = by_row(self._mesh, DECODE)  # where arrays [S, ...] lie
         self._numerics = model.numerics
+        self._base = jax.tree.leaves(nnx.split(model)[1])  # without the engine's adapters
+        opened = {name: Adapter(folder) for name, folder in (adapters or {}).items()}
+        self._adapters: dict[str | None, AdapterRow] = {None: AdapterRow()}
+        for number, (name, adapter) in enumerate(opened.items(), 1):
+            self._adapters[name] = AdapterRow(number, adapter.digest)
+        self.adapters = tuple(opened)
+        if opened:
+            adapted = [load_adapter(model, adapter) for adapter in opened.values()]
+            model = with_adapters(model, adapted)
         with self._on_mesh():
             check_mesh(model.cfg, DECODE)
             check_mesh(model.cfg, PREFILL, length=math.gcd(*self.chunks))
@@ -210,6 +227,7 @@ class Engine(Completions):
         priority: int = 0,
         listener: Callable[[Request], None] | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Puts a request in the queue. From any thread.
 
@@ -222,10 +240,11 @@ class Engine(Completions):
             engine.
           grammar: what the answer has to be. It ends where the grammar may end; `max_new_tokens` may cut
             it before.
+          adapter: name of the engine's adapter that computes it; None: the model alone.
 
         Raises:
           ValueError: a prompt that is empty, has ids outside the vocabulary, or is too long for the
-            model or the cache together with what it may generate; too many stop ids.
+            model or the cache together with what it may generate; too many stop ids; no such adapter.
           GrammarError: a ValueError; the grammar cannot be used, or there is no tokenizer.
           EngineFullError: the queue is full.
           RuntimeError: the engine's thread has failed.
@@ -234,11 +253,17 @@ class Engine(Completions):
         stops = self._stop_ids(stop_ids)
         self._check_request(ids, sampling, stops)
         listeners = [] if listener is None else [listener]
-        request = Request(next(self._numbers), ids, sampling, stops, priority, listeners, grammar)
+        request = Request(
+            *(next(self._numbers), ids, sampling, stops, priority, listeners, grammar, adapter)
+        )
         self._put(self._prepared(request))
         return request
 
     def _prepared(self, request: Request) -> Request:
+        if request.adapter not in self._adapters:
+            have = f"one of {', '.join(self.adapters)}, or None" if self.adapters else "None"
+            raise ValueError(f"adapter={request.adapter!r}: this engine has {have}.")
+        request._adapter = self._adapters[request.adapter]
         if request.grammar is not None:
             request._matcher = self._matchers.matcher(
                 request.grammar, request.prompt, request.stop_ids
@@ -303,10 +328,13 @@ class Engine(Completions):
             useful_row_steps=scheduler.generated_tokens / max(1, scheduler.row_steps),
         )
 
-    def save_prefix(self, prompt: Prompt, path: str | os.PathLike) -> int:
+    def save_prefix(
+        self, prompt: Prompt, path: str | os.PathLike, *, adapter: str | None = None
+    ) -> int:
         """Writes what was computed of a prompt to a file, for an engine with the same model.
 
-        The prompt is fed first, if it is not there. Not while `start` runs the engine.
+        The prompt is fed first, if it is not there. Not while `start` runs the engine. With an adapter
+        it is for requests that have the same one, whatever its name.
 
         Returns:
           how many of its tokens the file has: the multiple of 128 before the last one.
@@ -316,7 +344,7 @@ class Engine(Completions):
           OSError: the file cannot be written.
         """
         self._require_own_loop()
-        request = self.submit(prompt, Sampling(max_new_tokens=1))
+        request = self.submit(prompt, Sampling(max_new_tokens=1), adapter=adapter)
         if request.prompt_length <= PIECE:
             request.cancel()
             raise ValueError(
@@ -361,7 +389,7 @@ class Engine(Completions):
 
     def _model_digest(self) -> str:
         described = f"{self.cfg} {self._numerics} {self._format} {self.chunks}"
-        return prefix_files.model_digest(self.leaves, described)
+        return prefix_files.model_digest(self._base, described)
 
     def _add(self, request: Request) -> None:
         super()._add(request)

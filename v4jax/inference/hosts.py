@@ -169,6 +169,7 @@ def _fields(request: Request) -> dict[str, Any]:
         "stop_ids": request.stop_ids,
         "priority": request.priority,
         "grammar": None if request.grammar is None else request.grammar.text,
+        "adapter": request.adapter,
     }
 
 
@@ -183,4 +184,5 @@ def _request(fields: dict[str, Any]) -> Request:
         stop_ids=tuple(fields["stop_ids"]),
         priority=fields["priority"],
         grammar=None if grammar is None else Grammar(grammar),
+        adapter=fields["adapter"],
     )

@@ -10,8 +10,9 @@ it first, and the one that filled it goes on writing behind the prefix's rows.
 
 Prefixes are found by a chain of digests of pieces of 128 tokens, and by how many of their tokens were
 computed in wide chunks: the last bits of a chunk depend on its shape (not on where it begins), so a
-prompt takes only what has the bits that it would compute itself (`wide_tokens`). All belong to one
-engine, that is to one checkpoint, numerics and cache format. The least recently used leaves first: to
+prompt takes only what has the bits that it would compute itself (`wide_tokens`). The chain begins with the
+adapter that the request has; all else that decides the numbers, checkpoint, numerics and cache format, is
+one engine's. The least recently used leaves first: to
 host memory, if there is room for prefixes, and else for good. `prefix_files.py` keeps single ones on a
 disk.
 """
@@ -32,11 +33,15 @@ EVERY = 1024  # tokens between snapshots
 _Key = tuple[int, bytes, int]  # part, digest, tokens in wide chunks
 
 
-def digests_of(tokens: Sequence[int]) -> list[bytes]:
-    """One for every prefix of whole pieces, the shortest first."""
+def digests_of(tokens: Sequence[int], adapter: bytes = b"") -> list[bytes]:
+    """One for every prefix of whole pieces, the shortest first.
+
+    Args:
+      adapter: digest of the adapter that computes them, without which they begin.
+    """
     whole = len(tokens) // PIECE * PIECE
     pieces = np.asarray(tokens[:whole], "<i4").reshape(-1, PIECE)
-    found, last = [], b""
+    found, last = [], adapter
     for piece in pieces:
         last = hashlib.blake2b(last + piece.tobytes(), digest_size=16).digest()
         found.append(last)

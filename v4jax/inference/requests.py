@@ -15,6 +15,14 @@ class EngineFullError(RuntimeError):
     """The queue has no room for another request."""
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterRow:
+    """An adapter of an engine."""
+
+    number: int = 0  # in `v4jax.nn.adapter_rows`; 0: none
+    digest: bytes = b""  # of its files: with it prefixes begin
+
+
 class Stage(enum.Enum):
     """Where a request is."""
 
@@ -43,6 +51,7 @@ class Request:
     priority: int = 0  # the largest first
     listeners: list[Callable[["Request"], None]] = dataclasses.field(default_factory=list)
     grammar: Grammar | None = None  # what the answer has to be
+    adapter: str | None = None  # name of the one that computes it; None: the model alone
     tokens: list[int] = dataclasses.field(default_factory=list)  # the stop token included
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
@@ -60,6 +69,7 @@ class Request:
     _pages: Held = dataclasses.field(default_factory=dict)
     _held: Any = None  # what was in its slot when it had to leave it
     _matcher: Matcher | None = None  # of its grammar
+    _adapter: AdapterRow = AdapterRow()
     _wide: int = 0  # tokens of the prompt that go in wide chunks
     _digests: list[bytes] = dataclasses.field(default_factory=list)
     _calls: int = 0  # of decode since it began

@@ -332,7 +332,8 @@ class Scheduler:
         length = prefix.length if prefix else 0
         state = prefix.state if prefix else self._new_state()
         lengths = np.full(self.parts, length, np.int32)
-        self.slots = self.run.restore(self.slots, slot, state, lengths)
+        adapters = np.full(self.parts, request._adapter.number, np.int32)
+        self.slots = self.run.restore(self.slots, slot, state, lengths, adapters)
         request._fed = request.cached_tokens = length
         request._stage = Stage.FEEDING
         self.prompt_tokens += len(request.prompt)
@@ -585,7 +586,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Another request that waits."""
-        request._digests = digests_of(request.prompt[:-1])
+        request._digests = digests_of(request.prompt[:-1], request._adapter.digest)
         request._wide = wide_tokens(len(request.prompt), self._chunks[-1])
         self.waiting.append(request)
 

@@ -3,7 +3,7 @@
     slots         = prefill(leaves, slots, tables, tokens, counts, slot)   a chunk of one prompt
     output, slots = decode(leaves, slots, tables, count, cancelled, allowed)   up to `count` tokens a slot
     slots         = start(slots, slot, rows)                               a request begins to decode
-    state         = snapshot(slots, slot);  slots = restore(slots, slot, state, lengths)
+    state         = snapshot(slots, slot);  slots = restore(slots, slot, state, lengths, adapters)
     slots         = copy_pages(slots, source, target)
     rows          = take_rows(slots, slot);  slots = put_rows(slots, slot, rows)
     pages         = read_pages(slots, tables, slot);  slots = write_pages(slots, tables, slot, pages)
@@ -37,6 +37,7 @@ from v4jax.inference.sampling import (
     penalised,
     sample,
 )
+from v4jax.nn.adapter_rows import choosing
 from v4jax.nn.cache import (
     Cache,
     CacheFormat,
@@ -99,6 +100,7 @@ class Slots:
     steps: jax.Array  # [S] int32 tokens generated so far
     done: jax.Array  # [S] bool: nothing is decoded
     counts: jax.Array  # [S, V] int32: how often each token has been generated
+    adapters: jax.Array  # [S] int32: number of the one that computes it, 0: none
     requests: RequestRows
 
 
@@ -137,6 +139,7 @@ def empty_slots(
         jnp.zeros(count, jnp.int32),
         jnp.ones(count, bool),
         jnp.zeros((count, vocab), jnp.int32),
+        jnp.zeros(count, jnp.int32),
         jax.tree.map(jnp.asarray, requests),
     )
 
@@ -178,7 +181,8 @@ def _prefill_step(parts: "_Parts") -> Callable:
             lengths=pick(cache.lengths),
         )
         counts = jnp.where(slot >= 0, counts, 0)
-        logits, one = _chunk(parts.merged(leaves), tokens, counts, one, pick(slots.logits))
+        model = choosing(parts.merged(leaves), pick(slots.adapters))
+        logits, one = _chunk(model, tokens, counts, one, pick(slots.logits))
         cache = dataclasses.replace(
             cache,
             states=jax.tree.map(put, cache.states, one.states),
@@ -228,7 +232,8 @@ def _decode_step(parts: "_Parts") -> Callable:
             if target_platform() == "tpu":
                 # In the loop, or XLA keeps what it makes of every layer's weights all the while.
                 step, here = jax.lax.optimization_barrier((step, leaves))
-            new, slots = _decode_one(parts.merged(here), slots, tables, allowed)
+            model = choosing(parts.merged(here), slots.adapters)
+            new, slots = _decode_one(model, slots, tables, allowed)
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
             return step + 1, slots, jax.tree.map(put, output, new)
 
@@ -310,7 +315,7 @@ class SlotSteps:
 
         self.start = step(_start, 3)  # (slots, slot [G], RequestRows [G]) -> slots
         self.snapshot = step(_snapshot, 2, ())  # (slots, slot [G]) -> states [G]
-        self.restore = step(_restore, 4)  # (slots, slot [G], states [G], lengths [G]) -> slots
+        self.restore = step(_restore, 5)  # (slots, slot, states, lengths, adapters), [G] -> slots
         self.copy_pages = step(_copy_pages, 3)  # (slots, source, target), by ratio [G] -> slots
         self.take_rows = step(_take_rows, 2, ())  # (slots, slot [G]) -> rows
         self.put_rows = step(_put_rows, 3)  # (slots, slot [G], rows) -> slots
@@ -335,15 +340,17 @@ def _snapshot(slots: Slots, slot: jax.Array) -> tuple[LayerCache, ...]:
     return jax.tree.map(_row(slot)[0], slots.cache.states)
 
 
-def _restore(slots: Slots, slot: jax.Array, states, lengths: jax.Array) -> Slots:
-    """A slot with such a state after so many tokens."""
+def _restore(
+    slots: Slots, slot: jax.Array, states, lengths: jax.Array, adapters: jax.Array
+) -> Slots:
+    """A slot with such a state after so many tokens, that such an adapter has computed."""
     _, put = _row(slot)
     cache = dataclasses.replace(
         slots.cache,
         states=jax.tree.map(put, slots.cache.states, states),
         lengths=put(slots.cache.lengths, lengths),
     )
-    return dataclasses.replace(slots, cache=cache)
+    return dataclasses.replace(slots, cache=cache, adapters=put(slots.adapters, adapters))
 
 
 def _copy_pages(slots: Slots, source: Tables, target: Tables) -> Slots:

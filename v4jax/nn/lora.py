@@ -31,6 +31,14 @@ ATTENTION = ("attention.wq_a", "attention.wq_b", "attention.wkv", "attention.wo_
 SHARED_EXPERT = ("shared.w1", "shared.w2", "shared.w3")
 EXPERTS = ("moe.w1", "moe.w2", "moe.w3")
 
+# Names of targets. All of them can be exported, and those without `EXPERTS` served side by side.
+PRESETS = {
+    "attention": ATTENTION,
+    "attention+shared": ATTENTION + SHARED_EXPERT,
+    "experts": EXPERTS,
+    "all-linear": ATTENTION + SHARED_EXPERT + EXPERTS,
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA:
@@ -39,24 +47,30 @@ class LoRA:
     Attributes:
       rank: columns of A.
       alpha: the scale is alpha / rank; default: 2 * rank.
-      targets: ends of the paths of matrices, as `attention.wq_a` or `moe.w1`; every layer that has one
-        gets an adapter, MTP blocks do not. `lora.ATTENTION`, `SHARED_EXPERT` and `EXPERTS` are sets.
+      targets: one of `PRESETS` by name, or ends of the paths of matrices, as `attention.wq_a` or
+        `moe.w1`, which are what the attribute then holds. Every layer that has one gets an adapter, MTP
+        blocks do not.
       rslora: scale alpha / sqrt(rank) instead.
+
+    Raises:
+      ValueError: a rank below 1, a name that is no preset, or no targets.
     """
 
     rank: int = 16
     alpha: float | None = None
-    targets: tuple[str, ...] = ATTENTION
+    targets: str | tuple[str, ...] = "attention"
     rslora: bool = False
 
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"LoRA rank={self.rank}: expected 1 or more.")
-        if not self.targets:
+        targets = PRESETS.get(self.targets) if isinstance(self.targets, str) else self.targets
+        if not targets:
             raise ValueError(
-                'LoRA targets=(): expected names of matrices, say ("attention.wq_a",).'
+                f"LoRA targets={self.targets!r}: expected one of {', '.join(PRESETS)}, or names of "
+                'matrices, say ("attention.wq_a",).'
             )
-        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "targets", tuple(targets))
         object.__setattr__(self, "alpha", 2.0 * self.rank if self.alpha is None else self.alpha)
 
     @property
