@@ -39,7 +39,10 @@ _NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])\.weight")
 _PLAIN = {
     "bias": ("none", None),
     "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
     "lora_bias": (False, None),
+    "layer_replication": (None, []),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "modules_to_save": (None, []),
