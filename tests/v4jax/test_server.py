@@ -123,7 +123,7 @@ class FakeEngine:
     def __init__(
         self, reply: str | list[str] = "It was fine.", *, slots: int = 8, limit: int = 1000
     ):
-        self.cfg, self.tokenizer = nano(), TOKENIZER
+        self.cfg, self.tokenizer, self.adapters = nano(), TOKENIZER, ("tuned", "other")
         self.reply, self.slots, self.limit = reply, slots, limit
         self.pause = 0.0  # seconds of a step
         self.fault: str | None = None
@@ -141,13 +141,14 @@ class FakeEngine:
         *,
         listener: Callable[[FakeRequest], None] | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> FakeRequest:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         replies = [self.reply] if isinstance(self.reply, str) else self.reply
         text = replies[len(self.all) % len(replies)]
         script = [*self.tokenizer.encode(text), self.tokenizer.stop_ids[0]]
         request = FakeRequest(ids, sampling, script, listener)
-        request.grammar = grammar
+        request.grammar, request.adapter = grammar, adapter
         with self._lock:
             if len(self._waiting) >= self.limit:
                 raise EngineFullError(f"{self.limit} requests wait already.")
@@ -383,7 +384,7 @@ def test_a_chunk_has_reasoning_or_what_follows_it():
     asked = read_chat(fields, FakeEngine(), ServerSettings(model="nano"))
     came = [Delta("reasoning", "I "), Delta("reasoning", "think."), Delta("content", "Two.")]
 
-    chunks = Answer(asked, "nano", TOKENIZER).chunks(0, Update(came, finish_reason="stop"))
+    chunks = Answer(asked, TOKENIZER).chunks(0, Update(came, finish_reason="stop"))
 
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
         {"reasoning_content": "I think."},
@@ -850,10 +851,27 @@ def test_unknown_paths_methods_and_models(live):
     error(live.client.get("/v1/models/gpt"), 404)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_field_model_names_an_adapter(live, stream):
+    for name in ("other", "nano", None):
+        answers = [live.chat(model=name, stream=stream)]
+        body = {"prompt": "Emma", "model": name, "stream": stream}
+        answers.append(live.client.post("/v1/completions", json=body))
+        for answer in answers:
+            shown = answer.text.partition("data: ")[2].partition("\n")[0] if stream else answer.text
+            assert json.loads(shown)["model"] == (name or "nano")
+        expected = "other" if name == "other" else None
+        assert [request.adapter for request in live.engine.all[-2:]] == [expected] * 2
+    assert "'nano', 'tuned', 'other'" in error(live.chat(model=""), 404)["message"]
+
+
 def test_models_are_listed(live):
-    (model,) = live.client.get("/v1/models").json()["data"]
+    model, *adapters = live.client.get("/v1/models").json()["data"]
 
     assert model == live.client.get("/v1/models/nano").json()
+    assert [(m["id"], m["parent"]) for m in adapters] == [("tuned", "nano"), ("other", "nano")]
+    assert adapters[0] == live.client.get("/v1/models/tuned").json()
+    assert model == adapters[0] | {"id": "nano", "parent": None}
     assert model["modes"] == list(TOKENIZER.modes)
     assert model["max_model_len"] == live.engine.cfg.max_length
 
@@ -1203,6 +1221,8 @@ def test_settings_and_addresses_are_checked():
             ServerSettings(**{"model": "nano", **options})
     with pytest.raises(ValueError, match="mode='think-low'"):
         make_app(FakeEngine(), ServerSettings(model="nano", mode="think-low"))
+    with pytest.raises(ValueError, match="model='tuned': an adapter has that name"):
+        make_app(FakeEngine(), ServerSettings(model="tuned"))
     with contextlib.closing(bind("127.0.0.1", 0)) as sock:
         sock.listen()
         with pytest.raises(OSError, match="cannot listen"):

@@ -236,8 +236,9 @@ def load_adapter(model: Transformer, folder: str | os.PathLike | Adapter) -> Tra
         variables = beside.a, beside.b
         new = [np.zeros(variable.get_value().shape, np.float32) for variable in variables]
         for index in np.ndindex(*table.shape):
-            if table[index] in adapter.modules:  # PEFT may have adapted some layers only
-                for one, factor in zip(new, adapter.factors(table[index], (out, width))):
+            module = str(table[index])
+            if module in adapter.modules:  # PEFT may have adapted some layers only
+                for one, factor in zip(new, adapter.factors(module, (out, width))):
                     one[index] = factor.T
         for variable, value in zip(variables, new):
             variable.set_value(jax.device_put(value, variable.get_value().sharding))
@@ -272,8 +273,8 @@ def _tensors(leaf: Leaf, adapter: LowRank, names: str) -> Iterator[NewTensor]:
             def read(array=array, index=index) -> np.ndarray:
                 return np.asarray(array[index], np.float32).T
 
-            module = table[index]
+            module: str | None = str(table[index])
             if names == "transformers":
-                module = tensor_names.transformers_module(module)
+                module = tensor_names.transformers_module(str(table[index]))
             name = f"{_PREFIX}{module}.{factor}.weight"
             yield NewTensor(name, "F32", array.shape[-2:][::-1], read)

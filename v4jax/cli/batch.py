@@ -21,6 +21,7 @@ from tqdm import tqdm
 from v4jax import Numerics, checkpoint, stores
 from v4jax.checkpoint.folders import weight_files
 from v4jax.cli.options import (
+    add_adapter_option,
     add_checkpoint_option,
     add_numerics_options,
     add_sampling_options,
@@ -50,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = command_parser("batch", __doc__)
     add_checkpoint_option(parser, required=False)
+    add_adapter_option(parser)
     parser.add_argument("--input", type=local_folder, metavar="FILE", help="requests, JSON lines")
     parser.add_argument(
         "--output", type=local_folder, metavar="FILE", required=True, help="results, JSON lines"
@@ -89,6 +91,8 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         "cache": args.cache,
         "mesh": args.mesh,
     }
+    if args.adapter is not None:
+        identity["adapter"] = checkpoint.Adapter(args.adapter).digest.hex()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     together: dict[str, Any] = {}
     leads, devices = True, jax.local_devices()
@@ -127,7 +131,12 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
             )
             with bar:
                 model = load_for_serving(
-                    args, numerics, context=CONTEXT, batch=args.batch_size, devices=devices
+                    args,
+                    numerics,
+                    context=CONTEXT,
+                    batch=args.batch_size,
+                    devices=devices,
+                    adapter=args.adapter,
                 )
                 engine = Engine(model, tokenizer, slots=args.batch_size, cache=args.cache)
                 started = time.monotonic()

@@ -14,6 +14,7 @@ from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.generate import accept_any_text, sampling_of
 from v4jax.cli.options import (
+    add_adapter_option,
     add_checkpoint_option,
     add_mesh_option,
     add_numerics_options,
@@ -63,6 +64,7 @@ def main() -> None:
     """Reads messages until the end of the input."""
     parser = command_parser("chat", __doc__)
     add_checkpoint_option(parser)
+    add_adapter_option(parser)
     parser.add_argument(
         "--mode", choices=list(MODES), default="non-think", help="how much it thinks first"
     )
@@ -76,7 +78,7 @@ def main() -> None:
     resolve_mode(args.mode, tokenizer.release)
     tokenizer.encode(args.system or "")
     numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
-    model = load_for_serving(args, numerics, context=LONG_CONVERSATION)
+    model = load_for_serving(args, numerics, context=LONG_CONVERSATION, adapter=args.adapter)
     engine = Engine(model, tokenizer, slots=1, cache=args.cache)
     accept_any_text()
     start = [{"role": "system", "content": args.system}] if args.system else []

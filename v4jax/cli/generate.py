@@ -19,6 +19,7 @@ import time
 from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
+    add_adapter_option,
     add_checkpoint_option,
     add_mesh_option,
     add_numerics_options,
@@ -84,6 +85,7 @@ def main() -> None:
     """Generates and prints."""
     parser = command_parser("generate", __doc__)
     add_checkpoint_option(parser)
+    add_adapter_option(parser)
     parser.add_argument(
         "--prompt", required=True, metavar="TEXT", help="what is asked or continued"
     )
@@ -107,7 +109,7 @@ def main() -> None:
     text = render(tokenizer, args.prompt, args.mode, schema)
     prompt = tokenizer.encode(text)  # fails before loading
     context = len(prompt) + args.max_new_tokens
-    model = load_for_serving(args, numerics, context=context)
+    model = load_for_serving(args, numerics, context=context, adapter=args.adapter)
     engine = Engine(model, tokenizer, slots=1, cache=args.cache)
     accept_any_text()
     times = [time.monotonic()]

@@ -71,6 +71,16 @@ def add_checkpoint_option(parser: argparse.ArgumentParser, *, required: bool = T
     )
 
 
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """--adapter of the commands whose model has one, and no more."""
+    parser.add_argument(
+        "--adapter",
+        type=checkpoint_folder,
+        metavar="FOLDER",
+        help="a LoRA that the model has, in PEFT's files, or its URL",
+    )
+
+
 def add_numerics_options(
     parser: argparse.ArgumentParser, *, dtype: str = "bfloat16"
 ) -> argparse._ArgumentGroup:

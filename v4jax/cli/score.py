@@ -19,6 +19,7 @@ import numpy as np
 from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
+    add_adapter_option,
     add_checkpoint_option,
     add_mesh_option,
     add_numerics_options,
@@ -34,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = command_parser("score", __doc__)
     add_checkpoint_option(parser)
+    add_adapter_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tokens", type=local_folder, help=".npy, integers [B, T]")
     what.add_argument("--text", type=local_folder, help="print the perplexity of this file")
@@ -77,7 +79,7 @@ def main() -> None:
     numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
     tokens = read_tokens(args.tokens) if args.tokens else None
     context = args.context if tokens is None or tokens.ndim != 2 else max(1, tokens.shape[1])
-    model = load_for_serving(args, numerics, context=context)
+    model = load_for_serving(args, numerics, context=context, adapter=args.adapter)
     scorer = Scorer(model, cache=args.cache)
     if args.tokens:
         logits = scorer.logits(tokens, decode_from=args.decode_from)

@@ -2,9 +2,10 @@
 
     v4jax serve --checkpoint nano
     v4jax serve --checkpoint DIR --host 0.0.0.0 --port 80 --slots 32 --mode think-high
+    v4jax serve --checkpoint DIR --adapter emma=runs/a/adapter --adapter box=runs/b/adapter
 
 It answers at /v1/chat/completions and /v1/completions, says how it is at /health and /metrics, and
-shows the page at /. docs/serving.md lists the fields. With an API key (--api-key, or better the
+shows the page at /. docs/serving.md lists the fields. Requests name an adapter in the field `model`. With an API key (--api-key, or better the
 environment variable V4JAX_API_KEY) everything under /v1 asks for it. SIGTERM and Ctrl-C let requests
 finish for --grace seconds.
 
@@ -15,7 +16,9 @@ On several hosts the same command runs on each, with one mesh over all their dev
 Process 0 listens, and the others do its steps until it ends.
 """
 
+import argparse
 import os
+import pathlib
 import sys
 
 from v4jax import Numerics, checkpoint
@@ -23,6 +26,7 @@ from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
     add_checkpoint_option,
     add_numerics_options,
+    checkpoint_folder,
     command_parser,
 )
 from v4jax.cli.pod import add_pod_arguments, parse_pod_args, start_processes
@@ -33,10 +37,25 @@ from v4jax.text.format import MODES, resolve_mode
 from v4jax.text.tokenizer import Tokenizer
 
 
+def _named_folder(text: str) -> tuple[str, pathlib.Path | str]:
+    name, is_named, folder = text.partition("=")
+    if not is_named or not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FOLDER.")
+    return name, checkpoint_folder(folder)
+
+
 def main() -> None:
     """Loads the model and serves until a signal comes."""
     parser = command_parser("serve", __doc__)
     add_checkpoint_option(parser)
+    parser.add_argument(
+        "--adapter",
+        type=_named_folder,
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a LoRA that requests ask for by this name, in PEFT's files; may be given several times",
+    )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0: all of this machine")
     group.add_argument("--port", type=int, default=8000, help="0: any that is free")
@@ -78,6 +97,9 @@ def main() -> None:
         if getattr(args, name) < least:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(args, name)}: expected {least} or more.")
+    names = [name for name, _ in args.adapter]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--adapter {twice[0]}=...: two adapters have that name.")
     settings = ServerSettings(
         model=args.served_name or checkpoint.Checkpoint(args.checkpoint).config.name,
         api_key=args.api_key or os.environ.get("V4JAX_API_KEY"),
@@ -99,6 +121,7 @@ def main() -> None:
         cache=args.cache,
         cache_tokens=args.cache_tokens,
         queue=args.queue,
+        adapters=dict(args.adapter),
     )
     if sock is None:
         engine.follow()

@@ -1,6 +1,7 @@
 """A model on the devices that are there: which mesh, whether it fits, and what is said at the start."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,19 +26,23 @@ def load_for_serving(
     context: int,
     batch: int = 1,
     devices: Sequence[jax.Device] | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Transformer:
-    """Loads --checkpoint over --mesh, and says so on stderr.
+    """Loads --checkpoint over --mesh, with an adapter if there is one, and says so on stderr.
 
     Args:
       args: has `checkpoint`, `mesh` ("auto" or sizes by axis) and `cache`.
       context: tokens a sequence, prompt and answer.
       batch: sequences that run together.
       devices: in place of all there are.
+      adapter: folder of a LoRA that the model gets.
 
     Raises:
       ValueError: the model does not fit on the devices; names what would.
+      FileNotFoundError, CheckpointError: a folder has no such files, or they are damaged or do not fit.
     """
     opened = checkpoint.Checkpoint(args.checkpoint)
+    lora = None if adapter is None else checkpoint.Adapter(adapter)  # fails before loading
     weight_bytes = sum(file.size for file in opened.files)
     keep_programs()
     devices = jax.devices() if devices is None else list(devices)
@@ -56,6 +61,8 @@ def load_for_serving(
     mesh = None if sizes is None else make_mesh(**sizes, devices=devices)
     started = time.monotonic()
     model = checkpoint.load(opened, numerics, mesh=mesh, progress=weight_bytes > BAR_BYTES)
+    if lora is not None:
+        model = checkpoint.load_adapter(model, lora)
     jax.block_until_ready(jax.tree.leaves(model))
     seconds = time.monotonic() - started
     shown = ", ".join(f"{axis}={size}" for axis, size in (sizes or {}).items() if size > 1)
@@ -64,6 +71,8 @@ def load_for_serving(
     _say("mesh", shown or "one device", *reasons)
     rate = weight_bytes / seconds / 1e9
     _say("weights", f"{weight_bytes / 1e9:.2f} GB in {seconds:.1f} s, {rate:.2f} GB/s")
+    if lora is not None:
+        _say("adapter", f"{lora.path}, {len(lora.modules)} matrices, rank {lora.lora.rank}")
     _say("numerics", f"{numerics.name}, {numerics.dtype}")
     _say("cache", args.cache or "packed where it is exact, else float")
     _say("programs", _kept_programs())

@@ -24,6 +24,7 @@ from v4jax import Numerics, __version__, checkpoint
 from v4jax.checkpoint.saving import write_text
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
+    add_adapter_option,
     add_checkpoint_option,
     add_mesh_option,
     add_numerics_options,
@@ -50,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = command_parser("verify", __doc__)
     add_checkpoint_option(parser)
+    add_adapter_option(parser)
     parser.add_argument("--json", type=local_folder, metavar="FILE", help="write the results there")
     parser.add_argument(
         "--vectors", type=local_folder, metavar="FILE", help="JSON lines: prompts and greedy tokens"
@@ -90,7 +92,7 @@ def main() -> None:
     lengths = args.lengths[:1] if args.quick else args.lengths
     options = Options(lengths, args.length, vectors)
     context, batch = needed_room(opened.config, options)
-    model = load_for_serving(args, numerics, context=context, batch=batch)
+    model = load_for_serving(args, numerics, context=context, batch=batch, adapter=args.adapter)
     print(f"\n{'check':17} {'result':8} {'seconds':>7}  figure", flush=True)
     rows = []
     for row in verify(model, tokenizer, options, cache=args.cache):
@@ -126,6 +128,7 @@ def report(args: argparse.Namespace, model, rows: list[Row]) -> dict[str, object
         "v4jax": __version__,
         "checkpoint": str(args.checkpoint),
         "model": model.cfg.name,
+        "adapter": None if args.adapter is None else str(args.adapter),
         "numerics": numerics.name,
         "dtype": str(numerics.dtype),
         "recipe": numerics.recipe,

@@ -131,7 +131,7 @@ class Engine(Completions):
         self._adapters: dict[str | None, AdapterRow] = {None: AdapterRow()}
         for number, (name, adapter) in enumerate(opened.items(), 1):
             self._adapters[name] = AdapterRow(number, adapter.digest)
-        self.adapters = tuple(opened)
+        self.adapters: Sequence[str] = tuple(opened)
         if opened:
             adapted = [load_adapter(model, adapter) for adapter in opened.values()]
             model = with_adapters(model, adapted)

@@ -31,12 +31,12 @@ class LowRankRows(nnx.Module):
     """The adapters of one matrix (or of its stacked layers), of which every row has one."""
 
     def __init__(self, adapters: Sequence[LowRank | None], dtype: jax.typing.DTypeLike):
-        one = next(adapter for adapter in adapters if adapter is not None)
-        self.summed = one.summed
-        self.a = _together([adapter and adapter.a for adapter in adapters], -1, dtype)
-        self.b = _together([adapter and adapter.b for adapter in adapters], -2, dtype)
-        scales = [0.0, *(adapter.lora.scale if adapter else 0.0 for adapter in adapters)]
-        lead = one.a.get_value().shape[:-2]  # stacked layers
+        some = next(adapter for adapter in adapters if adapter is not None)
+        self.summed = some.summed
+        self.a = _together([None if one is None else one.a for one in adapters], -1, dtype)
+        self.b = _together([None if one is None else one.b for one in adapters], -2, dtype)
+        scales = [0.0, *(0.0 if one is None else one.lora.scale for one in adapters)]
+        lead = some.a.get_value().shape[:-2]  # stacked layers
         scale = jnp.broadcast_to(jnp.array(scales, jnp.float32), (*lead, len(scales)))
         self.scale = nnx.Param(scale, stored="f32", axes=(None,), matrix=False)
         self.rows: nnx.Variable | None = nnx.data(None)

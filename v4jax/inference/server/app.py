@@ -78,15 +78,16 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        return json_response({"object": "list", "data": [self._model()]})
+        names = self.settings.model, *self.engine.adapters
+        return json_response({"object": "list", "data": [*map(self._model, names)]})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["name"]
-        if name != self.settings.model:
+        if name not in (self.settings.model, *self.engine.adapters):
             text = f"The model {shown(name)} does not exist: see /v1/models."
             raise ApiError(404, text, param="model", code="model_not_found")
-        return json_response(self._model())
+        return json_response(self._model(name))
 
     async def health(self, request: Request) -> Response:
         """GET /health: whether requests are taken."""
@@ -125,12 +126,13 @@ class Service:
         if self._is_draining:
             raise ApiError(503, "The server is about to end.", code="shutting_down")
 
-    def _model(self) -> dict[str, object]:
+    def _model(self, name: str) -> dict[str, object]:
         return {
-            "id": self.settings.model,
+            "id": name,
             "object": "model",
             "created": self.began,
             "owned_by": "v4jax",
+            "parent": None if name == self.settings.model else self.settings.model,
             "max_model_len": context_of(self.engine, self.settings),
             "modes": list(self.tokenizer.modes),
         }
@@ -150,7 +152,7 @@ class Service:
         is_handed_over = False
         try:
             await run_in_threadpool(exchange.submit)
-            answer = Answer(asked, self.settings.model, self.tokenizer)
+            answer = Answer(asked, self.tokenizer)
             headers = _ignored(asked)
             if asked.is_streamed:
                 is_handed_over = True
@@ -204,9 +206,14 @@ def make_app(engine: EngineLike, settings: ServerSettings) -> Starlette:
     """An ASGI application, whose `state.service` is its `Service`.
 
     Raises:
-      ValueError: the engine has no tokenizer, or the mode of `settings` is not one of its release.
+      ValueError: the engine has no tokenizer, the mode of `settings` is not one of its release, or the
+        model has the name of an adapter.
     """
     service = Service(engine, settings)
+    if settings.model in engine.adapters:
+        raise ValueError(
+            f"model={settings.model!r}: an adapter has that name. Give one of them another."
+        )
     if settings.mode not in service.tokenizer.modes:
         names = ", ".join(service.tokenizer.modes)
         raise ValueError(f"mode={settings.mode!r}: this checkpoint's release has {names}.")

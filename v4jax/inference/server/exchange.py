@@ -47,7 +47,11 @@ class Exchange:
                 prompt = self.asked.prompts[index // self.asked.n]
                 listener = self._listener(index)
                 request = self._engine.submit(
-                    prompt, sampling, listener=listener, grammar=self.asked.grammar
+                    prompt,
+                    sampling,
+                    listener=listener,
+                    grammar=self.asked.grammar,
+                    adapter=self.asked.adapter,
                 )
                 self._requests.append(request)
         except GrammarError as error:

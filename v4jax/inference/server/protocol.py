@@ -64,6 +64,7 @@ class EngineLike(Protocol):
 
     cfg: Any
     tokenizer: Tokenizer | None
+    adapters: Sequence[str]  # names that `submit` takes
 
     def submit(
         self,
@@ -72,6 +73,7 @@ class EngineLike(Protocol):
         *,
         listener: Callable[[Any], None] | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> RequestLike:
         """Puts a request into the queue.
 

@@ -73,6 +73,8 @@ class ServerSettings:
 class Asked:
     """A request that has been understood. Its choices are those of the first prompt, then others'."""
 
+    model: str  # the name that it gave, or the server's
+    adapter: str | None  # of that name; None: the model alone
     prompts: list[list[int]]  # token ids
     samplings: list[Sampling]  # one a choice
     n: int  # choices of a prompt
@@ -101,7 +103,6 @@ def read_chat(values: Mapping[str, Any], engine: EngineLike, settings: ServerSet
         long.
     """
     fields, tokenizer = Fields(values), _tokenizer(engine)
-    _check_model(fields, settings)
     messages = fields.of("messages", list, "a list of messages")
     if not messages:
         raise fields.error("messages", "a list of messages, one at least")
@@ -142,7 +143,6 @@ def read_completion(
       ApiError: a field of a wrong type or value, or a prompt that is too long.
     """
     fields = Fields(values)
-    _check_model(fields, settings)
     return _asked(
         fields,
         engine,
@@ -170,6 +170,7 @@ def _asked(
     grammar: Grammar | None,
     grammar_field: str,
 ) -> Asked:
+    model = _model(fields, engine, settings)
     n = fields.integer("n", 1, MOST_CHOICES) or 1
     if n * len(prompts) > MOST_CHOICES:
         raise fields.error("n", f"at most {MOST_CHOICES} choices of all {len(prompts)} prompts")
@@ -203,6 +204,8 @@ def _asked(
     for name in _NO_MATTER:
         fields.get(name)
     return Asked(
+        model=model,
+        adapter=None if model == settings.model else model,
         prompts=prompts,
         samplings=samplings,
         n=n,
@@ -370,11 +373,17 @@ def _is_id(token: Any, vocab_size: int) -> bool:
     return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size
 
 
-def _check_model(fields: Fields, settings: ServerSettings) -> None:
+def _model(fields: Fields, engine: EngineLike, settings: ServerSettings) -> str:
+    """The model that is asked for: the server's, or the name of an adapter."""
+    names = settings.model, *engine.adapters
     name = fields.of("model", str, "a text")
-    if name is not None and name != settings.model:
-        text = f"The model {shown(name)} does not exist: this server has {settings.model!r}."
+    if name is None:
+        return settings.model
+    if name not in names:
+        have = ", ".join(map(repr, names))
+        text = f"The model {shown(name)} does not exist: this server has {have}."
         raise ApiError(404, text, param="model", code="model_not_found")
+    return name
 
 
 def _tokenizer(engine: EngineLike) -> Tokenizer:

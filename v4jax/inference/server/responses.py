@@ -18,11 +18,10 @@ class Answer:
 
     Args:
       asked: what was asked for.
-      model: the name of the model.
       tokenizer: for the texts of tokens.
     """
 
-    def __init__(self, asked: Asked, model: str, tokenizer: Tokenizer):
+    def __init__(self, asked: Asked, tokenizer: Tokenizer):
         self._asked, self._tokenizer = asked, tokenizer
         self._is_chat = asked.thinking_mode is not None
         kind = "chatcmpl" if self._is_chat else "cmpl"
@@ -30,7 +29,7 @@ class Answer:
             "id": f"{kind}-{secrets.token_hex(12)}",
             "object": "chat.completion" if self._is_chat else "text_completion",
             "created": int(time.time()),
-            "model": model,
+            "model": asked.model,
         }
         self._calls = [-1] * len(asked.samplings)  # the number of each choice's last call
         self._offsets = [0] * len(asked.samplings)  # characters of each choice's tokens so far
