@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from flax import nnx
 
 from v4jax import stores
 from v4jax.checkpoint import names as tensor_names
@@ -222,7 +223,7 @@ def load_adapter(model: Transformer, folder: str | os.PathLike | Adapter) -> Tra
       CheckpointError: the files are damaged, are no LoRA, or do not fit the model.
     """
     adapter = folder if isinstance(folder, Adapter) else Adapter(folder)
-    known = [(leaf, set(_modules(leaf).flat)) for leaf in leaves(model) if _may_have_one(leaf)]
+    known = [(leaf, set(_modules(leaf).flat)) for leaf in leaves(model) if may_have_adapter(leaf)]
     adapter.require_modules({name for _, modules in known for name in modules}, "the model")
     targets = {
         leaf.slot.path.removesuffix(".kernel")
@@ -233,11 +234,15 @@ def load_adapter(model: Transformer, folder: str | os.PathLike | Adapter) -> Tra
     model = add_lora(model, lora)
     for leaf, beside in _adapters(model):
         table, (width, out) = _modules(leaf), leaf.shape
+        if adapter.modules.isdisjoint(table.flat):  # another layer of its target has one
+            assert isinstance(leaf.module, Matrix)
+            leaf.module.adapter = nnx.data(None)
+            continue
         variables = beside.a, beside.b
         new = [np.zeros(variable.get_value().shape, np.float32) for variable in variables]
         for index in np.ndindex(*table.shape):
             module = str(table[index])
-            if module in adapter.modules:  # PEFT may have adapted some layers only
+            if module in adapter.modules:  # else another layer, or expert, of the same array
                 for one, factor in zip(new, adapter.factors(module, (out, width))):
                     one[index] = factor.T
         for variable, value in zip(variables, new):
@@ -245,7 +250,7 @@ def load_adapter(model: Transformer, folder: str | os.PathLike | Adapter) -> Tra
     return model
 
 
-def _may_have_one(leaf: Leaf) -> bool:
+def may_have_adapter(leaf: Leaf) -> bool:
     """Whether it is a matrix that PEFT's files have a form for."""
     is_matrix = isinstance(leaf.module, Matrix) and leaf.module.groups == 1
     return is_matrix and not leaf.prefixes[0].startswith("mtp.")

@@ -6,10 +6,13 @@
 | `fp8`      | FP8            | FP8                                       | E8M0   |
 | `base`     | FP8            | FP8                                       | F32    |
 | `bf16`     | BF16           | BF16                                      |        |
+| `fp4-bf16` | FP4            | BF16                                      | E8M0   |
+| `fp8-bf16` | FP8            | BF16                                      | E8M0   |
 | `stored`   | as they are    | as they are                               |        |
 
-Other floats become what the releases have, BF16 or F32; hash tables stay. Tensors are read from the
-mapped file, converted and written one at a time. A finished file is recorded with its digest in
+Other floats become what the releases have, BF16 or F32; hash tables stay. An adapter is added to its
+matrices in float32, before they are rounded to the format. Tensors are read from the mapped file, converted
+and written one at a time. A finished file is recorded with its digest in
 `report.json`, behind which an interrupted conversion goes on.
 """
 
@@ -26,6 +29,7 @@ import numpy as np
 
 from v4jax import stores
 from v4jax.checkpoint import names
+from v4jax.checkpoint.adapters import Adapter, may_have_adapter
 from v4jax.checkpoint.codecs import Matrix
 from v4jax.checkpoint.folders import INDEX_NAME, Checkpoint, Tensor
 from v4jax.checkpoint.hf_config import to_hf
@@ -47,6 +51,8 @@ FORMATS = {
     "fp8": (_FP8, _FP8),
     "base": (_BASE, _BASE),
     "bf16": (_BF16, _BF16),
+    "fp4-bf16": (_FP4, _BF16),
+    "fp8-bf16": (_FP8, _BF16),
     "stored": None,
 }
 
@@ -90,6 +96,7 @@ class _Planned:
     tensor: Tensor
     scale: Tensor | None
     target: Storage
+    is_adapted: bool
 
     @property
     def source(self) -> Storage:
@@ -99,7 +106,12 @@ class _Planned:
     @property
     def is_kept(self) -> bool:
         """Its bytes stay."""
-        return self.source == self.target
+        return self.source == self.target and not self.is_adapted
+
+    @property
+    def described(self) -> str:
+        """What it is made of."""
+        return f"{self.source} + adapter" if self.is_adapted else str(self.source)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,12 +132,14 @@ class Conversion:
       naming: "released", or "transformers" as `save_pretrained` of transformers 5 writes.
       allow_lossy: round, and report it, where a conversion that should be exact is not (FP4 to FP8
         with scales too far apart, F32 scales that are no powers of two ...), instead of stopping.
+      adapter: folder of a LoRA that is added to its matrices.
 
     Attributes:
       num_bytes: of all tensors to write.
 
     Raises:
-      CheckpointError: the source does not fit its config, or a file of it is broken.
+      CheckpointError: the source does not fit its config, or a file of it is broken; or the same of the
+        adapter and the source.
       ValueError: an unknown option, matrices that the format cannot hold, or a target that has
         something else in it, or is a URL.
     """
@@ -138,6 +152,7 @@ class Conversion:
         to: str = "stored",
         naming: str = "released",
         allow_lossy: bool = False,
+        adapter: str | os.PathLike | None = None,
     ):
         if to not in FORMATS:
             raise ValueError(f"to={to!r}: expected one of {', '.join(FORMATS)}.")
@@ -145,6 +160,7 @@ class Conversion:
             raise ValueError(f"naming={naming!r}: expected one of {', '.join(NAMINGS)}.")
         self.target, self.allow_lossy = os.fspath(stores.require_local(target)), allow_lossy
         self.checkpoint = Checkpoint(source)
+        self._adapter = None if adapter is None else Adapter(adapter)
         stores.names(source)  # what else is in it is copied at the end
         self._rename = names.to_transformers if naming == "transformers" else str
         headers = hashlib.sha256(b"".join(file.header for file in self.checkpoint.files))
@@ -153,6 +169,7 @@ class Conversion:
             "source_headers": headers.hexdigest(),
             "to": to,
             "naming": naming,
+            "adapter": None if self._adapter is None else self._adapter.digest.hex(),
         }
         self._files = self._plan(FORMATS[to])
         self._finished = self._recorded()
@@ -168,14 +185,21 @@ class Conversion:
         Tensors that stay keep their places. A scale that is new comes behind its weight.
         """
         tensors, planned, owners = self.checkpoint.tensors, {}, {}
-        for leaf in matched_leaves(self.checkpoint):
+        modules = frozenset[str]() if self._adapter is None else self._adapter.modules
+        found = matched_leaves(self.checkpoint)
+        if self._adapter is not None:
+            able = [leaf.released_names().flat for leaf in found if may_have_adapter(leaf)]
+            known = {name.removesuffix(".weight") for names_of in able for name in names_of}
+            self._adapter.require_modules(known, self.checkpoint.path)
+        for leaf in found:
             kind = leaf.slot.name.format(e="*").removesuffix(".weight")
             for name in leaf.released_names().flat:
                 tensor, scale_name = tensors[name], names.scale_name(name)
                 scale = tensors[scale_name] if tensor.tag in ("I8", "F8_E4M3") else None
                 source = Storage(tensor.tag, scale.tag if scale else None)
                 target = source if storages is None else _target(leaf, source, storages)
-                planned[name] = _Planned(name, kind, tensor, scale, target)
+                is_adapted = name.removesuffix(".weight") in modules
+                planned[name] = _Planned(name, kind, tensor, scale, target, is_adapted)
                 owners[scale_name] = planned[name]
                 if target == _FP4 and planned[name].shape[-1] % 32:
                     raise ValueError(
@@ -208,9 +232,9 @@ class Conversion:
         with open(path, encoding="utf-8") as file:
             record = json.load(file)
         for key, value in self._what.items():
-            if record[key] != value:
+            if record.get(key) != value:
                 raise ValueError(
-                    f"{self.target} holds a conversion with {key}={record[key]!r}, not {value!r}: "
+                    f"{self.target} holds a conversion with {key}={record.get(key)!r}, not {value!r}: "
                     "continue with that, or give a new folder."
                 )
         return record["files"]
@@ -325,11 +349,16 @@ class Conversion:
         data, scale = self._view(entry.name, entry.tensor), None
         if entry.scale is not None:
             scale = self._view(names.scale_name(entry.name), entry.scale)
-        row = Row(entry.kind, str(entry.source), str(entry.target), 1, int(np.prod(entry.shape)))
+        row = Row(entry.kind, entry.described, str(entry.target), 1, int(np.prod(entry.shape)))
         if entry.is_kept:
             return data, scale, row
-        convert = functools.partial(_recode_part, entry)
-        pieces = parts(Matrix(data, scale))
+        source, matrix = entry.source, Matrix(data, scale)
+        if entry.is_adapted:
+            assert self._adapter is not None
+            product = self._adapter.product(entry.name.removesuffix(".weight"), entry.shape)
+            source, matrix = _F32, Matrix(matrix.decode() + product)
+        convert = functools.partial(_recode_part, entry, source)
+        pieces = parts(matrix)
         result = join(list(map(convert, pieces) if pool is None else pool.map(convert, pieces)))
         row.max_error, row.saturated = result.max_error, result.saturated
         row.relative_error = result.max_error / result.largest if result.max_error else 0.0
@@ -344,9 +373,9 @@ class Conversion:
         return result.matrix.data, result.matrix.scale, row
 
 
-def _recode_part(entry: _Planned, part: Matrix) -> Recoded:
+def _recode_part(entry: _Planned, source: Storage, part: Matrix) -> Recoded:
     try:
-        return recode(part, entry.source, entry.target)
+        return recode(part, source, entry.target)
     except OverflowError as error:
         raise CheckpointError(f"{entry.name}: {error}") from error
 

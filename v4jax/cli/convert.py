@@ -3,10 +3,12 @@
     v4jax convert nano runs/nano-bf16 --to bf16
     v4jax convert runs/nano-bf16 runs/nano-fp4 --to released
     v4jax convert DIR NEW --names transformers
+    v4jax convert DIR NEW --adapter runs/a/adapter --to fp4-bf16
 
 Formats: `released` (FP4 experts, FP8 linears), `fp8` (FP8 experts too), `base` (the same with F32
-scales, as the Base releases have them), `bf16`, and `stored` (nothing changes). No accelerator is
-used, and memory holds one tensor at a time. Run the same command again to continue after an
+scales, as the Base releases have them), `bf16`, `fp4-bf16` and `fp8-bf16` (experts in FP4 or FP8, linears
+in BF16), and `stored` (nothing changes). With --adapter a LoRA is added to its matrices, and they are rounded
+to the format, in which small changes are lost in part: FP4 loses most. No accelerator is used, and memory holds one tensor at a time. Run the same command again to continue after an
 interruption. TARGET/report.json says what changed, for each kind of tensor.
 """
 
@@ -36,6 +38,12 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="round where a conversion between formats that should be exact is not",
     )
+    parser.add_argument(
+        "--adapter",
+        type=checkpoint_folder,
+        metavar="FOLDER",
+        help="a LoRA in PEFT's files, which is merged",
+    )
     return parser.parse_args()
 
 
@@ -60,7 +68,12 @@ def main() -> None:
     args = parse_args()
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, and is not needed
     conversion = Conversion(
-        args.source, args.target, to=args.to, naming=args.names, allow_lossy=args.allow_lossy
+        args.source,
+        args.target,
+        to=args.to,
+        naming=args.names,
+        allow_lossy=args.allow_lossy,
+        adapter=args.adapter,
     )
     size = conversion.num_bytes
     with tqdm(total=size, unit="B", unit_scale=True, desc=args.target.name) as bar:
