@@ -19,7 +19,9 @@ CONFIG = dataclasses.replace(tiny(), layers=tiny().layers[:2], mtp_layers=())
 # Other ranks, scales and targets: the second has nothing beside shared experts.
 LORAS = {
     "a": LoRA(rank=4, targets="attention+shared"),
-    "b": LoRA(rank=2, alpha=6, targets=("attention.wq_a", "attention.wo_b", "indexer.wq_b")),
+    "b": LoRA(
+        rank=2, alpha=6, targets=("attention.wq_a", "wo_b", "indexer.wq_b", "compressor.wkv")
+    ),
 }
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
 
