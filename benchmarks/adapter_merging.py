@@ -2,8 +2,9 @@
 
     python -m benchmarks.adapter_merging runs/merging
 
-Trains an adapter on one half of the held-out text that nano has not seen, and compares what the merged
-checkpoints predict for the other half with what the adapter beside the released weights does.
+Trains an adapter, unless the folder has one, on one half of the held-out text that nano has not seen, and
+compares what the merged checkpoints predict for the other half with what the adapter beside the released
+weights does.
 """
 
 import argparse
@@ -36,10 +37,11 @@ def main() -> None:
     tokens = np.array(v4jax.Tokenizer(base).encode(TEXT.read_text(encoding="utf-8")), np.int32)
     half = len(tokens) // 2
     lora = v4jax.LoRA(rank=8, targets=args.targets)
-    model = v4jax.load(base, use="train")
-    trainer = v4jax.Trainer(model, v4jax.train.adamw(args.rate), trainable=lora)
-    trainer.fit(TokenStream(tokens[:half], LENGTH), args.steps, batch_size=4)
-    trainer.save(adapter)
+    if not adapter.exists():
+        model = v4jax.load(base, use="train")
+        trainer = v4jax.Trainer(model, v4jax.train.adamw(args.rate), trainable=lora)
+        trainer.fit(TokenStream(tokens[:half], LENGTH), args.steps, batch_size=4)
+        trainer.save(adapter)
     rows = jnp.asarray(tokens[half : half + ROWS * LENGTH].reshape(ROWS, LENGTH))
 
     @jax.jit
