@@ -25,6 +25,7 @@ from flax import nnx
 from sharding import DECODE, PREFILL
 from v4jax.checkpoint.adapters import Adapter, load_adapter
 from v4jax.inference import prefix_files
+from v4jax.inference.ahead import CompiledAhead
 from v4jax.inference.completions import Completions, Prompt
 from v4jax.inference.grammar import Grammar, GrammarError, Matchers
 from v4jax.inference.ledger import Ledger
@@ -203,7 +204,7 @@ class Engine(Completions):
         steps, is_one = self._slot_steps, jax.process_count() == 1
         return Programs(
             prefill=bound(self._prefill, self.leaves),
-            decode=bound(self._decode, self.leaves),
+            decode=CompiledAhead(self._decode, self._on_mesh, self.leaves),
             start=bound(steps.start),
             snapshot=bound(steps.snapshot),
             restore=bound(steps.restore),

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from v4jax.inference.ahead import CompiledAhead
 from v4jax.inference.grammar import GrammarError
 from v4jax.inference.ledger import Ledger
 from v4jax.inference.prefix import (
@@ -50,7 +51,7 @@ class Programs:
     """The compiled steps of an engine, with the model's arrays bound."""
 
     prefill: Callable[..., Slots]  # (slots, tables, tokens, counts, slot)
-    decode: Callable[..., tuple[Output, Slots]]  # (slots, tables, count, cancelled, allowed)
+    decode: CompiledAhead  # (slots, tables, count, cancelled, allowed) -> Output, slots
     start: Callable[..., Slots]
     snapshot: Callable[..., Any]
     restore: Callable[..., Slots]
@@ -116,6 +117,7 @@ class Scheduler:
         self._everything_placed = programs.place(self._everything)
         self._calls: collections.deque[_Call] = collections.deque()
         self._empty_state = None
+        self._prepared: set[int] = set()  # widths of tables that decode has been compiled for
         self.host = HostPrefixes(0 if is_shared else host_bytes)
         if self.host.takes_any:
             prefixes.leaving = lambda part, digest, prefix: self.host.add(
@@ -494,6 +496,7 @@ class Scheduler:
             piece = request.prompt[request._fed : request._fed + counts[part]]
             tokens[part, : len(piece)] = piece
         slot = self._one_each([r._slot for r in requests])
+        self._prepare_decode(requests)
         tables = self._tables_for(requests, lambda r: len(r.prompt))
         self.slots = self.run.prefill(self.slots, tables, tokens, counts, slot)
         for request in requests:
@@ -501,6 +504,17 @@ class Scheduler:
             self._keep_prefix(request)
             if request._fed == len(request.prompt):
                 self._start(request)
+
+    def _prepare_decode(self, requests: Sequence[Request]) -> None:
+        """Compiles decode for what is being fed, unless it has been, while prefill is compiled and runs."""
+        width = self._tables.width(max(min(_reach(r, 1), r._most) for r in requests))
+        if width in self._prepared:
+            return
+        self._prepared.add(width)
+        self.run.decode.prepare(
+            *(self.slots, self._tables.of_width(width), np.int32(1)),
+            *(self._cancelled.copy(), self._everything_placed),
+        )
 
     def _chunk_size(self, request: Request) -> int:
         """Of its next chunk."""
