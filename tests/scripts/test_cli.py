@@ -110,6 +110,31 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
         raise ValueError
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["serve", "--adapter", "folder"], "--adapter: 'folder': expected NAME=FOLDER."),
+        (["serve", "--adapter", "nano=folder"], "nano=folder: the model, or another adapter, has"),
+        (["serve", "--adapter", "a=gone"], "gone/adapter_config.json"),
+        (["generate", "--prompt", "x", "--adapter", "gone"], "gone/adapter_config.json"),
+        (["convert", "NEW", "--adapter", "gone"], "gone/adapter_config.json"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_cannot_be_used_ends_before_anything_is_loaded(
+    options, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    command, *rest = options
+    source = ["nano"] if command == "convert" else ["--checkpoint", "nano"]
+    with pytest.raises(SystemExit) as end, one_message():
+        main([command, *source, *rest])
+
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_libtpu_gets_the_flags_that_plans_are_compiled_with(monkeypatch):
     compiled_with = {f"--{name}={str(v).lower()}" for name, v in COMPILER_OPTIONS.items()}
     assert set(LIBTPU_FLAGS) == compiled_with

@@ -97,11 +97,17 @@ def main() -> None:
         if getattr(args, name) < least:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(args, name)}: expected {least} or more.")
-    names = [name for name, _ in args.adapter]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"--adapter {twice[0]}=...: two adapters have that name.")
+    model_name = args.served_name or checkpoint.Checkpoint(args.checkpoint).config.name
+    names = [model_name]
+    for name, folder in args.adapter:  # fails before the model is loaded
+        if name in names:
+            raise ValueError(
+                f"--adapter {name}={folder}: the model, or another adapter, has that name."
+            )
+        names.append(name)
+        checkpoint.Adapter(folder)
     settings = ServerSettings(
-        model=args.served_name or checkpoint.Checkpoint(args.checkpoint).config.name,
+        model=model_name,
         api_key=args.api_key or os.environ.get("V4JAX_API_KEY"),
         mode=args.mode,
         max_new_tokens=args.max_new_tokens,
