@@ -114,7 +114,8 @@ def _trips(chip: str, *, op: str, tokens: int, d: int) -> Trips:
     blocks, groups = _blocks(chip, tokens, per_token, constant)
     loops = ()
     if mixes:
-        loops += (groups * _steps(d, phases.MIX_CHANNELS),)
+        # And once more for numbers that are not finite.
+        loops += (groups * _steps(d, phases.MIX_CHANNELS), 0)
     if collapses:
         loops += (_steps(M * d, phases.PROJECT_CHANNELS),)
         loops += (groups * _steps(d, phases.COLLAPSE_CHANNELS),)
@@ -175,7 +176,7 @@ def _coefficient_blocks(tokens: int) -> int:
 
 def _loops(*trips: int) -> tuple[int, ...]:
     """What the compiler leaves as loops: one that turns once is none."""
-    return tuple(t for t in trips if t > 1)
+    return tuple(t for t in trips if t != 1)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,10 @@ def _bwd(ratio, scale, interpret, residuals, cotangents):
 
     def key_gradient(keys, bits, ranges, size):
         options = static | dict(size=size)
-        return tpu_backward.key_gradient(q, d_out, stats, keys, bits, start, ranges, **options)
+        # Flat, since scalar memory holds the last axis in 128s: two numbers would take as much.
+        return tpu_backward.key_gradient(
+            q, d_out, stats, keys, bits, start, ranges.reshape(-1), **options
+        )
 
     ranges = layout.window_ranges(q.shape[0], band.shape[1])
     d_window = key_gradient(band, None, ranges, layout.size)[:, : window.shape[1]]

@@ -177,7 +177,7 @@ def key_gradient(
     keys: jax.Array,  # [B, S, H] entries, or [B, C + T (+ padding), H] window rows
     bits: jax.Array | None,  # [B, T / 32, 1, S] transposed
     start: jax.Array,  # [B] int32
-    ranges: jax.Array,  # [B, S / block, 2] int32: first block of queries, and one past the last
+    ranges: jax.Array,  # [B * S / block * 2] int32: first block of queries, and one past the last
     *,
     num_heads: int,
     size: int | None,  # C: keys are window rows
@@ -197,7 +197,8 @@ def key_gradient(
         longest = min(longest, -(-(size + block - 1) // blocks.queries) + 1)
 
     def query_block(b, k, n, ranges):
-        return jnp.clip(ranges[b, k, 0] + n, 0, jnp.maximum(ranges[b, k, 1] - 1, 0))
+        first, end = _range(ranges, b, k, keys.shape[1] // block)
+        return jnp.clip(first + n, 0, jnp.maximum(end - 1, 0))
 
     def mine(b, k, n, start, ranges):
         return b, query_block(b, k, n, ranges), 0
@@ -250,6 +251,12 @@ def key_gradient(
     )(start, ranges, *args)
 
 
+def _range(ranges, b, k, num_blocks):
+    """First block of queries, and one past the last, that may attend to block k of the keys."""
+    at = 2 * (b * num_blocks + k)
+    return ranges[at], ranges[at + 1]
+
+
 def _key_kernel(
     start_ref,
     ranges_ref,
@@ -269,14 +276,15 @@ def _key_kernel(
     bits_ref: Any = refs[0] if has_bits else None
     d_keys_ref, total = refs[-2:]
     b, k, n = (pl.program_id(axis) for axis in range(3))
-    i = ranges_ref[b, k, 0] + n
+    first, end = _range(ranges_ref, b, k, pl.num_programs(1))
+    i = first + n
     num_keys, rows = keys_ref.shape[1], blocks.chunk * num_heads
 
     @pl.when(n == 0)
     def _():
         total[...] = jnp.zeros_like(total)
 
-    @pl.when(i < ranges_ref[b, k, 1])
+    @pl.when(i < end)
     def _():
         keys = keys_ref[0]
         key = jax.lax.broadcasted_iota(jnp.int32, (num_keys, rows), 0) + k * num_keys

@@ -102,17 +102,31 @@ def launch(
     )(*(o.array for o in operands))
 
 
-def pieces(worked: int, dim: int, limit: int, body: Callable) -> None:
-    """`body(rows, start, size)` for every piece of [worked, dim], at most `limit` channels wide."""
+def pieces(
+    worked: int,
+    dim: int,
+    limit: int,
+    body: Callable,
+    carry: Any = None,
+    *,
+    only_if: jax.Array | bool = True,
+) -> Any:
+    """`body(rows, start, size, carry)` for every piece of [worked, dim], at most `limit` channels wide.
+
+    Returns:
+      the last of what bodies returned, each of which is the next one's carry.
+    """
     size = block_sizes.width(dim, limit)
     count = dim // size
 
-    def step(i, _):
+    def step(i, carry):
         rows = pl.ds(pl.multiple_of(i // count * GROUP, GROUP), GROUP)
-        body(rows, pl.multiple_of(i % count * size, size), size)
-        return 0
+        return body(rows, pl.multiple_of(i % count * size, size), size, carry)
 
-    jax.lax.fori_loop(0, worked // GROUP * count, step, 0)
+    steps = worked // GROUP * count
+    # Turns, not a condition around the loop: schedules are read by the turns of loops.
+    turns = steps if only_if is True else jnp.where(only_if, steps, 0)
+    return jax.lax.fori_loop(0, turns, step, carry)
 
 
 def read(ref, rows, start, size: int) -> jax.Array:
@@ -169,7 +183,8 @@ def maps(
 def mapped(maps_ref, rows, streams: Sequence[jax.Array], num_out: int) -> list[jax.Array]:
     """float32 [16, size] of each output: the maps of a group applied to a piece of the streams.
 
-    One product of the matrix unit with a matrix that is zero between different tokens. Fifteen of
+    A number that is not finite makes its channel NaN for all tokens of the group: zero times it is no
+    zero. One product of the matrix unit with a matrix that is zero between different tokens. Fifteen of
     sixteen of its products are with zeros, and still it takes less than half the time of the vector
     unit. Exact in the coefficients, as their parts go side by side.
     """
@@ -233,17 +248,41 @@ def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 
 
 def mix(maps_ref, f_ref, x_ref, y_ref, *, m: int, worked: int, num_tokens: int) -> None:
-    """streams'[k] = post[k] * f + sum_j comb[j, k] * streams[j]."""
+    """streams'[k] = post[k] * f + sum_j comb[j, k] * streams[j].
+
+    Where a token has a number that is not finite, the others of its group are worked out again
+    without it, to the bits that they have beside a finite one.
+    """
     d = f_ref.shape[1]
     load = loader(f_ref.shape[0], num_tokens)
 
-    def body(rows, start, size):
-        x = [load(f_ref, rows, start, size)]
-        x += [load(x_ref, rows, j * d + start, size) for j in range(m)]
-        for k, y in enumerate(mapped(maps_ref, rows, x, m)):
+    def loaded(rows, start, size):
+        return [
+            load(f_ref, rows, start, size),
+            *(load(x_ref, rows, j * d + start, size) for j in range(m)),
+        ]
+
+    def put(outputs, rows, start, size):
+        for k, y in enumerate(outputs):
             y_ref[rows, pl.ds(k * d + start, size)] = y.astype(y_ref.dtype)
 
-    pieces(worked, d, MIX_CHANNELS, body)
+    def step(rows, start, size, tainted):
+        outputs = mapped(maps_ref, rows, loaded(rows, start, size), m)
+        put(outputs, rows, start, size)
+        return tainted + 0.0 * fold(outputs[0][:8])  # any row tells of all
+
+    def again(rows, start, size, _):
+        x = loaded(rows, start, size)
+        is_finite = [jnp.abs(a.astype(jnp.float32)) < jnp.inf for a in x]
+        clean = [
+            jnp.where(ok, a.astype(jnp.float32), 0.0).astype(a.dtype) for ok, a in zip(is_finite, x)
+        ]
+        keeps = functools.reduce(jnp.logical_and, is_finite)
+        outputs = mapped(maps_ref, rows, clean, m)
+        put([jnp.where(keeps, y, jnp.nan) for y in outputs], rows, start, size)
+
+    tainted = pieces(worked, d, MIX_CHANNELS, step, jnp.zeros((8, LANES), jnp.float32))
+    pieces(worked, d, MIX_CHANNELS, again, only_if=jnp.isnan(jnp.sum(tainted)))
 
 
 def project(fn_ref, x_ref, raw_ref, square_ref, product_ref, *, norm_eps: float, worked: int):
@@ -283,7 +322,7 @@ def collapse(spread_ref, x_ref, u_ref, *, m: int, worked: int) -> None:
     """u = sum_k pre[k] * streams[k]."""
     d = u_ref.shape[1]
 
-    def body(rows, start, size):
+    def body(rows, start, size, _):
         u: Any = sum(
             tile(spread_ref[k, rows], size) * read(x_ref, rows, k * d + start, size)
             for k in range(m)

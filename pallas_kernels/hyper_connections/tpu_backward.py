@@ -132,7 +132,7 @@ def _collapse_kernel(*refs, static, worked, num_tokens, adds):
     # First pass: the gradient of pre, and with it what is per token.
     sums_ref[...] = jnp.zeros_like(sums_ref)
 
-    def first(rows, start, size):
+    def first(rows, start, size, _):
         d_u = phases.read(d_u_ref, rows, start, size)
         for k in range(m):
             x = phases.read(x_ref, rows, k * d + start, size)
@@ -216,7 +216,7 @@ def _mix_kernel(
     load = phases.loader(f_ref.shape[0], num_tokens)
     products_ref[...] = jnp.zeros_like(products_ref)
 
-    def body(rows, start, size):
+    def body(rows, start, size, _):
         d_y = [load(d_y_ref, rows, k * d + start, size) for k in range(m)]
         d_f, *d_x = phases.mapped(maps_ref, rows, d_y, 1 + m)
         d_f_ref[rows, pl.ds(start, size)] = d_f.astype(d_f_ref.dtype)

@@ -329,6 +329,28 @@ def test_kernel_rounds_bfloat16_results_once():
         assert_close(actual, other, FLOAT32)
 
 
+@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_numbers_that_are_not_finite_stay_with_their_token(dtype, implementation):
+    """The kernel mixes 16 tokens by one product, with zeros between them."""
+    f, streams, post, comb, *site = arrays((1, 40, 128), dtype)["post_pre"]
+    run = jax.jit(functools.partial(hc_post_pre, **PRE, implementation=implementation))
+    clean = run(f, streams, post, comb, *site)
+
+    f = f.at[0, 3, 5].set(jnp.inf)
+    streams = streams.at[0, 18, 2 * 128 + 7].set(jnp.nan)
+    post = post.at[0, 33].set(jnp.nan)
+    found = run(f, streams, post, comb, *site)
+
+    others = np.setdiff1d(np.arange(40), [3, 18, 33])
+    for one, other in zip(found, clean, strict=True):
+        np.testing.assert_array_equal(one[:, others], other[:, others])
+    mixed = np.asarray(found[0], np.float32).reshape(40, M, 128)
+    assert not np.isfinite(mixed[3, :, 5]).any() and np.isfinite(mixed[3, :, 6]).all()
+    assert np.isnan(mixed[18, :, 7]).all() and np.isfinite(mixed[18, :, 8]).all()
+    assert np.isnan(mixed[33]).all()
+
+
 def test_fused_equals_one_after_the_other():
     args = arrays((2, 3, 24), jnp.float32)["post_pre"]
     f, streams, post, comb, *site = args

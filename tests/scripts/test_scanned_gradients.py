@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.attention import window_attention
 from pallas_kernels.hyper_connections import hc_post, hc_post_pre, hc_pre
 from v4jax import flash
 from v4jax.planning.topologies import compile_on
@@ -40,3 +41,26 @@ def test_hyper_connections_of_scanned_layers_compile(chip):
     text = compile_on(chip, jax.grad(loss), (site, site), streams).as_text()
 
     assert text.count("hc_grad_pre") >= 2
+
+
+def test_the_gradient_of_a_million_tokens_fits_into_scalar_memory():
+    """Which blocks of queries see a block of rows is two numbers a block, in the kernel's scalars."""
+    tokens, heads, width, window = 2**20, 8, 128, 128
+    shape = jax.ShapeDtypeStruct
+    arguments = (
+        shape((1, tokens, heads, width), jnp.bfloat16),
+        shape((1, window + tokens, width), jnp.bfloat16),
+        shape((1, tokens // 128, width), jnp.bfloat16),
+        shape((heads,), jnp.float32),
+        shape((1, tokens), jnp.int32),
+    )
+
+    def loss(q, rows, entries, sink, positions):
+        out, _ = window_attention(
+            q, rows, entries, sink, positions, ratio=128, scale=1.0, implementation="tpu"
+        )
+        return jnp.sum(out.astype(jnp.float32))
+
+    text = compile_on("v6e", jax.grad(loss, argnums=(0, 1, 2)), *arguments).as_text()
+
+    assert "attention_window_gradient" in text and "attention_entry_gradient" in text
