@@ -29,12 +29,20 @@ class LossWeights:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["loss", "ce", "mtp_ce", "indexer", "balance", "expert_counts"],
+    data_fields=[
+        *("loss", "ce", "mtp_ce", "indexer", "balance", "expert_counts"),
+        *("grad_norm", "skipped"),
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Terms of the loss (scalars, float32) and the routing counts by stage and block."""
+    """Terms of the loss (scalars, float32), the routing counts by stage and block, and what a step did.
+
+    Attributes:
+      grad_norm: global norm of the gradients before clipping, float32. 0 of a loss without a step.
+      skipped: whether the step changed nothing, since its loss or gradients were not fit for one; bool.
+    """
 
     loss: jax.Array
     ce: jax.Array
@@ -42,6 +50,8 @@ class Metrics:
     indexer: jax.Array
     balance: jax.Array
     expert_counts: tuple[tuple[jax.Array, ...], ...]  # [repeats, E] int32; MTP blocks come last
+    grad_norm: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros(()))
+    skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), bool))
 
 
 IGNORED = -100  # a target without loss

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,6 +14,7 @@ from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import TRAIN, AxisRules, collectives
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
+from v4jax.nn.layers import copied
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, reduce_gradients, specs
 from v4jax.nn.quantization import Chosen, everything, round_to_released
@@ -48,6 +50,8 @@ class TrainStep:
         numerics then, so that activations are rounded too.
       remat: recompute the layers in the backward pass.
       bias_speed: of the routing bias, per step; the report pre-trains with 1e-3. 0: it stays.
+      skip_above: a step whose gradients have a larger global norm (before any clipping) is skipped. One
+        whose loss or norm is NaN or infinite always is.
 
     Raises:
       ValueError: a mesh that does not divide the model, `qat` without released numerics, nothing to
@@ -65,6 +69,7 @@ class TrainStep:
         qat: bool = False,
         remat: bool = True,
         bias_speed: float = 0.0,
+        skip_above: float = math.inf,
     ):
         keep_programs()
         check_mesh(model.cfg, rules)
@@ -96,6 +101,7 @@ class TrainStep:
                 rules,
                 remat,
                 is_trained,
+                skip_above,
             ),
             donate_argnums=(0,),
         )
@@ -123,7 +129,8 @@ class TrainStep:
     def step(self, state: TrainState, tokens: Sequence) -> tuple[TrainState, Metrics]:
         """One step on inputs, the tokens after them, and those after these, [B, T] each, or a `Batch`.
 
-        From `batch`, or `losses.shifted` of an array [B, T + 2]. The old state is donated.
+        From `batch`, or `losses.shifted` of an array [B, T + 2]. The old state is donated. A skipped
+        step (`Metrics.skipped`) returns it as it was, the optimizer's count of steps included.
         """
         return self.compiled_step(state, *tokens)
 
@@ -219,15 +226,33 @@ def _mean_loss(graphdef, computed, rules, state, inputs, following, *rest):
 
 
 def _train_step(
-    graphdef, optimizer, weights, bias_speed, computed, rules, remat, is_trained, state, *tokens
+    graphdef,
+    optimizer,
+    weights,
+    bias_speed,
+    computed,
+    rules,
+    remat,
+    is_trained,
+    skip_above,
+    state,
+    *tokens,
 ):
     gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
     grads, metrics = gradients_of(computed(state.params), state.fixed, *tokens)
+    norm = optax.tree.norm(grads)
+    fit = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & (norm <= skip_above)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    model = nnx.merge(graphdef, params, state.fixed)
+    model = copied(nnx.merge(graphdef, params, state.fixed))  # the old state keeps its bias
     if bias_speed:
         update_routing_bias(model, metrics.expert_counts, bias_speed)
     _, *states = nnx.split(model, is_trained, ...)
     params, fixed = states
-    return TrainState(params, fixed, opt_state), metrics
+    state = _chosen(fit, TrainState(params, fixed, opt_state), state)
+    return state, dataclasses.replace(metrics, grad_norm=norm, skipped=~fit)
+
+
+def _chosen(fit, new: TrainState, old: TrainState) -> TrainState:
+    """The new state if it is fit, else the old one. What is the same array in both is not touched."""
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(fit, a, b), new, old)
