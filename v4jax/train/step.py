@@ -113,6 +113,23 @@ class TrainStep:
         self._states = []
         return TrainState(params, fixed, self.optimizer.init(params))
 
+    def shapes(self) -> TrainState:
+        """`init`'s state without the arrays of parameters and optimizer: their shapes, and where they lie.
+
+        To restore a state into, in place of `init`. Parameters' own arrays stay until `forget`.
+        """
+        params, fixed = self._states
+        params = jax.tree.map(_shape, params)
+        opt_state = jax.eval_shape(self.optimizer.init, params)
+        place = jax.tree.leaves(params)[0].sharding
+        return TrainState(params, fixed, _placed(opt_state, self.rules, place))
+
+    def forget(self) -> None:
+        """Frees the arrays of parameters, in place of `init`: a saved state has others."""
+        for leaf in jax.tree.leaves(self._states[0]):
+            leaf.delete()
+        self._states = []
+
     def batch(self, data: Data, step: int, batch_size: int) -> tuple:
         """Tokens of a step as `step` takes them; every process reads its own rows.
 
@@ -146,6 +163,30 @@ class TrainStep:
     def model(self, state: TrainState) -> Transformer:
         """The model with the state's arrays."""
         return nnx.merge(self.graphdef, state.params, state.fixed)
+
+
+def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _placed(opt_state, rules: AxisRules, place: jax.sharding.Sharding):
+    """Shapes of an optimizer's state with shardings: of a parameter's where one has its axes."""
+    mesh = place.mesh if isinstance(place, jax.NamedSharding) else None
+
+    def at(leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.ShapeDtypeStruct:
+        sharding = place if mesh is None else jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def of(node):
+        if not isinstance(node, nnx.Variable):
+            return at(node, jax.P())
+        leaves = jax.tree.leaves(node.get_value())
+        if any(leaf.ndim < len(node.axes) for leaf in leaves):  # of a factored moment
+            return node.replace(jax.tree.map(lambda leaf: at(leaf, jax.P()), node.get_value()))
+        spec = specs(node, rules).get_value()
+        return node.replace(jax.tree.map(at, node.get_value(), spec))
+
+    return jax.tree.map(of, opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def trained_by(trainable: Chosen) -> Callable:
