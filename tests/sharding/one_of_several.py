@@ -19,7 +19,8 @@ from v4jax import checkpoint
 from v4jax.inference.engine import Engine
 from v4jax.inference.sampling import Sampling
 from v4jax.train.data import TokenStream
-from v4jax.train.optimizers import adamw, warmup_cosine
+from v4jax.train.optimizers import adamw
+from v4jax.train.schedules import schedule
 from v4jax.train.state import Saver
 from v4jax.train.step import TrainStep
 
@@ -59,7 +60,7 @@ def main() -> None:
         held = sum(shard.data.nbytes for shard in weight.addressable_shards)
         result["share held"] = held / weight.nbytes
         stream = TokenStream(np.random.default_rng(0).integers(2, 256, 5000), LENGTH)
-        trainer = TrainStep(model, adamw(warmup_cosine(1e-3, STEPS, warmup_steps=1)))
+        trainer = TrainStep(model, adamw(schedule("cosine", 1e-3, STEPS, warmup_steps=1)))
         state = trainer.init()
         for step in range(STEPS):
             state, metrics = trainer.step(state, trainer.batch(stream, step, BATCH))

@@ -17,13 +17,14 @@ from v4jax import Transformer, checkpoint, plain, released, tiny
 from v4jax.inference.score import Scorer
 from v4jax.nn.quantization import round_to_released, to_released
 from v4jax.train.losses import shifted, training_loss
-from v4jax.train.optimizers import adamw, warmup_cosine
+from v4jax.train.optimizers import adamw
+from v4jax.train.schedules import schedule
 from v4jax.train.step import TrainStep
 
 CONFIG = dataclasses.replace(tiny(), layers=tiny().layers[:3])  # window, CSA, HCA
 LENGTH = 140
 B1, CLIP_NORM = 0.9, 1.0
-OPTIMIZER = adamw(warmup_cosine(3e-3, 8, warmup_steps=1), b1=B1, clip_norm=CLIP_NORM)
+OPTIMIZER = adamw(schedule("cosine", 3e-3, 8, warmup_steps=1), b1=B1, clip_norm=CLIP_NORM)
 
 
 def _make_model(numerics=released("float32")) -> Transformer:

@@ -21,7 +21,8 @@ from v4jax.nn.layers import ModelContext
 from v4jax.nn.moe import Router
 from v4jax.train.data import TokenStream
 from v4jax.train.losses import LossWeights, shifted, training_loss
-from v4jax.train.optimizers import adamw, is_matrix, update_routing_bias, warmup_cosine
+from v4jax.train.optimizers import adamw, is_matrix, update_routing_bias
+from v4jax.train.schedules import schedule
 from v4jax.train.state import Saver
 from v4jax.train.step import TrainStep
 
@@ -195,7 +196,7 @@ def test_routing_bias_moves_against_the_load(model):
 
 def test_adamw_is_the_published_rule():
     """Two steps against NumPy: warm-up to the peak, decay on the matrix and not on the vector."""
-    schedule = warmup_cosine(0.1, 10, warmup_steps=1)
+    rate = schedule("cosine", 0.1, 10, warmup_steps=1)
     matrix = nnx.Param(jnp.array([[2.0, -1.0]]), matrix=True)
     # As of two stacked layers: an axis more does not make it a matrix.
     vector = nnx.Param(jnp.array([[0.5], [0.7]]), matrix=False)
@@ -209,7 +210,7 @@ def test_adamw_is_the_published_rule():
         )
     ]
     grads.append(jax.tree.map(lambda g: 0.5 * g, grads[0]))
-    tx = adamw(schedule, clip_norm=1e9)
+    tx = adamw(rate, clip_norm=1e9)
     state, moments = tx.init(params), {k: (0.0, 0.0) for k in params}
     expected = {k: np.asarray(v.get_value(), np.float64) for k, v in params.items()}
     rates = (0.1, 0.01 + 0.09 * (1 + np.cos(np.pi / 9)) / 2)
@@ -242,7 +243,7 @@ def test_only_matrices_decay_in_stacked_layers():
 
 def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
     """Six steps on one batch, against three, a save, a restore into a new model, and three more."""
-    optimizer = adamw(warmup_cosine(3e-3, 6, warmup_steps=1))
+    optimizer = adamw(schedule("cosine", 3e-3, 6, warmup_steps=1))
     trainer = TrainStep(_make_model(), optimizer, bias_speed=1e-3)
     state, losses = trainer.init(), []
     saver = Saver(tmp_path / "state")

@@ -47,7 +47,8 @@ from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.data import Data, Examples, TokenStream
 from v4jax.train.data.examples import TOO_LONG
 from v4jax.train.losses import LossWeights
-from v4jax.train.optimizers import adamw, warmup_cosine
+from v4jax.train.optimizers import adamw
+from v4jax.train.schedules import schedule
 from v4jax.train.trainer import FORMATS, TRAINABLE, Trainer
 
 
@@ -269,7 +270,7 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
             rank=args.lora_rank, alpha=args.lora_alpha, targets=tuple(args.lora_targets)
         )
     optimizer = adamw(
-        warmup_cosine(args.lr, args.steps, warmup_steps=args.warmup),
+        schedule("cosine", args.lr, args.steps, warmup_steps=args.warmup),
         b1=args.b1,
         b2=args.b2,
         weight_decay=args.weight_decay,

@@ -12,23 +12,6 @@ from flax import nnx
 from v4jax.nn.model import Transformer
 
 
-def warmup_cosine(
-    peak: float, total_steps: int, *, warmup_steps: int = 100, final_fraction: float = 0.1
-) -> optax.Schedule:
-    """Learning rate: linear warm-up to `peak`, cosine decay to `final_fraction` of it.
-
-    The first step takes the first rate of the warm-up, not 0.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=peak,
-        warmup_steps=min(warmup_steps, total_steps - 1),
-        decay_steps=total_steps,
-        end_value=peak * final_fraction,
-    )
-    return lambda count: schedule(count + 1)
-
-
 def adamw(
     learning_rate: float | optax.Schedule,
     *,
