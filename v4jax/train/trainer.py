@@ -51,6 +51,8 @@ class Trainer:
       qat: train with the rounding of the released format in the loop (docs/low_precision.md).
       remat: recompute layers in the backward pass.
       bias_speed: of the routing bias, per step. Pre-training takes 1e-3; 0 leaves it.
+      skip_above: a step whose gradients have a larger global norm changes nothing. One whose loss or
+        norm is NaN or infinite never does.
       seed: of new adapters.
 
     Attributes:
@@ -71,6 +73,7 @@ class Trainer:
         qat: bool = False,
         remat: bool = True,
         bias_speed: float = 0.0,
+        skip_above: float = math.inf,
         seed: int = 0,
     ):
         if isinstance(trainable, str) and trainable not in TRAINABLE:
@@ -98,6 +101,7 @@ class Trainer:
                 qat=qat,
                 remat=remat,
                 bias_speed=bias_speed,
+                skip_above=skip_above,
             )
         self._state: TrainState | None = None
 
