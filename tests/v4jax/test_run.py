@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,11 +20,14 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event as BoardEvent
 
 from pallas_kernels import chips
+from tests.conftest import NANO, ROOT
 from tests.models import random_model
 from tests.v4jax.test_trainer import SMALL
 from v4jax.checkpoint import CheckpointError
+from v4jax.text.tokenizer import Tokenizer
 from v4jax.train import TokenStream, Trainer, adamw, events
 from v4jax.train.losses import Metrics
+from v4jax.train.samples import Prompts
 from v4jax.train.speed import Speed
 from v4jax.train.step import TrainStep
 
@@ -44,8 +48,9 @@ def make(monkeypatch):
             is_skipped = number in skipped
             loss = math.nan if is_skipped else float(number)
             terms = [jnp.float32(loss)] * 5
+            counts = ((jnp.array([[3, 1], [2, 2]]),),)
             norm, flag = jnp.float32(2 * loss), jnp.asarray(is_skipped)
-            return state, Metrics(*terms, ((jnp.array([[3, 1], [2, 2]]),),), norm, flag)
+            return state, Metrics(*terms, counts, grad_norm=norm, skipped=flag)
 
         monkeypatch.setattr(TrainStep, "step", step)
         monkeypatch.setattr(TrainStep, "loss", lambda *_: next(left))
@@ -232,3 +237,89 @@ def test_a_share_of_the_peak(monkeypatch):
         speed.step()
     assert speed.tokens_per_second == 8 * 50 / 2
     assert speed.flop_utilisation == pytest.approx(8 * 3e5 / 2 / 4e6)
+
+
+def test_a_rate_of_zero_changes_nothing():
+    """A hundred steps from a checkpoint, as the command makes them: not a bit, of what trains or stays."""
+    trainer = Trainer(random_model(SMALL), adamw(0.0))
+    before = [np.array(x) for x in jax.tree.leaves((trainer.state.params, trainer.state.fixed))]
+    for number in range(100):
+        trainer.step(trainer.batch(DATA, number, 1))
+    after = jax.tree.leaves((trainer.state.params, trainer.state.fixed))
+    assert trainer.steps == 100 and len(before) > 20
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_samples_are_what_the_model_finds_likeliest():
+    """Of two prompts of different length, against the model's logits for the whole text."""
+    cfg = dataclasses.replace(SMALL, vocab_size=1280)
+    tokenizer = Tokenizer(NANO)
+    trainer = Trainer(random_model(cfg), adamw(1e-3))
+    texts = ["Emma was", "Mr. Knightley said that"]
+
+    found = trainer.continued(Prompts(texts, tokenizer, max_new_tokens=4))
+
+    assert [text for text, _ in found] == texts
+    for text, continuation in found:
+        prompt = [
+            tokenizer.id("<\uff5cbegin\u2581of\u2581sentence\uff5c>"),
+            *tokenizer.encode(text),
+        ]
+        ids = list(prompt)
+        for _ in range(4):
+            padded = np.zeros((1, 40), np.int32)
+            padded[0, : len(ids)] = ids
+            ids.append(int(np.argmax(trainer.model(padded)[0, len(ids) - 1])))
+        assert continuation == tokenizer.decode(ids[len(prompt) :])
+
+
+def test_prompts_are_rendered_and_checked():
+    tokenizer = Tokenizer(NANO)
+    asked, begun = (
+        Prompts(["Who?"], tokenizer, mode=mode)._ids[0] for mode in ("non-think", "raw")
+    )
+    assert tokenizer.decode(asked, keep_special=True).endswith(
+        "Who?<\uff5cAssistant\uff5c></think>"
+    )
+    assert tokenizer.decode(begun) == "Who?"
+    with pytest.raises(ValueError, match="mode"):
+        Prompts(["Who?"], tokenizer, mode="deep")
+    with pytest.raises(ValueError, match="at least one text"):
+        Prompts([], tokenizer)
+
+
+def _start(folder: pathlib.Path, steps: int) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    words = [sys.executable, "-m", "tests.v4jax.killed_run", str(folder), str(steps)]
+    return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def _bits(folder: pathlib.Path) -> list[list[str]]:
+    path = folder / "bits"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_run_that_is_killed_anywhere_computes_the_same_bits(tmp_path):
+    """Three kills, a random while after the process has begun to compute."""
+    steps, broken, whole = 200, tmp_path / "broken", tmp_path / "whole"
+    rng = np.random.default_rng()
+    for _ in range(3):
+        before = len(_bits(broken))
+        process = _start(broken, steps)
+        while len(_bits(broken)) == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.0))
+        process.kill()
+        process.communicate()
+    for folder in (broken, whole):
+        process = _start(folder, steps)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+
+    wanted = dict(_bits(whole))
+    assert len(wanted) == steps
+    assert all(bits == wanted[step] for step, bits in _bits(broken))
+    assert (broken / "digest").read_text() == (whole / "digest").read_text()
+    assert [line["step"] for line in _lines(broken)] == list(range(1, steps + 1))
+    assert _lines(broken) == _lines(whole)

@@ -7,7 +7,7 @@
 `--data` has an example a line, which the released prompt format renders; loss is on what the assistant writes
 (docs/training.md; `v4jax data check FILE` shows it). `--tokens` is one array of ids, cut into windows.
 
-AdamW over the next token, the token after it (MTP), the indexer's loss and router balance. What trains
+AdamW or Muon over the next token, the token after it (MTP), the indexer's loss and router balance. What trains
 is float32; with `--trainable no-experts` or `lora` the other weights stay packed as they are stored.
 With `--qat` every step computes with weights and activations rounded as the released format and code
 round them (docs/low_precision.md). Run the same command again to go on after an interruption: a step's
@@ -37,7 +37,7 @@ from v4jax.checkpoint.folders import weight_files
 from v4jax.checkpoint.hf_config import from_hf
 from v4jax.checkpoint.saving import write_text
 from v4jax.cli.errors import one_message
-from v4jax.cli.finetune_options import make_parser, parse_args
+from v4jax.cli.finetune_options import OPTIMIZERS, make_parser, parse_args
 from v4jax.cli.pod import on_mesh, start_processes
 from v4jax.cli.settings import write_config
 from v4jax.config import VARIANTS, V4Config
@@ -51,7 +51,6 @@ from v4jax.planning.devices import require_room_to_train, training_mesh
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.data import Data, Examples, TokenStream
 from v4jax.train.losses import LossWeights
-from v4jax.train.optimizers import adamw
 from v4jax.train.samples import Prompts
 from v4jax.train.schedules import schedule
 from v4jax.train.trainer import TRAINABLE, Trainer
@@ -144,12 +143,13 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
         trainable = LoRA(
             rank=args.lora_rank, alpha=args.lora_alpha, targets=tuple(args.lora_targets)
         )
-    optimizer = adamw(
+    optimizer = OPTIMIZERS[args.optimizer](
         schedule(args.schedule, args.lr, args.steps, warmup_steps=args.warmup),
         b1=args.b1,
         b2=args.b2,
         weight_decay=args.weight_decay,
         clip_norm=args.clip_norm,
+        state_dtype=args.optimizer_dtype,
     )
     weights = LossWeights(
         mtp=args.mtp_weight, balance=args.balance_weight, indexer=args.indexer_weight

@@ -10,9 +10,11 @@ from v4jax.cli.settings import add_config_option, words_with_config
 from v4jax.config import VARIANTS
 from v4jax.nn.lora import ATTENTION
 from v4jax.train.data.examples import TOO_LONG
+from v4jax.train.optimizers import adamw, muon
 from v4jax.train.schedules import SHAPES
 from v4jax.train.trainer import FORMATS, TRAINABLE
 
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 # Left out, it depends on where training starts: pre-training's values, or what fine-tuning takes.
 _BY_START = {"bias_speed": (1e-3, 0.0), "mtp_weight": (0.3, 0.1)}
 
@@ -130,6 +132,15 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         help="ends of the paths of matrices, as attention.wq_a, shared.w1 or moe.w1",
     )
     rule = parser.add_argument_group("optimizer and loss")
+    rule.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="muon: of the model's matrices, and adamw for the rest",
+    )
+    rule.add_argument(
+        "--optimizer-dtype", choices=DTYPES, default="float32", help="of its moments, between steps"
+    )
     rule.add_argument(
         "--schedule", choices=SHAPES, default="cosine", help="of the rate, after its warm-up"
     )
