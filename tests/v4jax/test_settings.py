@@ -44,6 +44,8 @@ def test_a_file_has_options_and_flags_win(parse):
     assert args.lora_targets == ["attention.wq_b", "attention.wkv"]
     assert args.mesh == {"fsdp": 4, "expert": 2} and args.save == "adapter"
     assert args.batch_size == 8  # the default
+    sys.argv[1:3] = [f"--conf={sys.argv[2]}"]  # argparse takes beginnings
+    assert parse_args(make_parser(None)).seq_len == 64
 
 
 def test_a_flag_takes_the_place_of_what_it_excludes(parse):

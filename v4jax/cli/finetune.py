@@ -18,9 +18,8 @@ or adapter/ in PEFT's files. Ctrl-C and SIGTERM save first.
 `--config FILE` reads these options from TOML, one a line (`seq-len = 512`); flags win. `--output` gets all
 of them in config.toml, which can be given again.
 
-Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as v4jax/cli/pod.py shows. A model
-that is spread over several hosts stays in state/: run the same command once more on one host, with
-any mesh, to write model/.
+Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as v4jax/cli/pod.py shows, with an
+`--output` that they share: each writes some files of model/.
 """
 
 import argparse
@@ -31,6 +30,7 @@ import sys
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from v4jax import checkpoint, stores
 from v4jax.checkpoint.folders import weight_files
@@ -211,19 +211,18 @@ def main() -> None:
         if process == 0:
             print(f"mesh: {why}", file=sys.stderr)
     with on_mesh(args.mesh):
-        train(args, parser, is_first=process == 0, is_alone=count == 1)
+        train(args, parser, process, count)
 
 
-def train(
-    args: argparse.Namespace,
-    parser: argparse.ArgumentParser,
-    *,
-    is_first: bool,
-    is_alone: bool,
-) -> None:
-    """The run; the first process prints and logs."""
+def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: int, count: int):
+    """The run, as one of `count` processes; the first prints and logs."""
+    is_first = process == 0
     data, cfg = read_data(args, args.data, args.tokens), config_of(args)
     data.require_ids(cfg.vocab_size)
+    evaluation = None
+    if args.eval_data or args.eval_tokens:
+        evaluation = read_data(args, args.eval_data, args.eval_tokens)
+        evaluation.require_ids(cfg.vocab_size)
     prompts = make_prompts(args)
     if is_first and args.data:
         print(data, file=sys.stderr)
@@ -234,9 +233,6 @@ def train(
         claim(args, parser)
         write_config(args.output / "config.toml", parser, args)
     trainer = make_trainer(args)
-    evaluation = None
-    if args.eval_data or args.eval_tokens:
-        evaluation = read_data(args, args.eval_data, args.eval_tokens)
     flops = costs.training_flops(cfg, args.seq_len, remat=False, trainable=args.trainable).total
     trainer.fit(
         data,
@@ -252,15 +248,19 @@ def train(
         step_flops=args.batch_size * flops,
         max_skipped=args.max_skipped,
     )
-    if not is_alone:
-        print(f"{args.output / 'state'} has the model: run this on one host to write model/")
-        return
     if args.export == "best":
         loss = trainer.take_best(args.output)
-        print(f"the lowest held-out loss was {loss:.4f}, after step {trainer.steps}")
+        if is_first:
+            print(f"the lowest held-out loss was {loss:.4f}, after step {trainer.steps}")
     written = args.output / ("adapter" if args.save == "adapter" else "model")
-    shutil.rmtree(written, ignore_errors=True)  # `claim` made sure that it is ours
-    trainer.save(written, args.save)
+    if is_first:
+        shutil.rmtree(written, ignore_errors=True)  # `claim` made sure that it is ours
+    if count > 1:
+        multihost_utils.sync_global_devices("the folder is free")
+    if is_first or trainer.num_devices > jax.local_device_count():
+        trainer.save(written, args.save)
+    if not is_first:
+        return
     source = args.tokenizer or args.checkpoint
     if source and stores.is_file(stores.in_folder(source, "tokenizer.json")):
         Tokenizer(source).save(written)

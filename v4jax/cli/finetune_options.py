@@ -10,9 +10,10 @@ from v4jax.cli.settings import add_config_option, words_with_config
 from v4jax.config import VARIANTS
 from v4jax.nn.lora import ATTENTION
 from v4jax.train.data.examples import TOO_LONG
+from v4jax.train.export import FORMATS
 from v4jax.train.optimizers import adamw, muon
 from v4jax.train.schedules import SHAPES
-from v4jax.train.trainer import FORMATS, TRAINABLE
+from v4jax.train.trainer import TRAINABLE
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 # Left out, it depends on where training starts: pre-training's values, or what fine-tuning takes.

@@ -46,8 +46,11 @@ def words_with_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> 
       ValueError: the file is no TOML, has an unknown key, or a value of the wrong kind.
       OSError: it cannot be read.
     """
+    flags = [word.partition("=")[0] for word in words]
+    if not any(len(flag) > 2 and "--config".startswith(flag) for flag in flags):
+        return list(words)
     given = _given(parser, words)
-    if given.get("config") is None:
+    if "config" not in given:
         return list(words)
     path, actions = given["config"], _actions(parser)
     options = _read(path, actions)

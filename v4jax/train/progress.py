@@ -32,7 +32,7 @@ def _numbers(event: StepDone) -> dict[str, str]:
     metrics, load = event.metrics, event.expert_load
     found = {
         "ce": f"{float(metrics.ce):.4f}",
-        "mtp": f"{float(metrics.mtp_ce):.4f}",
+        "mtp": f"{float(metrics.mtp_ce):.4f}" if float(metrics.mtp_ce) else None,
         "norm": f"{float(metrics.grad_norm):.3g}",
         "load": None if load is None else f"{load:.2f}",
         "tok/s": f"{event.tokens_per_second:,.0f}",

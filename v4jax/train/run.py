@@ -102,15 +102,23 @@ class _Saves:
 
 
 def run(
-    trainer: "Trainer", data: Data, steps: int, options: Options, saver: Saver | None
+    trainer: "Trainer", data: Data, steps: int, options: Options, saver: Saver | None, resumed: bool
 ) -> Iterator[Event]:
-    """Trains until `steps` are done in all. The saver is closed at the end."""
+    """Trains until `steps` are done in all.
+
+    Args:
+      saver: closed at the end.
+      resumed: the trainer has just taken a state of it.
+    """
     with contextlib.ExitStack() as stack:
         if saver is not None:
             stack.callback(saver.close)
         log = stack.enter_context(
             contextlib.closing(Log(options.output, trainer.steps, tensorboard=options.tensorboard))
         )
+        if resumed and saver is not None:
+            folder = pathlib.Path(saver.folder)
+            yield Resumed(step=trainer.steps, folder=folder, damaged=saver.damaged)
         for event in _events(trainer, data, steps, options, saver):
             log.write(event)
             yield event
@@ -123,8 +131,6 @@ def _events(
     skips, saves = _Skips(options.max_skipped), None if saver is None else _Saves(saver)
     speed = Speed(batch_size * data.seq_len, options.step_flops, trainer.num_devices)
     best = math.inf if saver is None or saver.best is None else saver.best[1]
-    if first and saver is not None:
-        yield Resumed(step=first, folder=pathlib.Path(saver.folder), damaged=saver.damaged)
     for number in range(first, steps):
         metrics = trainer.step(trainer.batch(data, number, batch_size))
         done, is_last = number + 1, number + 1 == steps

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from v4jax.checkpoint.errors import CheckpointError
@@ -229,6 +230,8 @@ class Saver:
                 source = os.path.join(os.path.abspath(self.folder), str(step))
                 if os.path.isdir(source):
                     os.rename(source, _free(f"{source}.damaged"))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged states are left aside")
         self._manager.reload()
 
     @contextlib.contextmanager

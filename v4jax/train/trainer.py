@@ -17,15 +17,14 @@ import optax
 from flax import nnx
 
 from sharding import TRAIN
-from v4jax.checkpoint import saving
-from v4jax.checkpoint.adapters import save_adapter
 from v4jax.checkpoint.errors import CheckpointError
-from v4jax.nn.lora import LoRA, LoRAParam, add_lora, merge_lora
+from v4jax.nn.lora import LoRA, LoRAParam, add_lora
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, require_placed
-from v4jax.nn.quantization import Chosen, everything, not_expert, to_float, to_released
+from v4jax.nn.quantization import Chosen, everything, not_expert, to_float
 from v4jax.train.data import Data
 from v4jax.train.events import Event, Record, StepDone
+from v4jax.train.export import export
 from v4jax.train.losses import Batch, LossWeights, Metrics
 from v4jax.train.progress import show
 from v4jax.train.run import Options, run
@@ -35,7 +34,6 @@ from v4jax.train.step import TrainState, TrainStep
 from v4jax.train.stopping import StopOnSignal
 
 TRAINABLE = {"all": everything, "no-experts": not_expert}
-FORMATS = ("released", "float", "adapter")
 
 
 class Trainer:
@@ -191,14 +189,16 @@ class Trainer:
             where a step's numbers are due.
 
         Raises:
-          ValueError: too many steps were skipped, or a parameter became NaN or infinite. The last good
-            state is kept.
+          ValueError: an id is outside the vocabulary; too many steps were skipped, or a parameter became
+            NaN or infinite. The last good state is kept.
           CheckpointError: a state cannot be written, or none can be read.
         """
-        data.require_ids(self._step.cfg.vocab_size)
+        for each in (data, evaluation):
+            if each is not None:
+                each.require_ids(self._step.cfg.vocab_size)
         if prompts is not None and evaluation is None:
             raise ValueError("prompts: expected evaluation= beside them, which says when.")
-        folder = None if output is None else pathlib.Path(output)
+        folder, before = None if output is None else pathlib.Path(output), self.steps
         saver = None if folder is None else self.resume(folder)
         options = Options(
             batch_size=batch_size,
@@ -213,7 +213,7 @@ class Trainer:
             max_skipped=max_skipped,
             stop=stop,
         )
-        return run(self, data, steps, options, saver)
+        return run(self, data, steps, options, saver, self.steps > before)
 
     def run(self, data: Data, steps: int, **options) -> Iterator[Record]:
         """`events`, of which only the numbers of steps: a record every `log_every`. Options as there."""
@@ -314,29 +314,18 @@ class Trainer:
         )
 
     def save(self, folder: str | os.PathLike, format: str | None = None) -> None:
-        """Writes what was trained.
+        """Writes what was trained. With a mesh over several hosts, all of them call it together.
 
         Args:
-          folder: new, or empty.
+          folder: new, or empty; of hosts, one that they share.
           format: "released" (FP4 experts, FP8 linears), "float", or "adapter" (PEFT's files; of a
             `LoRA` only). With a LoRA the first two have it merged in. Default: "adapter" of a LoRA,
             else "released".
 
         Raises:
-          ValueError: an unknown format, or "adapter" without one; `folder` has a checkpoint; the model
-            is spread over several hosts.
+          ValueError: an unknown format, or "adapter" without one; `folder` has a checkpoint.
         """
-        format = format or ("released" if self.lora is None else "adapter")
-        if format not in FORMATS or (format == "adapter" and self.lora is None):
-            raise ValueError(
-                f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}, and "
-                '"adapter" for a model that was trained with a LoRA.'
-            )
-        if format == "adapter":
-            return save_adapter(self.model, folder)
-        model = to_float(self.model) if format == "float" else self.model
-        model = model if self.lora is None else merge_lora(model)
-        return saving.save(to_released(model) if format == "released" else model, folder)
+        export(self.model, folder, self.lora, format)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return on_mesh(self._mesh)
