@@ -15,7 +15,7 @@ from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, plain, tiny
 from v4jax.config import window_layer
-from v4jax.nn.cross_entropy import cross_entropy
+from v4jax.nn.cross_entropy import cross_entropy, cross_entropy_and_normalizer
 from v4jax.nn.indexer import indexer_loss
 from v4jax.nn.layers import ModelContext
 from v4jax.nn.moe import Router
@@ -80,15 +80,17 @@ def test_cross_entropy_is_that_of_the_logits(model, tokens):
     hidden = jax.random.normal(jax.random.key(0), (2, LENGTH, tiny().embed_dim))
     targets = tokens[:, :LENGTH]
 
-    losses = cross_entropy(model, hidden, targets, chunk=64)
+    losses, normalizers = cross_entropy_and_normalizer(model, hidden, targets, chunk=64)
 
     logits = np.asarray(model.logits(hidden), np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert_close(normalizers, expected[..., 0], FLOAT32)
+    log_p = logits - expected
     assert_close(losses, -np.take_along_axis(log_p, targets[..., None], -1)[..., 0], FLOAT32)
 
 
 def test_terms_of_the_loss(model, tokens):
-    weights = LossWeights(mtp=0.3, balance=0.01, indexer=0.5)
+    weights = LossWeights(mtp=0.3, balance=0.01, indexer=0.5, z=0.02)
     loss, metrics = jax.jit(lambda t: training_loss(model, *shifted(t), weights, remat=False))(
         tokens
     )
@@ -98,12 +100,15 @@ def test_terms_of_the_loss(model, tokens):
         streams, _ = model.trunk(inputs)
         mtp_hidden, _ = model.mtp_hidden(streams, following)
         ce = cross_entropy(model, model.hidden(streams), following)
-        return ce.mean(), cross_entropy(model, mtp_hidden, after)
+        logits = model.logits(model.hidden(streams))
+        return ce.mean(), cross_entropy(model, mtp_hidden, after), logits
 
-    ce, mtp_ce = cross_entropies(*shifted(tokens))
+    ce, mtp_ce, logits = cross_entropies(*shifted(tokens))
+    z = np.mean(np.log(np.exp(np.asarray(logits, np.float64)).sum(-1)) ** 2)
+    assert_close(metrics.z, z, FLOAT32)
     assert_close(metrics.ce, ce, FLOAT32)
     assert_close(metrics.mtp_ce, mtp_ce.mean(), FLOAT32)
-    expected = ce + 0.3 * mtp_ce.mean() + 0.01 * metrics.balance + 0.5 * metrics.indexer
+    expected = ce + 0.3 * mtp_ce.mean() + 0.01 * metrics.balance + 0.5 * metrics.indexer + 0.02 * z
     assert_close(loss, expected, FLOAT32)
     counts = [np.asarray(count) for stage in metrics.expert_counts for count in stage]
     assert sum(len(count) for count in counts) == len(tiny().layers) + 1

@@ -1,8 +1,10 @@
-"""The training loss: next token, the token after it (MTP), indexer and router balance.
+"""The training loss: next token, the token after it (MTP), indexer, router balance, normaliser.
 
-    loss = ce + mtp_weight * ce_mtp + balance_weight * balance + indexer_weight * indexer
+    loss = ce + mtp_weight * ce_mtp + balance_weight * balance + indexer_weight * indexer + z_weight * z
 
-Source: report section 4.2; weights of the terms there and in `LossWeights`.
+Source: report section 4.2; weights of the terms there and in `LossWeights`. z is the mean square of the log of
+the softmax's normaliser, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5); the
+report has none.
 """
 
 import dataclasses
@@ -13,25 +15,30 @@ import jax
 import jax.numpy as jnp
 
 from sharding import collectives
-from v4jax.nn.cross_entropy import cross_entropy
-from v4jax.nn.documents import Documents
+from v4jax.config import V4Config
+from v4jax.nn.cross_entropy import cross_entropy, cross_entropy_and_normalizer
+from v4jax.nn.documents import Documents, positions_of
 from v4jax.nn.model import Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the terms. The report trains with mtp 0.3, then 0.1, and balance 1e-4."""
+    """Weights of the terms. The report trains with mtp 0.3, then 0.1, balance 1e-4 and no z.
+
+    PaLM's z is 1e-4.
+    """
 
     mtp: float = 0.3
     balance: float = 1e-4
     indexer: float = 1.0
+    z: float = 0.0
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         *("loss", "ce", "mtp_ce", "indexer", "balance", "expert_counts"),
-        *("grad_norm", "skipped"),
+        *("z", "grad_norm", "skipped"),
     ],
     meta_fields=[],
 )
@@ -40,6 +47,7 @@ class Metrics:
     """Terms of the loss (scalars, float32), the routing counts by stage and block, and what a step did.
 
     Attributes:
+      z: mean square of the log of the next token's normaliser, whether or not it has a weight.
       grad_norm: global norm of the gradients before clipping, float32. 0 of a loss without a step.
       skipped: whether the step changed nothing, since its loss or gradients were not fit for one; bool.
     """
@@ -50,8 +58,24 @@ class Metrics:
     indexer: jax.Array
     balance: jax.Array
     expert_counts: tuple[tuple[jax.Array, ...], ...]  # [repeats, E] int32; MTP blocks come last
+    z: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros(()))
     grad_norm: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros(()))
     skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), bool))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["following", "after", "documents", "queries"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What the terms of the loss are means over, in a batch or a part of it (scalars, float32)."""
+
+    following: jax.Array  # weights of the next tokens
+    after: jax.Array  # weights of MTP's targets
+    documents: jax.Array
+    queries: dict[int, jax.Array]  # that an indexer learns from, by its layer's ratio
 
 
 IGNORED = -100  # a target without loss
@@ -84,6 +108,7 @@ def training_loss(
     loss_weights: jax.Array | None = None,  # [B, T] float32, of `following`
     after_weights: jax.Array | None = None,  # [B, T] float32, of `after`
     documents: Documents | None = None,
+    shares: Counts | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Loss of predicting the following tokens and, by MTP, those after them.
 
@@ -94,6 +119,8 @@ def training_loss(
       loss_weights, after_weights: default 1.
       documents: what the rows hold, if not one sequence each. Indexer and balance are then means over
         tokens and documents, without padding.
+      shares: these tokens' parts of the counts of a step, if they are one of its micro-batches. Terms
+        are weighted by them, so that those of all micro-batches add up to the terms of the step.
 
     Returns:
       the loss to differentiate and the metrics. With tokens cut over devices the first is this
@@ -109,8 +136,11 @@ def training_loss(
         )
     streams, stats = model.trunk(inputs, documents, remat=remat)
     labels, counted = without_ignored(following, loss_weights)
-    ce = mean_share(cross_entropy(model, model.hidden(streams), labels), counted)
-    blocks = [block for stage in stats for block in stage]
+    losses, normalizers = cross_entropy_and_normalizer(model, model.hidden(streams), labels)
+    ce, z = (mean_share(terms, counted) for terms in (losses, normalizers**2))
+    num_indexers = sum(spec.indexer is not None for spec in model.cfg.layers)
+    num_scored = sum(not spec.hash_routed for spec in model.cfg.layers) + len(model.mtp)
+    indexer = _indexer_loss(model, stats, shares) / max(num_indexers, 1)
     mtp_ce = jnp.zeros(())
     if model.mtp:
         read = jnp.where(following == IGNORED, jnp.roll(inputs, -1, axis=1), following)
@@ -118,17 +148,58 @@ def training_loss(
         labels, counted = without_ignored(after, after_weights)
         mtp_ce = mean_share(cross_entropy(model, hidden, labels), counted)
         mtp_stats = jax.tree.map(lambda x: x[None], mtp_stats)
-        blocks.append(mtp_stats)
         stats = (*stats, (mtp_stats,))
-    num_indexers = sum(spec.indexer is not None for spec in model.cfg.layers)
-    num_scored = sum(not spec.hash_routed for spec in model.cfg.layers) + len(model.mtp)
-    indexer = sum(jnp.sum(b.indexer_loss) for b in blocks) / max(num_indexers, 1)
-    balance = sum(jnp.sum(b.router.balance_loss) for b in blocks) / max(num_scored, 1)
+    balances = [jnp.sum(b.router.balance_loss) for stage in stats for b in stage]
+    balance = jnp.sum(jnp.stack(balances)) / max(num_scored, 1)
+    if shares is not None:
+        ce, z, mtp_ce = shares.following * ce, shares.following * z, shares.after * mtp_ce
+        balance = shares.documents * balance
     loss = ce + weights.mtp * mtp_ce + weights.balance * balance + weights.indexer * indexer
+    loss = loss + weights.z * z if weights.z else loss
     counts = tuple(tuple(block.router.counts for block in stage) for stage in stats)
-    terms = jnp.stack([loss, ce, mtp_ce, indexer, balance])
-    total, ce, mtp_ce, indexer, balance = collectives.reduce_from(terms, "batch", "seq")
-    return loss, Metrics(total, ce, mtp_ce, indexer, balance, counts)
+    terms = jnp.stack([loss, ce, mtp_ce, indexer, balance, z])
+    total, ce, mtp_ce, indexer, balance, z = collectives.reduce_from(terms, "batch", "seq")
+    return loss, Metrics(total, ce, mtp_ce, indexer, balance, counts, z)
+
+
+def counts_of(
+    cfg: V4Config,
+    inputs: jax.Array,
+    following: jax.Array,
+    after: jax.Array,
+    loss_weights: jax.Array | None = None,
+    after_weights: jax.Array | None = None,
+    documents: Documents | None = None,
+) -> Counts:
+    """What the terms of `training_loss` are means over. Of the tokens of all devices."""
+    positions = positions_of(documents, *inputs.shape)
+    valid = jnp.ones(inputs.shape, bool) if documents is None else documents.valid
+
+    def total(counted: jax.Array) -> jax.Array:
+        return collectives.psum(jnp.sum(counted.astype(jnp.float32)), "batch", "seq")
+
+    def queries(topk: int, ratio: int) -> jax.Array:
+        """Those that choose among two entries or more."""
+        return total(valid & (jnp.minimum((positions + 1) // ratio, topk) > 1))
+
+    return Counts(
+        total(without_ignored(following, loss_weights)[1]),
+        total(without_ignored(after, after_weights)[1]),
+        total(valid & (positions == 0)),
+        {spec.ratio: queries(spec.indexer.topk, spec.ratio) for spec in cfg.layers if spec.indexer},
+    )
+
+
+def _indexer_loss(model: Transformer, stats, shares: Counts | None) -> jax.Array | float:
+    """The sum over layers."""
+    total = jnp.zeros(())
+    for stage, of_stage in zip(model.stages, stats, strict=True):
+        for block, one in zip(stage.blocks, of_stage, strict=True):
+            spec = block.attention.spec
+            if spec.indexer:
+                share = 1.0 if shares is None else shares.queries[spec.ratio]
+                total += share * jnp.sum(one.indexer_loss)
+    return total
 
 
 def without_ignored(targets: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -63,7 +63,7 @@ def orthogonalize(update_rms: float) -> optax.GradientTransformation:
 def newton_schulz(matrices: jax.Array) -> jax.Array:
     """[..., n, m] -> about U V^T of each matrix's U S V^T, float32; zeros stay zeros.
 
-    Singular values become 1 to 5e-4 where the smallest is not far below the largest (1e-3 and more).
+    Singular values above 2e-4 of the matrix's norm become 1 to 1e-3; smaller ones may stay below it.
     Scales do not matter, also those whose squares float32 does not hold.
     """
     x = matrices.astype(jnp.float32)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import TRAIN, AxisRules, collectives
+from v4jax.config import V4Config
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.layers import copied
@@ -19,7 +20,15 @@ from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, reduce_gradients, specs
 from v4jax.nn.quantization import Chosen, everything, round_to_released
 from v4jax.train.data import Data
-from v4jax.train.losses import LossWeights, Metrics, mean_share, training_loss, without_ignored
+from v4jax.train.losses import (
+    Counts,
+    LossWeights,
+    Metrics,
+    counts_of,
+    mean_share,
+    training_loss,
+    without_ignored,
+)
 from v4jax.train.optimizers import update_routing_bias
 
 
@@ -50,6 +59,8 @@ class TrainStep:
         numerics then, so that activations are rounded too.
       remat: recompute the layers in the backward pass.
       bias_speed: of the routing bias, per step; the report pre-trains with 1e-3. 0: it stays.
+      micro_batches: parts of a batch that gradients are taken of one after the other and added up, which
+        needs the memory of one of them. The result is that of the whole batch.
       skip_above: a step whose gradients have a larger global norm (before any clipping) is skipped. One
         whose loss or norm is NaN or infinite always is.
 
@@ -69,6 +80,7 @@ class TrainStep:
         qat: bool = False,
         remat: bool = True,
         bias_speed: float = 0.0,
+        micro_batches: int = 1,
         skip_above: float = math.inf,
     ):
         keep_programs()
@@ -83,6 +95,8 @@ class TrainStep:
                 f"{model.cfg.name} has {len(model.mtp)} MTP blocks, and the loss is of the first: expected "
                 "one, or LossWeights(mtp=0)."
             )
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches={micro_batches}: expected 1 or more.")
         self.cfg, self.rules = model.cfg, rules
         is_trained = trained_by(trainable)
         self.graphdef, *states = nnx.split(model, is_trained, ...)
@@ -101,6 +115,7 @@ class TrainStep:
                 rules,
                 remat,
                 is_trained,
+                micro_batches,
                 skip_above,
             ),
             donate_argnums=(0,),
@@ -210,29 +225,45 @@ def _require_floats(params: nnx.State) -> None:
             )
 
 
-def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: bool = True):
+def loss_and_gradients(
+    graphdef,
+    weights: LossWeights,
+    rules: AxisRules,
+    remat: bool = True,
+    micro_batches: int = 1,
+):
     """A function (params, fixed, *batch) -> gradients and metrics, over a mesh.
 
-    The batch is inputs, the tokens after them and those after these, or the parts of a `losses.Batch`.
+    The batch is inputs, the tokens after them and those after these, or the parts of a `losses.Batch`. Of
+    several micro-batches each has a part of every device's sequences.
     """
 
-    def on_device(params, fixed, inputs, following, after, *rest):
-        loss_weights, after_weights, documents = rest or (None, None, None)
+    def on_device(params, fixed, *tokens):
+        def of(tokens, shares: Counts | None):
+            inputs, following, after, *rest = tokens
+            loss_weights, after_weights, documents = rest or (None, None, None)
 
-        def loss_fn(params):
-            return training_loss(
-                nnx.merge(graphdef, params, fixed),
-                inputs,
-                following,
-                after,
-                weights,
-                remat=remat,
-                loss_weights=loss_weights,
-                after_weights=after_weights,
-                documents=documents,
-            )
+            def loss_fn(params):
+                return training_loss(
+                    nnx.merge(graphdef, params, fixed),
+                    inputs,
+                    following,
+                    after,
+                    weights,
+                    remat=remat,
+                    loss_weights=loss_weights,
+                    after_weights=after_weights,
+                    documents=documents,
+                    shares=shares,
+                )
 
-        gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
+            return jax.grad(loss_fn, has_aux=True)(params)
+
+        if micro_batches == 1:
+            gradients, metrics = of(tokens, None)
+        else:
+            cfg = nnx.merge(graphdef, params, fixed).cfg
+            gradients, metrics = _summed(of, cfg, tokens, micro_batches)
         return reduce_gradients(gradients), metrics
 
     def call(params, fixed, *tokens):
@@ -242,6 +273,35 @@ def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: 
         return run(params, fixed, *tokens)
 
     return call
+
+
+def _summed(of: Callable, cfg: V4Config, tokens, micro_batches: int):
+    """Gradients and metrics of a step: sums of those of its micro-batches, in float32.
+
+    Terms of the loss are means over the whole step, whatever its parts have: each is weighted by its share.
+    """
+    rows = tokens[0].shape[0]
+    if rows % micro_batches:
+        raise ValueError(
+            f"micro_batches={micro_batches}: a device has {rows} sequences of a batch: expected a "
+            "number that divides them."
+        )
+    parts = jax.tree.map(
+        lambda x: x.reshape(micro_batches, rows // micro_batches, *x.shape[1:]), tokens
+    )
+    counts = jax.lax.map(lambda part: counts_of(cfg, *part), parts)
+    shares = jax.tree.map(lambda n: n / jnp.where(jnp.sum(n) > 0, jnp.sum(n), 1), counts)
+
+    def zeros(x):
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        return jnp.zeros(x.shape, jnp.float32 if is_float else x.dtype)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, of(*part)), None
+
+    first = jax.tree.map(lambda x: x[0], (parts, shares))
+    start = jax.tree.map(zeros, jax.eval_shape(of, *first))
+    return jax.lax.scan(add, start, (parts, shares))[0]
 
 
 @jax.jit
@@ -275,11 +335,12 @@ def _train_step(
     rules,
     remat,
     is_trained,
+    micro_batches,
     skip_above,
     state,
     *tokens,
 ):
-    gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
+    gradients_of = loss_and_gradients(graphdef, weights, rules, remat, micro_batches)
     grads, metrics = gradients_of(computed(state.params), state.fixed, *tokens)
     norm = optax.tree.norm(grads)
     fit = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & (norm <= skip_above)
