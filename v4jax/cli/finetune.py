@@ -152,7 +152,10 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
         state_dtype=args.optimizer_dtype,
     )
     weights = LossWeights(
-        mtp=args.mtp_weight, balance=args.balance_weight, indexer=args.indexer_weight
+        mtp=args.mtp_weight,
+        balance=args.balance_weight,
+        indexer=args.indexer_weight,
+        z=args.z_weight,
     )
     return Trainer(
         start_model(args),
@@ -161,6 +164,7 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
         weights=weights,
         qat=args.qat,
         bias_speed=args.bias_speed,
+        micro_batches=args.micro_batches,
         skip_above=args.skip_above,
         seed=args.seed,
     )
@@ -195,6 +199,8 @@ def make_prompts(args: argparse.Namespace) -> Prompts | None:
     """What --sample gives, as messages of a user beside conversations."""
     if not args.sample:
         return None
+    if jax.process_count() > 1:
+        raise ValueError("--sample: samples are made by one process, and this run has several.")
     is_chat = args.data is not None and args.data.suffix == ".jsonl"
     mode = (args.mode or "non-think") if is_chat else "raw"
     tokenizer = Tokenizer(tokenizer_file(args))

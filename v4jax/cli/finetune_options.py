@@ -160,6 +160,15 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     )
     rule.add_argument("--indexer-weight", type=rate, default=1.0, help="of the indexer's loss")
     rule.add_argument(
+        "--z-weight", type=rate, default=0.0, help="of the square of the softmax's log normaliser"
+    )
+    rule.add_argument(
+        "--micro-batches",
+        type=positive,
+        default=1,
+        help="parts of a batch, whose gradients are taken one after the other and added up",
+    )
+    rule.add_argument(
         "--skip-above",
         type=norm,
         default=math.inf,

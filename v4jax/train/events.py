@@ -25,6 +25,7 @@ class Record(TypedDict, total=False):
     mtp_ce: float
     indexer: float
     balance: float
+    z: float
     grad_norm: float
     expert_load: float
     heldout_ce: float
@@ -97,6 +98,7 @@ class StepDone(Event):
             mtp_ce=rounded(metrics.mtp_ce),
             indexer=rounded(metrics.indexer),
             balance=rounded(metrics.balance),
+            z=rounded(metrics.z),
             grad_norm=rounded(metrics.grad_norm),
         )
         if self.expert_load is not None:

@@ -44,7 +44,8 @@ def _save_adapter(model: Transformer, folder: str | os.PathLike) -> None:
     """By the first process, which gets the others' parts: adapters are small."""
     if all(array.is_fully_addressable for array in jax.tree.leaves(nnx.state(model))):
         return save_adapter(model, folder)
-    graphdef, adapters, rest = nnx.split(model, LoRAParam, ...)
+    graphdef, *states = nnx.split(model, LoRAParam, ...)
+    adapters, rest = states
     here = jax.tree.map(lambda array: jnp.asarray(np.asarray(saving.one(array, ()))), adapters)
     if jax.process_index() == 0:
         save_adapter(nnx.merge(graphdef, here, rest), folder)

@@ -11,7 +11,7 @@ from v4jax.train.events import Evaluated, Event, Sampled, Skipped, StepDone
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 _GROUPS = {
-    "loss": ("loss", "ce", "mtp_ce", "indexer", "balance", "heldout_ce"),
+    "loss": ("loss", "ce", "mtp_ce", "indexer", "balance", "z", "heldout_ce"),
     "step": ("grad_norm", "expert_load"),
     "speed": ("tokens_per_second", "flop_utilisation", "memory"),
 }

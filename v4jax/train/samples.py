@@ -1,20 +1,17 @@
 """How a model in training goes on with a prompt: greedily, by the forward pass that the loss takes."""
 
-import functools
+import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from sharding import collectives
-from v4jax.nn.placement import num_batch_parts, specs
+from v4jax.nn.placement import num_batch_parts
 from v4jax.text.prompt import with_bos
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.step import TrainState, TrainStep
 
-_MULTIPLE = 128  # of a row's length: the compression ratios divide it, and the parts of a mesh
+_MULTIPLE = 128  # of a device's part of a row: the compression ratios divide it
 
 
 class Prompts:
@@ -54,19 +51,18 @@ class Prompts:
 
     def continued(self, step: TrainStep, state: TrainState) -> tuple[tuple[str, str], ...]:
         """Pairs of a text and what the model says next. Call under the model's mesh."""
+        sizes = dict(jax.sharding.get_abstract_mesh().shape)
+        parts = math.prod(sizes.get(axis, 1) for axis in step.rules.mesh_axes("seq"))
+        rows = _up_to(len(self._ids), num_batch_parts(step.rules))
         longest = max(map(len, self._ids)) + self.max_new_tokens
-        parts = num_batch_parts(step.rules)
-        rows = -(-len(self._ids) // parts) * parts
-        tokens = np.zeros((rows, -(-longest // _MULTIPLE) * _MULTIPLE), np.int32)
+        tokens = np.zeros((rows, _up_to(longest, _MULTIPLE * parts)), np.int32)
         for row, ids in zip(tokens, self._ids, strict=False):
             row[: len(ids)] = ids
         ends = np.array([len(ids) for ids in self._ids])
         first, stopped = ends.copy(), np.zeros(len(ends), bool)
         each = np.arange(len(ends))
         for _ in range(self.max_new_tokens):
-            likeliest = np.asarray(
-                _likeliest(step.graphdef, step.computed, step.rules, state, tokens)
-            )
+            likeliest = np.asarray(step.likeliest(state, tokens))
             chosen = likeliest[each, ends - 1]
             stopped |= np.isin(chosen, self._tokenizer.stop_ids)
             if stopped.all():
@@ -79,17 +75,6 @@ class Prompts:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _likeliest(graphdef, computed, rules, state: TrainState, tokens: jax.Array) -> jax.Array:
-    """[B, T]: the likeliest token after each."""
-
-    def on_device(params, fixed, tokens):
-        model = nnx.merge(graphdef, params, fixed)
-        hidden = model.hidden(model.trunk(tokens)[0])
-        # Row by row: logits of a row are all that is held.
-        return jax.lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1), hidden)
-
-    params = computed(state.params)
-    placed = (specs(params, rules), specs(state.fixed, rules), rules.tokens)
-    run = collectives.per_device(on_device, rules, placed, rules.tokens)
-    return run(params, state.fixed, tokens)
+def _up_to(count: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
+    return -(-count // multiple) * multiple

@@ -121,6 +121,9 @@ class TrainStep:
             donate_argnums=(0,),
         )
         self._loss = jax.jit(functools.partial(_mean_loss, self.graphdef, self.computed, rules))
+        self._likeliest = jax.jit(
+            functools.partial(_likeliest, self.graphdef, self.computed, rules)
+        )
 
     def init(self) -> TrainState:
         """The state before the first step. The model's arrays are moved into it."""
@@ -170,6 +173,10 @@ class TrainStep:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
         inputs, following, _, *rest = tokens
         return self._loss(state, inputs, following, *rest[::2])  # not the weights of MTP's targets
+
+    def likeliest(self, state: TrainState, tokens: jax.typing.ArrayLike) -> jax.Array:
+        """The likeliest token after each of tokens [B, T] int32, which the mesh has to divide."""
+        return self._likeliest(state, tokens)
 
     def is_finite(self, state: TrainState) -> bool:
         """Whether no parameter is NaN or infinite."""
@@ -324,6 +331,19 @@ def _mean_loss(graphdef, computed, rules, state, inputs, following, *rest):
     in_specs = (*placed, *[rules.tokens] * len(tokens))
     run = collectives.per_device(on_device, rules, in_specs, jax.P())
     return run(params, state.fixed, *tokens)
+
+
+def _likeliest(graphdef, computed, rules, state, tokens):
+    def on_device(params, fixed, tokens):
+        model = nnx.merge(graphdef, params, fixed)
+        hidden = model.hidden(model.trunk(tokens)[0])
+        # Row by row: logits of a row are all that is held.
+        return jax.lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1), hidden)
+
+    params = computed(state.params)
+    placed = (specs(params, rules), specs(state.fixed, rules), rules.tokens)
+    run = collectives.per_device(on_device, rules, placed, rules.tokens)
+    return run(params, state.fixed, tokens)
 
 
 def _train_step(

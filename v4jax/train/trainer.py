@@ -49,6 +49,8 @@ class Trainer:
       qat: train with the rounding of the released format in the loop (docs/low_precision.md).
       remat: recompute layers in the backward pass.
       bias_speed: of the routing bias, per step. Pre-training takes 1e-3; 0 leaves it.
+      micro_batches: parts of a batch that gradients are taken of one after the other, which needs the
+        memory of one of them. The result is that of the whole batch.
       skip_above: a step whose gradients have a larger global norm changes nothing. One whose loss or
         norm is NaN or infinite never does.
       seed: of new adapters.
@@ -71,6 +73,7 @@ class Trainer:
         qat: bool = False,
         remat: bool = True,
         bias_speed: float = 0.0,
+        micro_batches: int = 1,
         skip_above: float = math.inf,
         seed: int = 0,
     ):
@@ -99,6 +102,7 @@ class Trainer:
                 qat=qat,
                 remat=remat,
                 bias_speed=bias_speed,
+                micro_batches=micro_batches,
                 skip_above=skip_above,
             )
         self._state: TrainState | None = None
