@@ -1,5 +1,6 @@
 """Training: `Trainer`, data, losses, optimizers."""
 
+from v4jax.train.choosing import matching
 from v4jax.train.data import Examples, TokenStream
 from v4jax.train.losses import LossWeights
 from v4jax.train.optimizers import adamw, muon
@@ -14,6 +15,7 @@ __all__ = [
     "TokenStream",
     "Trainer",
     "adamw",
+    "matching",
     "muon",
     "schedule",
 ]
