@@ -3,7 +3,6 @@
 import os
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -41,13 +40,12 @@ def export(
 
 
 def _save_adapter(model: Transformer, folder: str | os.PathLike) -> None:
-    """By the first process, which gets the others' parts: adapters are small."""
-    if all(array.is_fully_addressable for array in jax.tree.leaves(nnx.state(model))):
-        return save_adapter(model, folder)
+    """By the first process, from whole arrays: adapters are small, and a mesh may have cut them."""
+    is_spread = not all(array.is_fully_addressable for array in jax.tree.leaves(nnx.state(model)))
     graphdef, *states = nnx.split(model, LoRAParam, ...)
     adapters, rest = states
-    here = jax.tree.map(lambda array: jnp.asarray(np.asarray(saving.one(array, ()))), adapters)
-    if jax.process_index() == 0:
-        save_adapter(nnx.merge(graphdef, here, rest), folder)
-    multihost_utils.sync_global_devices("the adapter is written")
-    return None
+    whole = jax.tree.map(lambda array: np.asarray(saving.one(array, ())), adapters)
+    if not is_spread or jax.process_index() == 0:
+        save_adapter(nnx.merge(graphdef, whole, rest), folder)
+    if is_spread:
+        multihost_utils.sync_global_devices("the adapter is written")
