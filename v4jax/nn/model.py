@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.linear import linear
 from sharding import DECODE, AxisRules, collectives
 from v4jax.config import LayerSpec, V4Config
 from v4jax.nn.attention import Attention
@@ -33,7 +32,7 @@ from v4jax.nn.inspection import LayerView, view
 from v4jax.nn.layers import KeyStream, Linear, ModelContext, RMSNorm
 from v4jax.nn.moe import MoE, RouterStats
 from v4jax.nn.numerics import Numerics, plain
-from v4jax.nn.placement import check_mesh, gathered, mesh_of, num_batch_parts, on_mesh, specs
+from v4jax.nn.placement import check_mesh, gathered, joined, mesh_of, num_batch_parts, on_mesh, specs
 
 
 @functools.partial(
@@ -90,6 +89,7 @@ class Vocabulary(nnx.Module):
         shape = (context.cfg.vocab_size, context.cfg.embed_dim)
         init = nnx.initializers.normal(context.cfg.embed_dim**-0.5)
         self.table = context.param(shape, ("vocab", "embed"), stored="bf16", init=init)
+        self.numerics = context.numerics
 
     def rows(self, tokens: jax.Array) -> jax.Array:
         """Rows of ids [B, T]: [B, T, D]."""
@@ -103,8 +103,8 @@ class Vocabulary(nnx.Module):
 
     def products(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] with every row of this device's part: [B, T, V] float32."""
-        table = collectives.all_gather(self.table[...], "embed", axis=1)
-        return linear(collectives.copy_to(x, "vocab"), table.T)
+        table = joined(self.table, self.numerics.dtype)
+        return self.numerics.product(collectives.copy_to(x, "vocab"), table.T)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,6 +4,7 @@ import contextlib
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
@@ -114,7 +115,20 @@ def require_placed(state, rules: AxisRules) -> None:
 
 def is_rounded(variable: nnx.Variable) -> bool:
     """Whether a float weight is computed with in the dtype of activations, whatever it is kept in."""
-    return variable.stored in ("fp4", "fp8")
+    return variable.stored in ("fp4", "fp8") or (variable.stored == "bf16" and variable.matrix)
+
+
+def joined(variable: nnx.Variable, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A float variable's array on this device, its parts joined if it is only kept apart.
+
+    One that is computed with in `dtype` (`is_rounded`) travels in that, if it is the narrower one.
+    """
+    name, value = kept_axis(variable.axes), variable.get_value()
+    if name is None or not collectives.mesh_axes(name):
+        return value
+    axis = variable.axes.index(name) - len(variable.axes)
+    narrow = is_rounded(variable) and jnp.dtype(dtype).itemsize < value.dtype.itemsize
+    return collectives.all_gather_as(value, dtype if narrow else value.dtype, name, axis=axis)
 
 
 def gathered(module, dtype: jax.typing.DTypeLike):
@@ -127,11 +141,10 @@ def gathered(module, dtype: jax.typing.DTypeLike):
         name = kept_axis(variable.axes)
         if name is None or not collectives.mesh_axes(name):
             return variable
-        axis = variable.axes.index(name) - len(variable.axes)
         value = variable.get_value()
         if not isinstance(value, QuantizedArray):
-            kept = dtype if is_rounded(variable) else value.dtype
-            return variable.replace(collectives.all_gather_as(value, kept, name, axis=axis))
+            return variable.replace(joined(variable, dtype))
+        axis = variable.axes.index(name) - len(variable.axes)
         values = collectives.all_gather(value.values, name, axis=axis)
         scale, width = value.scale, values.shape[axis] * (2 if value.is_fp4 and axis == -2 else 1)
         if scale.shape[axis] < -(-width // value.block[axis]):
