@@ -32,7 +32,16 @@ from v4jax.nn.inspection import LayerView, view
 from v4jax.nn.layers import KeyStream, Linear, ModelContext, RMSNorm
 from v4jax.nn.moe import MoE, RouterStats
 from v4jax.nn.numerics import Numerics, plain
-from v4jax.nn.placement import check_mesh, gathered, joined, mesh_of, num_batch_parts, on_mesh, specs
+from v4jax.nn.placement import (
+    check_mesh,
+    gathered,
+    joined,
+    mesh_of,
+    num_batch_parts,
+    on_mesh,
+    specs,
+)
+from v4jax.nn.rounding import rounded
 
 
 @functools.partial(
@@ -101,17 +110,18 @@ class Vocabulary(nnx.Module):
         mine = (index >= 0) & (index < table.shape[0])
         return collectives.reduce_from(jnp.where(mine[..., None], rows, 0), "vocab")
 
-    def products(self, x: jax.Array) -> jax.Array:
+    def products(self, x: jax.Array, *, as_released: bool = False) -> jax.Array:
         """x [B, T, D] with every row of this device's part: [B, T, V] float32."""
-        table = joined(self.table, self.numerics.dtype)
+        table = joined(self.table, self.numerics.dtype, as_released=as_released)
         return self.numerics.product(collectives.copy_to(x, "vocab"), table.T)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _extend(rules, block, streams, tokens, chunk, cache):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _extend(rules, as_released, block, streams, tokens, chunk, cache):
     """`Block.extend`, traced once for all layers of a kind. `rules` only tells traces apart."""
     del rules
-    return gathered(block, streams.dtype).extend(streams, tokens, chunk, cache)
+    block = gathered(block, streams.dtype, as_released=as_released)
+    return block.extend(streams, tokens, chunk, cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -182,13 +192,15 @@ class Stage(nnx.Module):
         documents: Documents | None = None,
         *,
         remat: bool,
+        as_released: bool = False,
     ) -> tuple[jax.Array, tuple[BlockStats, ...]]:
         """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...]."""
 
         def layer(block, streams):
-            return gathered(block, streams.dtype)(streams, tokens, documents)
+            block = gathered(block, streams.dtype, as_released=as_released)
+            return block(streams, tokens, documents)
 
-        # Layer by layer: the backward pass then holds the gathered weights of one at a time.
+        # Layer by layer: the backward pass then holds the gathered, or rounded, weights of one at a time.
         layer = jax.checkpoint(layer) if remat else layer
 
         def body(streams, blocks):
@@ -254,6 +266,10 @@ class Transformer(nnx.Module):
       rules: placement of parameters, used when there is an ambient mesh.
       scan_layers: stack repeating layers and scan over them.
       rngs: source of the random initial values. Parameters start as float32.
+
+    Attributes:
+      as_released: compute with float weights as the released format would hold them, layer by layer;
+        gradients go to the weights as they are (`quantization.with_rounding`).
     """
 
     def __init__(
@@ -278,6 +294,7 @@ class Transformer(nnx.Module):
         self.head = Vocabulary(context)
         self.mtp = nnx.List([MTP(context, spec) for spec in cfg.mtp_layers])
         self._cfg, self.numerics, self.rules = cfg, numerics, rules
+        self.as_released = False
 
     @property
     def cfg(self) -> V4Config:
@@ -349,7 +366,9 @@ class Transformer(nnx.Module):
         streams = self.streams(self.embedding(tokens))
         stats = []
         for stage in self.stages:
-            streams, one = stage(streams, tokens, documents, remat=remat)
+            streams, one = stage(
+                streams, tokens, documents, remat=remat, as_released=self.as_released
+            )
             stats.append(one)
         return streams, tuple(stats)
 
@@ -376,7 +395,13 @@ class Transformer(nnx.Module):
         blocks = (block for stage in self.stages for block in stage.layers())
         for block, layer_cache in zip(blocks, cache.layers, strict=True):
             streams, layer_cache = _extend(
-                collectives.rules(), block, streams, tokens, chunk, layer_cache
+                collectives.rules(),
+                self.as_released,
+                block,
+                streams,
+                tokens,
+                chunk,
+                layer_cache,
             )
             caches.append(layer_cache)
         lengths = cache.lengths + counts
@@ -452,7 +477,10 @@ class Transformer(nnx.Module):
 
     def embedding(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, D]"""
-        return self.embed.rows(tokens).astype(self.numerics.dtype)
+        rows = self.embed.rows(tokens)
+        if self.as_released:
+            rows = rounded(rows, self.embed.table.stored)
+        return rows.astype(self.numerics.dtype)
 
     def streams(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, M * D]: every stream starts as the embedding."""
@@ -460,7 +488,8 @@ class Transformer(nnx.Module):
 
     def hidden(self, streams: jax.Array) -> jax.Array:
         """Streams [B, T, M * D] of the last layer -> normalised hidden states [B, T, D]."""
-        return self.norm(self.hc_head(streams))
+        norm = gathered(self.norm, streams.dtype, as_released=self.as_released)
+        return norm(self.hc_head(streams))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] -> logits [B, T, V] in float32."""
@@ -469,7 +498,7 @@ class Transformer(nnx.Module):
     def local_logits(self, hidden: jax.Array) -> jax.Array:
         """`logits` of this device's part of the vocabulary."""
         with jax.named_scope("head"):
-            return self.head.products(hidden)
+            return self.head.products(hidden, as_released=self.as_released)
 
     def mtp_hidden(
         self,
@@ -481,5 +510,5 @@ class Transformer(nnx.Module):
         """Hidden states [B, T, D] that predict the token after `next_tokens` [B, T]."""
         if not 0 <= depth < len(self.mtp):
             raise ValueError(f"depth={depth}: this model has {len(self.mtp)} MTP blocks.")
-        mtp = gathered(self.mtp[depth], streams.dtype)
+        mtp = gathered(self.mtp[depth], streams.dtype, as_released=self.as_released)
         return mtp(streams, self.embedding(next_tokens), next_tokens, documents)

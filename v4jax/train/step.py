@@ -14,8 +14,8 @@ from sharding import TRAIN, AxisRules, collectives
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import Transformer
-from v4jax.nn.placement import check_mesh, reduce_gradients, specs
-from v4jax.nn.quantization import Chosen, everything, round_to_released
+from v4jax.nn.placement import check_mesh, reduce_gradients, require_whole_blocks, specs
+from v4jax.nn.quantization import Chosen, everything, with_rounding
 from v4jax.train.data import Data
 from v4jax.train.losses import LossWeights, Metrics, mean_share, training_loss, without_ignored
 from v4jax.train.optimizers import update_routing_bias
@@ -84,22 +84,23 @@ class TrainStep:
         self._states = states  # what trains and what does not, until `init`
         _require_floats(states[0])
         self.optimizer = optimizer
-        self.computed = round_to_released if qat else lambda params: params
+        if qat:
+            require_whole_blocks(nnx.state(model), rules)
+        computed = nnx.graphdef(with_rounding(model)) if qat else self.graphdef
         self.compiled_step = jax.jit(
             functools.partial(
                 _train_step,
-                self.graphdef,
+                computed,
                 optimizer,
                 weights,
                 bias_speed,
-                self.computed,
                 rules,
                 remat,
                 is_trained,
             ),
             donate_argnums=(0,),
         )
-        self._loss = jax.jit(functools.partial(_mean_loss, self.graphdef, self.computed, rules))
+        self._loss = jax.jit(functools.partial(_mean_loss, computed, rules))
 
     def init(self) -> TrainState:
         """The state before the first step. The model's arrays are moved into it."""
@@ -202,7 +203,7 @@ def _all_finite(params) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
-def _mean_loss(graphdef, computed, rules, state, inputs, following, *rest):
+def _mean_loss(graphdef, rules, state, inputs, following, *rest):
     def on_device(params, fixed, inputs, following, *rest):
         loss_weights, documents = rest or (None, None)
         model = nnx.merge(graphdef, params, fixed)
@@ -211,18 +212,16 @@ def _mean_loss(graphdef, computed, rules, state, inputs, following, *rest):
         share = mean_share(cross_entropy(model, hidden, labels), counted)
         return collectives.psum(share, "batch", "seq")
 
-    params, tokens = computed(state.params), (inputs, following, *rest)
-    placed = (specs(params, rules), specs(state.fixed, rules))
+    tokens = (inputs, following, *rest)
+    placed = (specs(state.params, rules), specs(state.fixed, rules))
     in_specs = (*placed, *[rules.tokens] * len(tokens))
     run = collectives.per_device(on_device, rules, in_specs, jax.P())
-    return run(params, state.fixed, *tokens)
+    return run(state.params, state.fixed, *tokens)
 
 
-def _train_step(
-    graphdef, optimizer, weights, bias_speed, computed, rules, remat, is_trained, state, *tokens
-):
+def _train_step(graphdef, optimizer, weights, bias_speed, rules, remat, is_trained, state, *tokens):
     gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
-    grads, metrics = gradients_of(computed(state.params), state.fixed, *tokens)
+    grads, metrics = gradients_of(state.params, state.fixed, *tokens)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     model = nnx.merge(graphdef, params, state.fixed)
