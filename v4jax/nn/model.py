@@ -14,6 +14,7 @@ Source: report section 2; released `inference/model.py` (Block, MTPBlock, Transf
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -26,6 +27,7 @@ from sharding import DECODE, AxisRules, collectives
 from v4jax.config import LayerSpec, V4Config
 from v4jax.nn.attention import Attention
 from v4jax.nn.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
+from v4jax.nn.choices import Choices, LayerChoices
 from v4jax.nn.documents import Documents
 from v4jax.nn.hyper_connections import HyperConnection, HyperHead
 from v4jax.nn.inspection import LayerView, view
@@ -68,12 +70,16 @@ class Block(nnx.Module):
         self.moe = MoE(context, spec)
 
     def __call__(
-        self, streams: jax.Array, tokens: jax.Array, documents: Documents | None = None
+        self,
+        streams: jax.Array,
+        tokens: jax.Array,
+        documents: Documents | None = None,
+        choices: LayerChoices = LayerChoices(),
     ) -> tuple[jax.Array, BlockStats]:
         """Whole sequences from position 0, or rows of documents; tokens [B, T]."""
         x, *mix = self.attn_hc.pre(streams)
-        out, indexer_loss = self.attention(self.attn_norm(x), documents)
-        streams, router = self._feed_forward(out, streams, mix, tokens, documents)
+        out, indexer_loss = self.attention(self.attn_norm(x), documents, choices.selection)
+        streams, router = self._feed_forward(out, streams, mix, tokens, documents, choices.experts)
         return streams, BlockStats(jnp.asarray(indexer_loss, jnp.float32), router)
 
     def extend(
@@ -84,10 +90,10 @@ class Block(nnx.Module):
         out, cache = self.attention.extend(self.attn_norm(x), chunk, cache)
         return self._feed_forward(out, streams, mix, tokens)[0], cache
 
-    def _feed_forward(self, out, streams, mix, tokens, documents=None):
+    def _feed_forward(self, out, streams, mix, tokens, documents=None, experts=None):
         """From the output of attention on: the streams are passed over once between the two."""
         streams, x, *mix = self.ffn_hc.post_pre(out, streams, *mix)
-        out, stats = self.moe(self.ffn_norm(x), tokens, documents)
+        out, stats = self.moe(self.ffn_norm(x), tokens, documents, experts)
         return self.ffn_hc.post(out, streams, *mix), stats
 
 
@@ -189,30 +195,38 @@ class Stage(nnx.Module):
         self,
         streams: jax.Array,
         tokens: jax.Array,
-        documents: Documents | None = None,
+        documents: Documents | None,
+        choices: Sequence[LayerChoices],
         *,
         remat: bool,
-        as_released: bool = False,
+        as_released: bool,
     ) -> tuple[jax.Array, tuple[BlockStats, ...]]:
-        """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...]."""
+        """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...].
 
-        def layer(block, streams):
+        Args:
+          choices: one for each of the stage's layers.
+        """
+
+        def layer(block, streams, chosen):
             block = gathered(block, streams.dtype, as_released=as_released)
-            return block(streams, tokens, documents)
+            return block(streams, tokens, documents, chosen)
 
         # Layer by layer: the backward pass then holds the gathered, or rounded, weights of one at a time.
         layer = jax.checkpoint(layer) if remat else layer
 
-        def body(streams, blocks):
+        def body(streams, layers):
             stats = []
-            for block in blocks:
-                streams, one = layer(block, streams)
+            for block, chosen in layers:
+                streams, one = layer(block, streams, chosen)
                 stats.append(one)
             return streams, tuple(stats)
 
+        blocks = tuple(self.blocks)
         if self.repeats > 1:
-            return jax.lax.scan(body, streams, tuple(self.blocks))
-        streams, stats = body(streams, tuple(self.blocks))
+            of_block = [choices[index :: len(blocks)] for index in range(len(blocks))]
+            stacked = [jax.tree.map(lambda *x: jnp.stack(x), *chosen) for chosen in of_block]
+            return jax.lax.scan(body, streams, tuple(zip(blocks, stacked)))
+        streams, stats = body(streams, tuple(zip(blocks, choices)))
         return streams, jax.tree.map(lambda x: x[None], stats)
 
     def layers(self) -> Iterator[Block]:
@@ -356,18 +370,28 @@ class Transformer(nnx.Module):
         return rendering_parts.text(repr(self))
 
     def trunk(
-        self, tokens: jax.Array, documents: Documents | None = None, *, remat: bool = False
+        self,
+        tokens: jax.Array,
+        documents: Documents | None = None,
+        choices: Choices = Choices(),
+        *,
+        remat: bool = False,
     ) -> tuple[jax.Array, tuple[tuple[BlockStats, ...], ...]]:
         """All layers: streams [B, T, M * D] and per stage and block the stats [repeats, ...].
 
         Args:
           documents: what the rows of `tokens` hold, if not one sequence each.
+          choices: experts and entries to take in place of the layers' own.
+
+        Raises:
+          ValueError: `choices` have other shapes than model and tokens.
         """
         streams = self.streams(self.embedding(tokens))
-        stats = []
+        stats, chosen = [], iter(choices.by_layer(self.cfg, tokens.shape))
         for stage in self.stages:
+            mine = list(itertools.islice(chosen, len(stage.blocks) * stage.repeats))
             streams, one = stage(
-                streams, tokens, documents, remat=remat, as_released=self.as_released
+                streams, tokens, documents, mine, remat=remat, as_released=self.as_released
             )
             stats.append(one)
         return streams, tuple(stats)

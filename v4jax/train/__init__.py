@@ -1,8 +1,19 @@
 """Training: `Trainer`, data, losses, optimizers."""
 
-from v4jax.train.data import Examples, TokenStream
+from v4jax.train.data import Examples, PreferencePairs, TokenStream
 from v4jax.train.losses import LossWeights
 from v4jax.train.optimizers import adamw, warmup_cosine
+from v4jax.train.preferences import DPO, log_probs
 from v4jax.train.trainer import Trainer
 
-__all__ = ["Examples", "LossWeights", "TokenStream", "Trainer", "adamw", "warmup_cosine"]
+__all__ = [
+    "DPO",
+    "Examples",
+    "LossWeights",
+    "PreferencePairs",
+    "TokenStream",
+    "Trainer",
+    "adamw",
+    "log_probs",
+    "warmup_cosine",
+]

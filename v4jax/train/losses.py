@@ -7,15 +7,17 @@ Source: report section 4.2; weights of the terms there and in `LossWeights`.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sharding import collectives
+from v4jax.nn.choices import Choices
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.documents import Documents
-from v4jax.nn.model import Transformer
+from v4jax.nn.model import BlockStats, Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,14 @@ class LossWeights:
     mtp: float = 0.3
     balance: float = 1e-4
     indexer: float = 1.0
+
+    def __call__(
+        self, model: Transformer, batch: Sequence, *, remat: bool
+    ) -> tuple[jax.Array, "Metrics"]:
+        """`training_loss` with these weights, of what a step takes: a `Batch`, or its first parts."""
+        inputs, following, after, *rest = batch
+        options = dict(zip(Batch._fields[3:], rest))
+        return training_loss(model, inputs, following, after, self, remat=remat, **options)
 
 
 @functools.partial(
@@ -36,6 +46,7 @@ class LossWeights:
 class Metrics:
     """Terms of the loss (scalars, float32) and the routing counts by stage and block."""
 
+    logged: ClassVar[tuple[str, ...]] = ("loss", "ce", "mtp_ce", "indexer", "balance")
     loss: jax.Array
     ce: jax.Array
     mtp_ce: jax.Array
@@ -44,6 +55,9 @@ class Metrics:
     expert_counts: tuple[tuple[jax.Array, ...], ...]  # [repeats, E] int32; MTP blocks come last
 
 
+# (model, batch, remat=...) -> this device's share of the loss, and metrics of all tokens. `LossWeights`
+# are one, `preferences.DPO` another.
+Loss = Callable[..., tuple[jax.Array, Metrics]]
 IGNORED = -100  # a target without loss
 
 
@@ -56,6 +70,7 @@ class Batch(NamedTuple):
     loss_weights: jax.Array  # [B, T] float32, of `following`
     after_weights: jax.Array  # [B, T] float32, of `after`
     documents: Documents
+    choices: Choices = Choices()
 
 
 def shifted(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -74,6 +89,7 @@ def training_loss(
     loss_weights: jax.Array | None = None,  # [B, T] float32, of `following`
     after_weights: jax.Array | None = None,  # [B, T] float32, of `after`
     documents: Documents | None = None,
+    choices: Choices = Choices(),
 ) -> tuple[jax.Array, Metrics]:
     """Loss of predicting the following tokens and, by MTP, those after them.
 
@@ -84,6 +100,8 @@ def training_loss(
       loss_weights, after_weights: default 1.
       documents: what the rows hold, if not one sequence each. Indexer and balance are then means over
         tokens and documents, without padding.
+      choices: experts and entries to take in place of the layers' own, as those of the program that
+        sampled the text.
 
     Returns:
       the loss to differentiate and the metrics. With tokens cut over devices the first is this
@@ -97,10 +115,9 @@ def training_loss(
             "loss_weights without after_weights: expected both, or LossWeights(mtp=0). MTP predicts "
             "`after`, and which of its targets count cannot be told from those of `following`."
         )
-    streams, stats = model.trunk(inputs, documents, remat=remat)
+    streams, stats = model.trunk(inputs, documents, choices, remat=remat)
     labels, counted = without_ignored(following, loss_weights)
     ce = mean_share(cross_entropy(model, model.hidden(streams), labels), counted)
-    blocks = [block for stage in stats for block in stage]
     mtp_ce = jnp.zeros(())
     if model.mtp:
         read = jnp.where(following == IGNORED, jnp.roll(inputs, -1, axis=1), following)
@@ -108,17 +125,30 @@ def training_loss(
         labels, counted = without_ignored(after, after_weights)
         mtp_ce = mean_share(cross_entropy(model, hidden, labels), counted)
         mtp_stats = jax.tree.map(lambda x: x[None], mtp_stats)
-        blocks.append(mtp_stats)
         stats = (*stats, (mtp_stats,))
-    num_indexers = sum(spec.indexer is not None for spec in model.cfg.layers)
-    num_scored = sum(not spec.hash_routed for spec in model.cfg.layers) + len(model.mtp)
-    indexer = sum(jnp.sum(b.indexer_loss) for b in blocks) / max(num_indexers, 1)
-    balance = sum(jnp.sum(b.router.balance_loss) for b in blocks) / max(num_scored, 1)
+    indexer, balance = layer_losses(model, stats)
     loss = ce + weights.mtp * mtp_ce + weights.balance * balance + weights.indexer * indexer
     counts = tuple(tuple(block.router.counts for block in stage) for stage in stats)
     terms = jnp.stack([loss, ce, mtp_ce, indexer, balance])
     total, ce, mtp_ce, indexer, balance = collectives.reduce_from(terms, "batch", "seq")
     return loss, Metrics(total, ce, mtp_ce, indexer, balance, counts)
+
+
+def layer_losses(
+    model: Transformer, stats: tuple[tuple[BlockStats, ...], ...]
+) -> tuple[jax.Array, jax.Array]:
+    """This device's shares of the indexers' and of the balance loss, means over the layers that have one.
+
+    Args:
+      stats: by stage and block; MTP blocks are a stage of their own.
+    """
+    blocks = [block for stage in stats for block in stage]
+    num_mtp = len(stats) - len(model.stages)
+    num_indexers = sum(spec.indexer is not None for spec in model.cfg.layers)
+    num_scored = sum(not spec.hash_routed for spec in model.cfg.layers) + num_mtp
+    indexer = sum((jnp.sum(b.indexer_loss) for b in blocks), jnp.zeros(()))
+    balance = sum((jnp.sum(b.router.balance_loss) for b in blocks), jnp.zeros(()))
+    return indexer / max(num_indexers, 1), balance / max(num_scored, 1)
 
 
 def without_ignored(targets: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:

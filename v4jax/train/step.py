@@ -17,7 +17,7 @@ from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, reduce_gradients, require_whole_blocks, specs
 from v4jax.nn.quantization import Chosen, everything, with_rounding
 from v4jax.train.data import Data
-from v4jax.train.losses import LossWeights, Metrics, mean_share, training_loss, without_ignored
+from v4jax.train.losses import Loss, LossWeights, Metrics, mean_share, without_ignored
 from v4jax.train.optimizers import update_routing_bias
 
 
@@ -48,6 +48,7 @@ class TrainStep:
         numerics then, so that activations are rounded too.
       remat: recompute the layers in the backward pass.
       bias_speed: of the routing bias, per step; the report pre-trains with 1e-3. 0: it stays.
+      loss: another one, as `preferences.DPO`; default `weights`, the training loss.
 
     Raises:
       ValueError: a mesh that does not divide the model, `qat` without released numerics, nothing to
@@ -65,6 +66,7 @@ class TrainStep:
         qat: bool = False,
         remat: bool = True,
         bias_speed: float = 0.0,
+        loss: Loss | None = None,
     ):
         keep_programs()
         check_mesh(model.cfg, rules)
@@ -73,7 +75,7 @@ class TrainStep:
                 f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
                 "rounding of activations belongs to the model that is trained for."
             )
-        if len(model.mtp) > 1 and weights.mtp:
+        if len(model.mtp) > 1 and weights.mtp and loss is None:
             raise ValueError(
                 f"{model.cfg.name} has {len(model.mtp)} MTP blocks, and the loss is of the first: expected "
                 "one, or LossWeights(mtp=0)."
@@ -92,7 +94,7 @@ class TrainStep:
                 _train_step,
                 computed,
                 optimizer,
-                weights,
+                loss or weights,
                 bias_speed,
                 rules,
                 remat,
@@ -163,35 +165,24 @@ def _require_floats(params: nnx.State) -> None:
             )
 
 
-def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: bool = True):
+def loss_and_gradients(graphdef, loss: Loss, rules: AxisRules, remat: bool = True):
     """A function (params, fixed, *batch) -> gradients and metrics, over a mesh.
 
-    The batch is inputs, the tokens after them and those after these, or the parts of a `losses.Batch`.
+    The batch is what the loss takes: of `LossWeights` inputs, the tokens after them and those after these,
+    or the parts of a `losses.Batch`. Arrays have a row a sequence, and then a column a token, if any.
     """
 
-    def on_device(params, fixed, inputs, following, after, *rest):
-        loss_weights, after_weights, documents = rest or (None, None, None)
-
+    def on_device(params, fixed, *batch):
         def loss_fn(params):
-            return training_loss(
-                nnx.merge(graphdef, params, fixed),
-                inputs,
-                following,
-                after,
-                weights,
-                remat=remat,
-                loss_weights=loss_weights,
-                after_weights=after_weights,
-                documents=documents,
-            )
+            return loss(nnx.merge(graphdef, params, fixed), batch, remat=remat)
 
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
         return reduce_gradients(gradients), metrics
 
     def call(params, fixed, *tokens):
         placed = (specs(params, rules), specs(fixed, rules))
-        in_specs = (*placed, *[rules.tokens] * len(tokens))
-        run = collectives.per_device(on_device, rules, in_specs, (placed[0], jax.P()))
+        of_tokens = jax.tree.map(lambda x: jax.P(*rules.tokens[: x.ndim]), tokens)
+        run = collectives.per_device(on_device, rules, (*placed, *of_tokens), (placed[0], jax.P()))
         return run(params, fixed, *tokens)
 
     return call
@@ -219,8 +210,8 @@ def _mean_loss(graphdef, rules, state, inputs, following, *rest):
     return run(state.params, state.fixed, *tokens)
 
 
-def _train_step(graphdef, optimizer, weights, bias_speed, rules, remat, is_trained, state, *tokens):
-    gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
+def _train_step(graphdef, optimizer, loss, bias_speed, rules, remat, is_trained, state, *tokens):
+    gradients_of = loss_and_gradients(graphdef, loss, rules, remat)
     grads, metrics = gradients_of(state.params, state.fixed, *tokens)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
