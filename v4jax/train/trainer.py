@@ -27,7 +27,7 @@ from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, require_placed
 from v4jax.nn.quantization import Chosen, everything, not_expert, to_float, to_released
 from v4jax.train.data import Data
-from v4jax.train.losses import Batch, LossWeights, Metrics
+from v4jax.train.losses import Batch, Loss, LossWeights, Metrics
 from v4jax.train.state import Saver
 from v4jax.train.step import TrainState, TrainStep
 
@@ -50,6 +50,7 @@ class Trainer:
       remat: recompute layers in the backward pass.
       bias_speed: of the routing bias, per step. Pre-training takes 1e-3; 0 leaves it.
       seed: of new adapters.
+      loss: another one than the training loss, as `v4jax.train.DPO()`.
 
     Attributes:
       steps: steps taken so far.
@@ -70,6 +71,7 @@ class Trainer:
         remat: bool = True,
         bias_speed: float = 0.0,
         seed: int = 0,
+        loss: Loss | None = None,
     ):
         if isinstance(trainable, str) and trainable not in TRAINABLE:
             raise ValueError(
@@ -96,6 +98,7 @@ class Trainer:
                 qat=qat,
                 remat=remat,
                 bias_speed=bias_speed,
+                loss=loss,
             )
             self._state = self._step.init()
 
@@ -224,7 +227,7 @@ class Trainer:
                 bar.n = int(record["step"])
                 bar.set_postfix(
                     ce=record["ce"],
-                    mtp=record["mtp_ce"],
+                    loss=record["loss"],
                     tok_s=round(record["tokens_per_second"]),
                 )
                 if "heldout_ce" in record:
@@ -276,8 +279,8 @@ def _is_adapter(path: str, variable: nnx.Variable) -> bool:
 
 
 def _record(step: int, metrics: Metrics) -> Record:
-    terms = ("loss", "ce", "mtp_ce", "indexer", "balance")
-    return {"step": step, **{name: round(float(getattr(metrics, name)), 5) for name in terms}}
+    terms = {name: round(float(getattr(metrics, name)), 5) for name in metrics.logged}
+    return {"step": step, **terms}
 
 
 def _metrics_file(folder: pathlib.Path | None, step: int):
