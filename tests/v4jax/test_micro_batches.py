@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,6 +13,7 @@ from sharding import TRAIN, make_mesh
 from tests.models import random_model
 from tests.tolerances import assert_close, relative_error
 from tests.v4jax.test_documents import CFG, RELATIVE, TERMS, packed
+from v4jax.nn.choices import Choices
 from v4jax.train.losses import IGNORED, Batch, LossWeights
 from v4jax.train.optimizers import adamw
 from v4jax.train.step import TrainStep, loss_and_gradients
@@ -70,8 +72,19 @@ def test_each_device_cuts_its_own_sequences(whole):
         _assert_same(_step(2), whole)
 
 
+def test_queries_that_learn_from_given_entries_are_counted():
+    selections = np.full((4, 768, 1, 4), -1, np.int32)
+    selections[0, 100:130, 0, :2], selections[1, 3, 0] = 7, 5  # of row 1, token 3 is document 0's
+    selections[2, 5, 0, 0] = 1  # one entry is no choice
+    selections[3, 8, 0] = 2  # padding
+    batch = (*_unequal()[:6], Choices(selections=jnp.asarray(selections)))
+    assert float(WEIGHTS.counts(CSA, batch).queries[0]) == 31
+
+
 def test_numbers_that_do_not_divide_are_named():
-    with pytest.raises(ValueError, match="micro_batches=3: a device has 4 sequences of a batch"):
+    with pytest.raises(
+        ValueError, match="micro_batches=3: a device has 4 sequences of a batch; expected"
+    ):
         _step(3)
     with pytest.raises(ValueError, match="micro_batches=0: expected 1 or more"):
         TrainStep(_model(), adamw(1e-3), micro_batches=0)

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.formats.quantize import cast
-from pallas_kernels.linear import linear
 from sharding import AxisRules, ambient, collectives, summed_axis
 from v4jax.config import RopeConfig, V4Config
 from v4jax.nn.numerics import Numerics, rms_normalize
@@ -145,7 +144,11 @@ class Linear(Matrix):
 
 
 class WideLinear(Matrix):
-    """A linear without bias that the released checkpoints store in bfloat16; its result is float32."""
+    """A linear without bias that the released checkpoints store in bfloat16; its result is float32.
+
+    Inputs are not rounded. With activations in bfloat16 a float32 kernel is, as the files hold it: factors
+    of bfloat16 are one pass of a TPU's matrix units, and those of float32 six.
+    """
 
     def __init__(
         self, context: ModelContext, in_dim: int, out_dim: int, *, parts: tuple[int, ...] = ()
@@ -155,7 +158,7 @@ class WideLinear(Matrix):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out] float32"""
-        return self._adapted(x, linear(x, self.kernel[...]))
+        return self._adapted(x, self.numerics.product(x, self.kernel[...]))
 
 
 class GroupedLinear(Matrix):

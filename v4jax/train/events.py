@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from typing import TypedDict
 
 import jax
 import numpy as np
@@ -12,26 +11,10 @@ from v4jax.train.losses import Metrics
 _DIGITS = 5  # of numbers in metrics.jsonl
 
 
-class Record(TypedDict, total=False):
-    """A line of metrics.jsonl, and what `Trainer.run` yields: numbers of one step.
-
-    `heldout_ce` is there where it was measured. The last three depend on the machine, and are not in the
-    file.
-    """
-
-    step: int
-    loss: float
-    ce: float
-    mtp_ce: float
-    indexer: float
-    balance: float
-    z: float
-    grad_norm: float
-    expert_load: float
-    heldout_ce: float
-    tokens_per_second: float
-    flop_utilisation: float
-    memory: float
+# A line of metrics.jsonl, and what `Trainer.run` yields: the step, the metrics that are `logged` (loss, ce ...),
+# grad_norm, expert_load, and heldout_ce where it was measured. `run` adds what depends on the machine:
+# tokens_per_second, flop_utilisation, memory.
+Record = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,21 +69,13 @@ class StepDone(Event):
     @property
     def line(self) -> Record:
         """Of metrics.jsonl: the same on every machine."""
-        metrics = self.metrics
 
         def rounded(number: jax.Array | float) -> float:
             return round(float(number), _DIGITS)
 
-        line = Record(
-            step=self.step,
-            loss=rounded(metrics.loss),
-            ce=rounded(metrics.ce),
-            mtp_ce=rounded(metrics.mtp_ce),
-            indexer=rounded(metrics.indexer),
-            balance=rounded(metrics.balance),
-            z=rounded(metrics.z),
-            grad_norm=rounded(metrics.grad_norm),
-        )
+        names = (*self.metrics.logged, "grad_norm")
+        terms = {name: rounded(getattr(self.metrics, name)) for name in names}
+        line: Record = {"step": self.step, **terms}
         if self.expert_load is not None:
             line["expert_load"] = rounded(self.expert_load)
         if self.heldout_ce is not None:

@@ -10,12 +10,12 @@ import jax
 from v4jax.train.events import Evaluated, Event, Sampled, Skipped, StepDone
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+# Groups of TensorBoard's tags; terms of a loss are in "loss".
 _GROUPS = {
-    "loss": ("loss", "ce", "mtp_ce", "indexer", "balance", "z", "heldout_ce"),
     "step": ("grad_norm", "expert_load"),
     "speed": ("tokens_per_second", "flop_utilisation", "memory"),
 }
-_TAGS = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
 
 
 class Log:
@@ -83,8 +83,9 @@ def _add(board: Any, event: Event) -> None:
     match event:
         case StepDone():
             for name, value in event.record.items():
-                if name in _TAGS:
-                    board.add_scalar(_TAGS[name], value, event.step)
+                if name != "step":
+                    group = _GROUP_OF.get(name, "loss")
+                    board.add_scalar(f"{group}/{name}", value, event.step)
         case Skipped():
             board.add_scalar("step/skipped_in_a_row", event.in_a_row, event.step)
         case Sampled():

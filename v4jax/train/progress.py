@@ -31,6 +31,7 @@ def _numbers(event: StepDone) -> dict[str, str]:
     """What the bar has room for."""
     metrics, load = event.metrics, event.expert_load
     found = {
+        "loss": f"{float(metrics.loss):.4f}",
         "ce": f"{float(metrics.ce):.4f}",
         "mtp": f"{float(metrics.mtp_ce):.4f}" if float(metrics.mtp_ce) else None,
         "norm": f"{float(metrics.grad_norm):.3g}",

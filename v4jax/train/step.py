@@ -12,23 +12,14 @@ from flax import nnx
 
 from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import TRAIN, AxisRules, collectives
-from v4jax.config import V4Config
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.layers import copied
 from v4jax.nn.model import Transformer
-from v4jax.nn.placement import check_mesh, reduce_gradients, specs
-from v4jax.nn.quantization import Chosen, everything, round_to_released
+from v4jax.nn.placement import check_mesh, reduce_gradients, require_whole_blocks, specs
+from v4jax.nn.quantization import Chosen, everything, with_rounding
 from v4jax.train.data import Data
-from v4jax.train.losses import (
-    Counts,
-    LossWeights,
-    Metrics,
-    counts_of,
-    mean_share,
-    training_loss,
-    without_ignored,
-)
+from v4jax.train.losses import Counts, Loss, LossWeights, Metrics, mean_share, without_ignored
 from v4jax.train.optimizers import update_routing_bias
 
 
@@ -63,6 +54,7 @@ class TrainStep:
         needs the memory of one of them. The result is that of the whole batch.
       skip_above: a step whose gradients have a larger global norm (before any clipping) is skipped. One
         whose loss or norm is NaN or infinite always is.
+      loss: another one, as `preferences.DPO`; default `weights`, the training loss.
 
     Raises:
       ValueError: a mesh that does not divide the model, `qat` without released numerics, nothing to
@@ -80,6 +72,7 @@ class TrainStep:
         qat: bool = False,
         remat: bool = True,
         bias_speed: float = 0.0,
+        loss: Loss | None = None,
         micro_batches: int = 1,
         skip_above: float = math.inf,
     ):
@@ -90,7 +83,7 @@ class TrainStep:
                 f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
                 "rounding of activations belongs to the model that is trained for."
             )
-        if len(model.mtp) > 1 and weights.mtp:
+        if len(model.mtp) > 1 and weights.mtp and loss is None:
             raise ValueError(
                 f"{model.cfg.name} has {len(model.mtp)} MTP blocks, and the loss is of the first: expected "
                 "one, or LossWeights(mtp=0)."
@@ -103,15 +96,16 @@ class TrainStep:
         self._states = states  # what trains and what does not, until `init`
         _require_floats(states[0])
         self.optimizer = optimizer
-        self.computed = round_to_released if qat else lambda params: params
+        if qat:
+            require_whole_blocks(nnx.state(model), rules)
+        computed = nnx.graphdef(with_rounding(model)) if qat else self.graphdef
         self.compiled_step = jax.jit(
             functools.partial(
                 _train_step,
-                self.graphdef,
+                computed,
                 optimizer,
-                weights,
+                loss or weights,
                 bias_speed,
-                self.computed,
                 rules,
                 remat,
                 is_trained,
@@ -120,10 +114,8 @@ class TrainStep:
             ),
             donate_argnums=(0,),
         )
-        self._loss = jax.jit(functools.partial(_mean_loss, self.graphdef, self.computed, rules))
-        self._likeliest = jax.jit(
-            functools.partial(_likeliest, self.graphdef, self.computed, rules)
-        )
+        self._loss = jax.jit(functools.partial(_mean_loss, computed, rules))
+        self._likeliest = jax.jit(functools.partial(_likeliest, computed, rules))
 
     def init(self) -> TrainState:
         """The state before the first step. The model's arrays are moved into it."""
@@ -233,70 +225,54 @@ def _require_floats(params: nnx.State) -> None:
 
 
 def loss_and_gradients(
-    graphdef,
-    weights: LossWeights,
-    rules: AxisRules,
-    remat: bool = True,
-    micro_batches: int = 1,
+    graphdef, loss: Loss, rules: AxisRules, remat: bool = True, micro_batches: int = 1
 ):
     """A function (params, fixed, *batch) -> gradients and metrics, over a mesh.
 
-    The batch is inputs, the tokens after them and those after these, or the parts of a `losses.Batch`. Of
-    several micro-batches each has a part of every device's sequences.
+    The batch is what the loss takes: of `LossWeights` inputs, the tokens after them and those after these,
+    or the parts of a `losses.Batch`. Arrays have a row a sequence, and then a column a token, if any. Of
+    several micro-batches each has a part of every device's rows.
     """
 
-    def on_device(params, fixed, *tokens):
-        def of(tokens, shares: Counts | None):
-            inputs, following, after, *rest = tokens
-            loss_weights, after_weights, documents = rest or (None, None, None)
-
+    def on_device(params, fixed, *batch):
+        def of(batch, shares: Counts | None):
             def loss_fn(params):
-                return training_loss(
-                    nnx.merge(graphdef, params, fixed),
-                    inputs,
-                    following,
-                    after,
-                    weights,
-                    remat=remat,
-                    loss_weights=loss_weights,
-                    after_weights=after_weights,
-                    documents=documents,
-                    shares=shares,
-                )
+                return loss(nnx.merge(graphdef, params, fixed), batch, remat=remat, shares=shares)
 
             return jax.grad(loss_fn, has_aux=True)(params)
 
         if micro_batches == 1:
-            gradients, metrics = of(tokens, None)
+            gradients, metrics = of(batch, None)
         else:
             cfg = nnx.merge(graphdef, params, fixed).cfg
-            gradients, metrics = _summed(of, cfg, tokens, micro_batches)
+            counts = functools.partial(loss.counts, cfg)
+            gradients, metrics = _summed(of, counts, batch, micro_batches)
         return reduce_gradients(gradients), metrics
 
     def call(params, fixed, *tokens):
         placed = (specs(params, rules), specs(fixed, rules))
-        in_specs = (*placed, *[rules.tokens] * len(tokens))
-        run = collectives.per_device(on_device, rules, in_specs, (placed[0], jax.P()))
+        of_tokens = jax.tree.map(lambda x: jax.P(*rules.tokens[: x.ndim]), tokens)
+        run = collectives.per_device(on_device, rules, (*placed, *of_tokens), (placed[0], jax.P()))
         return run(params, fixed, *tokens)
 
     return call
 
 
-def _summed(of: Callable, cfg: V4Config, tokens, micro_batches: int):
+def _summed(of: Callable, counts_of: Callable, batch, micro_batches: int):
     """Gradients and metrics of a step: sums of those of its micro-batches, in float32.
 
     Terms of the loss are means over the whole step, whatever its parts have: each is weighted by its share.
     """
-    rows = tokens[0].shape[0]
+    rows = batch[0].shape[0]
     if rows % micro_batches:
         raise ValueError(
-            f"micro_batches={micro_batches}: a device has {rows} sequences of a batch: expected a "
+            f"micro_batches={micro_batches}: a device has {rows} sequences of a batch; expected a "
             "number that divides them."
         )
     parts = jax.tree.map(
-        lambda x: x.reshape(micro_batches, rows // micro_batches, *x.shape[1:]), tokens
+        lambda x: x.reshape(micro_batches, rows // micro_batches, *x.shape[1:]), batch
     )
-    counts = jax.lax.map(lambda part: counts_of(cfg, *part), parts)
+    counts = jax.lax.map(counts_of, parts)
     shares = jax.tree.map(lambda n: n / jnp.where(jnp.sum(n) > 0, jnp.sum(n), 1), counts)
 
     def zeros(x):
@@ -317,7 +293,7 @@ def _all_finite(params) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
-def _mean_loss(graphdef, computed, rules, state, inputs, following, *rest):
+def _mean_loss(graphdef, rules, state, inputs, following, *rest):
     def on_device(params, fixed, inputs, following, *rest):
         loss_weights, documents = rest or (None, None)
         model = nnx.merge(graphdef, params, fixed)
@@ -326,32 +302,30 @@ def _mean_loss(graphdef, computed, rules, state, inputs, following, *rest):
         share = mean_share(cross_entropy(model, hidden, labels), counted)
         return collectives.psum(share, "batch", "seq")
 
-    params, tokens = computed(state.params), (inputs, following, *rest)
-    placed = (specs(params, rules), specs(state.fixed, rules))
+    tokens = (inputs, following, *rest)
+    placed = (specs(state.params, rules), specs(state.fixed, rules))
     in_specs = (*placed, *[rules.tokens] * len(tokens))
     run = collectives.per_device(on_device, rules, in_specs, jax.P())
-    return run(params, state.fixed, *tokens)
+    return run(state.params, state.fixed, *tokens)
 
 
-def _likeliest(graphdef, computed, rules, state, tokens):
+def _likeliest(graphdef, rules, state, tokens):
     def on_device(params, fixed, tokens):
         model = nnx.merge(graphdef, params, fixed)
         hidden = model.hidden(model.trunk(tokens)[0])
         # Row by row: logits of a row are all that is held.
         return jax.lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1), hidden)
 
-    params = computed(state.params)
-    placed = (specs(params, rules), specs(state.fixed, rules), rules.tokens)
+    placed = (specs(state.params, rules), specs(state.fixed, rules), rules.tokens)
     run = collectives.per_device(on_device, rules, placed, rules.tokens)
-    return run(params, state.fixed, tokens)
+    return run(state.params, state.fixed, tokens)
 
 
 def _train_step(
     graphdef,
     optimizer,
-    weights,
+    loss,
     bias_speed,
-    computed,
     rules,
     remat,
     is_trained,
@@ -360,8 +334,8 @@ def _train_step(
     state,
     *tokens,
 ):
-    gradients_of = loss_and_gradients(graphdef, weights, rules, remat, micro_batches)
-    grads, metrics = gradients_of(computed(state.params), state.fixed, *tokens)
+    gradients_of = loss_and_gradients(graphdef, loss, rules, remat, micro_batches)
+    grads, metrics = gradients_of(state.params, state.fixed, *tokens)
     norm = optax.tree.norm(grads)
     fit = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & (norm <= skip_above)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

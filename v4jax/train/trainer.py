@@ -25,7 +25,7 @@ from v4jax.nn.quantization import Chosen, everything, not_expert, to_float
 from v4jax.train.data import Data
 from v4jax.train.events import Event, Record, StepDone
 from v4jax.train.export import export
-from v4jax.train.losses import Batch, LossWeights, Metrics
+from v4jax.train.losses import Batch, Loss, LossWeights, Metrics
 from v4jax.train.progress import show
 from v4jax.train.run import Options, run
 from v4jax.train.samples import Prompts
@@ -54,6 +54,7 @@ class Trainer:
       skip_above: a step whose gradients have a larger global norm changes nothing. One whose loss or
         norm is NaN or infinite never does.
       seed: of new adapters.
+      loss: another one than the training loss, as `v4jax.train.DPO()`.
 
     Attributes:
       steps: steps taken so far.
@@ -76,6 +77,7 @@ class Trainer:
         micro_batches: int = 1,
         skip_above: float = math.inf,
         seed: int = 0,
+        loss: Loss | None = None,
     ):
         if isinstance(trainable, str) and trainable not in TRAINABLE:
             raise ValueError(
@@ -104,6 +106,7 @@ class Trainer:
                 bias_speed=bias_speed,
                 micro_batches=micro_batches,
                 skip_above=skip_above,
+                loss=loss,
             )
         self._state: TrainState | None = None
 
