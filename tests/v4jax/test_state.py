@@ -24,6 +24,8 @@ from v4jax.train import Trainer, adamw
 from v4jax.train.state import Saver
 from v4jax.train.step import TrainState
 
+# Orbax leaves tasks of a read or write that failed to a loop that has ended, and Python says so.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 OPTIMIZER = optax.adam(1e-3)
 
 
@@ -39,6 +41,12 @@ def _saved(folder, *steps, **losses) -> None:
         saver.save(step, _state(step), losses.get(f"at{step}"))
     saver.wait()
     saver.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers():
+    yield
+    gc.collect()
 
 
 @contextlib.contextmanager
@@ -100,8 +108,6 @@ def _lose(folder):
         path.unlink()
 
 
-# Orbax leaves tasks of a read that failed to a loop that has ended, and Python says so.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [_flip, _cut, _empty, _lose])
 def test_a_damaged_newest_state_is_left_aside_for_the_one_before(tmp_path, damage):
     _saved(tmp_path, 1, 2)

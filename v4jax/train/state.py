@@ -1,6 +1,7 @@
 """Training states on disk, with Orbax: what a step changes, and not the weights that stay."""
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from v4jax.checkpoint.errors import CheckpointError
 from v4jax.nn.layers import RoutingBias
 from v4jax.train.step import TrainState
 
+# Orbax logs pages of what `Saver` says in a sentence; those who listen to its logger get them.
+logging.getLogger("absl").addHandler(logging.NullHandler())
 _CHECKSUMS, _HELDOUT = "checksums", "heldout_ce"
 
 
