@@ -221,7 +221,6 @@ def test_restoring_holds_one_state(tmp_path):
 
     assert trainer.steps == 3
     assert 2.9 * weights < watch.most - before < 3.1 * weights
-    assert watch.most - before > 2.9 * weights
 
 
 def test_shapes_are_those_of_the_state_that_would_be_made():
