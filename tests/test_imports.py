@@ -27,6 +27,7 @@ ALLOWED = {
 EXTRAS = {
     ROOT / "v4jax" / "inference" / "server": {"starlette", "uvicorn", "prometheus_client"},
     ROOT / "v4jax" / "inference" / "grammar.py": {"llguidance"},
+    ROOT / "v4jax" / "train" / "log.py": {"tensorboardX"},
 }
 # Rooms of v4jax, and the rooms that each may import. No circles.
 ROOMS = {

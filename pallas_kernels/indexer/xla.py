@@ -1,7 +1,7 @@
 """The indexer in jax.numpy.
 
 Scores are formed for one block of queries at a time, in chunks of entries no further than the last
-one the block can see, so memory is [block, S] and never [T, S].
+one the block can see, so memory is [block, S] and never [T, S]. Gradients are of a block at a time too.
 """
 
 import jax
@@ -93,12 +93,32 @@ def selected_scores(
     keys: jax.Array,  # [B, S, I]
     indices: jax.Array,  # [B, T, K] int32 (-1: none)
 ) -> jax.Array:  # [B, T, K] float32, -inf where the index is -1
-    """Scores of the selected entries."""
-    if not indices.shape[2]:
+    """Scores of the selected entries.
+
+    Gathered rows and products of heads are those of a block of queries, made again for its gradient.
+    Gradients of keys are summed in float32: a key is picked by hundreds of queries.
+    """
+    batch, num_queries, topk = indices.shape
+    if not topk:
         return jnp.zeros(indices.shape, jnp.float32)
-    rows = jax.vmap(lambda k, i: jnp.take(k, jnp.maximum(i, 0), axis=0))(keys, indices)
-    scores = scores_of(q, weights, rows, "btsi")
-    return jnp.where(indices >= 0, scores, -jnp.inf)
+    block = min(BLOCK_QUERIES, num_queries)
+    padding = -num_queries % block
+
+    def blocks(x):  # [B, T, ...] -> [T / block, B, block, ...]
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, block, *x.shape[2:]), 1, 0)
+
+    wide = keys.astype(jnp.float32)
+
+    @jax.checkpoint
+    def scores(args):
+        q, weights, indices = args
+        rows = jax.vmap(lambda k, i: jnp.take(k, jnp.maximum(i, 0), axis=0))(wide, indices)
+        return scores_of(q, weights, rows.astype(keys.dtype), "btsi")
+
+    found = jnp.moveaxis(jax.lax.map(scores, (blocks(q), blocks(weights), blocks(indices))), 0, 1)
+    found = found.reshape(batch, -1, topk)[:, :num_queries]
+    return jnp.where(indices >= 0, found, -jnp.inf)
 
 
 def scores_of(q: jax.Array, weights: jax.Array, keys: jax.Array, axes: str) -> jax.Array:

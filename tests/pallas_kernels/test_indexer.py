@@ -483,6 +483,47 @@ def test_gradients_of_selected_scores_equal_central_differences():
         assert_close([float(grad[entry]) for entry in entries], expected, GRADIENT_FLOAT32)
 
 
+def test_gradients_of_keys_in_bfloat16_are_summed_in_float32():
+    """A key that hundreds of queries picked: only the result is rounded, not the sum on its way."""
+    rng = np.random.default_rng(0)
+    q, keys = (
+        rng.normal(size=(1, n, *s)).astype(jnp.bfloat16) for n, s in ((600, (2, 8)), (9, (8,)))
+    )
+    weights, d_out = rng.normal(size=(1, 600, 2)).astype(np.float32), rng.random((1, 600, 5))
+    index = np.stack([rng.permutation(9)[:5] for _ in range(600)])[None].astype(np.int32)
+
+    def loss(keys):
+        return jnp.sum(indexer.selected_scores(q, weights, keys, index) * d_out)
+
+    d_keys = jax.jit(jax.grad(loss))(keys)
+
+    picked = np.zeros((1, 600, 9))
+    np.put_along_axis(picked, index, d_out, axis=-1)
+    wide_q, wide_keys = q.astype(np.float64), keys.astype(np.float64)
+    is_positive = np.einsum("btai,bsi->btas", wide_q, wide_keys) > 0
+    parts = (picked, weights.astype(np.float64), is_positive, wide_q)
+    expected = np.einsum("bts,bta,btas,btai->bsi", *parts)
+    assert d_keys.dtype == jnp.bfloat16
+    assert_close(d_keys, expected, 2**-8)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_gradients_of_selected_scores_hold_the_rows_of_a_block_of_queries():
+    """Gathered rows of all queries would be 4 bytes each of T * K * I, and 8 blocks of them are."""
+    num_queries, topk, width = 8 * xla.BLOCK_QUERIES, 64, 32
+    shapes = [(1, num_queries, 2, width), (1, num_queries, 2), (1, 256, width)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    index = jax.ShapeDtypeStruct((1, num_queries, topk), jnp.int32)
+
+    def loss(q, weights, keys, index):
+        return jnp.sum(indexer.selected_scores(q, weights, keys, index))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*args, index).compile()
+
+    held = gradient.memory_analysis().temp_size_in_bytes
+    assert held < 4 * num_queries * topk * width / 2
+
+
 def test_a_softmax_over_selected_scores_has_finite_gradients_where_some_are_missing():
     q, weights, keys, _ = inputs(5, 12, integer=False)
     index = chosen(5, 12, 5)[:, 1:]  # without the row that selects nothing

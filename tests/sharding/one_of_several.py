@@ -12,14 +12,16 @@ PORT, COUNT, NUMBER = (int(x) for x in sys.argv[1:4])
 CHECKPOINT, FOLDER = (pathlib.Path(x) for x in sys.argv[4:6])
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sharding import make_mesh
-from v4jax import checkpoint
+from v4jax import LoRA, Trainer, checkpoint
 from v4jax.inference.engine import Engine
 from v4jax.inference.sampling import Sampling
 from v4jax.train.data import TokenStream
-from v4jax.train.optimizers import adamw, warmup_cosine
+from v4jax.train.optimizers import adamw
+from v4jax.train.schedules import schedule
 from v4jax.train.state import Saver
 from v4jax.train.step import TrainStep
 
@@ -58,8 +60,13 @@ def main() -> None:
         weight = model.stages[0].blocks[0].moe.w1.kernel[...]
         held = sum(shard.data.nbytes for shard in weight.addressable_shards)
         result["share held"] = held / weight.nbytes
+        checkpoint.save(model, FOLDER / "model", single_file_limit=0)
+        lora = LoRA(rank=2, targets=("attention.wq_b", "moe.w2"))
+        adapted = Trainer(jax.tree.map(jnp.copy, model), adamw(1e-3), trainable=lora)
+        adapted.save(FOLDER / "adapter")
+        adapted.save(FOLDER / "merged", "released")
         stream = TokenStream(np.random.default_rng(0).integers(2, 256, 5000), LENGTH)
-        trainer = TrainStep(model, adamw(warmup_cosine(1e-3, STEPS, warmup_steps=1)))
+        trainer = TrainStep(model, adamw(schedule("cosine", 1e-3, STEPS, warmup_steps=1)))
         state = trainer.init()
         for step in range(STEPS):
             state, metrics = trainer.step(state, trainer.batch(stream, step, BATCH))

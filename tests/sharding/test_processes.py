@@ -54,6 +54,12 @@ def _run(count: int, checkpoint_folder, folder) -> list[dict]:
     return [json.loads((folder / f"{i}.json").read_text()) for i in range(count)]
 
 
+def _written(folder) -> dict[str, bytes]:
+    """Checkpoints that all processes wrote together: files by name."""
+    paths = [p for name in ("model", "adapter", "merged") for p in (folder / name).iterdir()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
 def test_several_processes_compute_what_one_does(folder, tmp_path):
     (alone,) = _run(1, folder, tmp_path / "1")
     assert alone["restored"] == alone["after"] != alone["trained"]
@@ -68,3 +74,6 @@ def test_several_processes_compute_what_one_does(folder, tmp_path):
         assert result.get("led", alone["led"]) == alone["led"]  # process 0 has it
         for name in ("trained", "after"):
             np.testing.assert_allclose(result[name], alone[name], rtol=1e-5)
+    written = _written(tmp_path / "1")
+    assert sum(name.endswith(".safetensors") for name in written) == 6  # four of a model in parts
+    assert written == _written(tmp_path / "2") == _written(tmp_path / "4")

@@ -83,6 +83,68 @@ def test_ids_outside_the_vocabulary_are_refused(run, tokens, named):
     assert not (run.folder / "o").exists()
 
 
+def test_held_out_ids_outside_the_vocabulary_are_refused(run):
+    np.save(run.folder / "held.npy", np.full(100, 256))
+
+    with pytest.raises(ValueError, match=r"token 256 .number 0. is outside the vocabulary"):
+        run("--eval-tokens", run.folder / "held.npy")
+    assert not (run.folder / "o").exists()
+
+
+def test_all_settings_are_written_and_can_be_given_again(run, monkeypatch):
+    run("--lr", 0.5, "--sample-tokens", 7)
+    path = run.folder / "o" / "config.toml"
+    written = path.read_text()
+    assert "lr = 0.5\n" in written and "sample-tokens = 7\n" in written
+
+    monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(path)])
+    finetune.main()  # the same run, which is done
+    monkeypatch.setattr(sys, "argv", ["finetune", "--config", str(path), "--lr", "0.25"])
+    with pytest.raises(ValueError, match="other settings: lr"):
+        finetune.main()
+    assert path.read_text().split("[made_by]")[0] == written.split("[made_by]")[0]
+
+
+def test_a_run_from_before_an_option_existed_goes_on(run):
+    run()
+    path = run.folder / "o" / "run.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("optimizer") == "adamw" and settings.pop("skip_above") == np.inf
+    path.write_text(json.dumps(settings))
+    run()
+    with pytest.raises(ValueError, match="other settings: skip_above"):
+        run("--skip-above", 5)
+
+
+def test_the_best_state_is_written_where_it_is_asked_for(run, monkeypatch):
+    """A model whose parameters are the number of the step; the held-out loss is lowest after the second."""
+    losses = iter([3.0] * 4 + [1.0] * 4 + [2.0] * 4)
+    monkeypatch.setattr(TrainStep, "loss", lambda *_: next(losses))
+
+    def step(state):
+        run.count += 1
+        params = jax.tree.map(lambda x: jnp.full_like(x, run.count), state.params)
+        metrics = Metrics(*[jnp.float32(1)] * 5, ())
+        return dataclasses.replace(state, params=params), metrics
+
+    run.step, run.count = step, 0
+    run("--eval-tokens", run.folder / "t.npy", "--eval-every", 1, "--export", "best", steps=3)
+
+    model = Checkpoint(run.folder / "o" / "model")
+    assert (model.tensors["norm.weight"].view() == 2).all()
+
+
+def test_options_that_need_others_are_refused(run, capsys):
+    for options, message in (
+        (("--export", "best"), "--export best: expected --eval-data or --eval-tokens"),
+        (("--sample", "x"), "--sample: expected --eval-data or --eval-tokens"),
+        (("--skip-above", "0"), "argument --skip-above: '0': expected a number above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*options)
+        assert message in capsys.readouterr().err
+
+
 def test_a_text_is_no_token_file(run):
     (run.folder / "t.jsonl").write_text('{"text": "x"}\n')
 

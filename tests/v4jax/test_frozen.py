@@ -1,16 +1,19 @@
 """Training of everything but the experts, which stay as released."""
 
 import dataclasses
+import gc
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import TRAIN
-from tests.models import random_model
-from v4jax import Transformer, tiny
+from tests.models import random_model, small_nano
+from v4jax import Transformer, checkpoint, tiny
 from v4jax.nn.quantization import is_expert, not_expert, to_float, to_released
+from v4jax.train import Trainer
 from v4jax.train.losses import LossWeights, shifted
 from v4jax.train.optimizers import adamw
 from v4jax.train.step import TrainStep, loss_and_gradients, trained_by
@@ -49,6 +52,27 @@ def test_a_step_changes_everything_but_the_experts(model, tokens):
     for name, old in experts.items():
         np.testing.assert_array_equal(after[name], old)
     assert all((x != params[name]).any() for name, x in _leaves(state.params).items())
+
+
+def _bytes_held() -> int:
+    """Of all arrays, each buffer once."""
+    gc.collect()
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays()}.values())
+
+
+def test_experts_of_a_checkpoint_are_held_once_and_packed():
+    """From the files into what trains in float32 and the rest as stored: nothing else is left."""
+    folder, before = small_nano(), _bytes_held()
+    trainer = Trainer(checkpoint.load(folder, use="train"), adamw(1e-3), trainable="no-experts")
+    state = trainer.state
+
+    held = _bytes_held() - before
+
+    assert held == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    experts = [v for _, v in nnx.to_flat_state(state.fixed) if "expert" in v.axes]
+    assert experts and all(isinstance(v.get_value(), QuantizedArray) for v in experts)
+    packed = sum(leaf.nbytes for v in experts for leaf in jax.tree.leaves(v.get_value()))
+    assert packed == sum(np.prod(v.get_value().shape) for v in experts) * 4.25 / 8
 
 
 def test_gradients_of_the_rest_are_those_beside_float_experts(model, tokens):

@@ -15,13 +15,14 @@ from tests.models import random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, plain, tiny
 from v4jax.config import window_layer
-from v4jax.nn.cross_entropy import cross_entropy
+from v4jax.nn.cross_entropy import cross_entropy, cross_entropy_and_normalizer
 from v4jax.nn.indexer import indexer_loss
 from v4jax.nn.layers import ModelContext
 from v4jax.nn.moe import Router
 from v4jax.train.data import TokenStream
 from v4jax.train.losses import LossWeights, shifted, training_loss
-from v4jax.train.optimizers import adamw, is_matrix, update_routing_bias, warmup_cosine
+from v4jax.train.optimizers import adamw, is_matrix, update_routing_bias
+from v4jax.train.schedules import schedule
 from v4jax.train.state import Saver
 from v4jax.train.step import TrainStep
 
@@ -79,15 +80,17 @@ def test_cross_entropy_is_that_of_the_logits(model, tokens):
     hidden = jax.random.normal(jax.random.key(0), (2, LENGTH, tiny().embed_dim))
     targets = tokens[:, :LENGTH]
 
-    losses = cross_entropy(model, hidden, targets, chunk=64)
+    losses, normalizers = cross_entropy_and_normalizer(model, hidden, targets, chunk=64)
 
     logits = np.asarray(model.logits(hidden), np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert_close(normalizers, expected[..., 0], FLOAT32)
+    log_p = logits - expected
     assert_close(losses, -np.take_along_axis(log_p, targets[..., None], -1)[..., 0], FLOAT32)
 
 
 def test_terms_of_the_loss(model, tokens):
-    weights = LossWeights(mtp=0.3, balance=0.01, indexer=0.5)
+    weights = LossWeights(mtp=0.3, balance=0.01, indexer=0.5, z=0.02)
     loss, metrics = jax.jit(lambda t: training_loss(model, *shifted(t), weights, remat=False))(
         tokens
     )
@@ -97,12 +100,15 @@ def test_terms_of_the_loss(model, tokens):
         streams, _ = model.trunk(inputs)
         mtp_hidden, _ = model.mtp_hidden(streams, following)
         ce = cross_entropy(model, model.hidden(streams), following)
-        return ce.mean(), cross_entropy(model, mtp_hidden, after)
+        logits = model.logits(model.hidden(streams))
+        return ce.mean(), cross_entropy(model, mtp_hidden, after), logits
 
-    ce, mtp_ce = cross_entropies(*shifted(tokens))
+    ce, mtp_ce, logits = cross_entropies(*shifted(tokens))
+    z = np.mean(np.log(np.exp(np.asarray(logits, np.float64)).sum(-1)) ** 2)
+    assert_close(metrics.z, z, FLOAT32)
     assert_close(metrics.ce, ce, FLOAT32)
     assert_close(metrics.mtp_ce, mtp_ce.mean(), FLOAT32)
-    expected = ce + 0.3 * mtp_ce.mean() + 0.01 * metrics.balance + 0.5 * metrics.indexer
+    expected = ce + 0.3 * mtp_ce.mean() + 0.01 * metrics.balance + 0.5 * metrics.indexer + 0.02 * z
     assert_close(loss, expected, FLOAT32)
     counts = [np.asarray(count) for stage in metrics.expert_counts for count in stage]
     assert sum(len(count) for count in counts) == len(tiny().layers) + 1
@@ -195,7 +201,7 @@ def test_routing_bias_moves_against_the_load(model):
 
 def test_adamw_is_the_published_rule():
     """Two steps against NumPy: warm-up to the peak, decay on the matrix and not on the vector."""
-    schedule = warmup_cosine(0.1, 10, warmup_steps=1)
+    rate = schedule("cosine", 0.1, 10, warmup_steps=1)
     matrix = nnx.Param(jnp.array([[2.0, -1.0]]), matrix=True)
     # As of two stacked layers: an axis more does not make it a matrix.
     vector = nnx.Param(jnp.array([[0.5], [0.7]]), matrix=False)
@@ -209,7 +215,7 @@ def test_adamw_is_the_published_rule():
         )
     ]
     grads.append(jax.tree.map(lambda g: 0.5 * g, grads[0]))
-    tx = adamw(schedule, clip_norm=1e9)
+    tx = adamw(rate, clip_norm=1e9)
     state, moments = tx.init(params), {k: (0.0, 0.0) for k in params}
     expected = {k: np.asarray(v.get_value(), np.float64) for k, v in params.items()}
     rates = (0.1, 0.01 + 0.09 * (1 + np.cos(np.pi / 9)) / 2)
@@ -242,7 +248,7 @@ def test_only_matrices_decay_in_stacked_layers():
 
 def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
     """Six steps on one batch, against three, a save, a restore into a new model, and three more."""
-    optimizer = adamw(warmup_cosine(3e-3, 6, warmup_steps=1))
+    optimizer = adamw(schedule("cosine", 3e-3, 6, warmup_steps=1))
     trainer = TrainStep(_make_model(), optimizer, bias_speed=1e-3)
     state, losses = trainer.init(), []
     saver = Saver(tmp_path / "state")

@@ -1,6 +1,7 @@
 """Writes a model in the released layout: names, orientation, packing, one file or one per layer."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from pallas_kernels.formats.quantize import QuantizedArray, unpack_planes
 from v4jax import stores
@@ -50,6 +52,9 @@ def save(
     one first). Files are complete or absent; `config.json` comes last. What goes into a store is
     written to a temporary folder first, which takes as much room as the model.
 
+    A model that is spread over several processes is saved by all of them together, into a folder that
+    they share: the files are dealt out, and none holds more than a tensor of other processes.
+
     Args:
       path: the folder, made if missing, or its URL ("gs://bucket/folder").
       like: a checkpoint whose order of tensors, integer dtypes, metadata and other files
@@ -57,8 +62,7 @@ def save(
       single_file_limit: bytes up to which everything goes into one file; beyond, one per layer.
 
     Raises:
-      ValueError: `path` has another checkpoint's files, the model has adapters, or it is spread over
-        processes.
+      ValueError: `path` has another checkpoint's files, or the model has adapters.
       CheckpointError: a store does not take a file.
     """
     path = os.fspath(path)
@@ -68,26 +72,76 @@ def save(
             f"{adapted[0]} has an adapter, which a checkpoint does not hold: merge it first "
             "(v4jax.nn.lora.merge_lora), or write it with v4jax.checkpoint.save_adapter."
         )
+    is_spread = not all(array.is_fully_addressable for array in jax.tree.leaves(nnx.state(model)))
+    together = _Together() if is_spread else _Alone()
     if stores.is_url(path):
         _require_no_weights(path, stores.names(path) if stores.is_folder(path) else [])
+        together.wait("the folder was empty")
         with tempfile.TemporaryDirectory(prefix="v4jax-") as folder:
-            save(model, folder, like=like, single_file_limit=single_file_limit)
-            _upload(folder, path)
+            _write(model, folder, together, like, single_file_limit)
+            _upload(folder, path, together)
         return
     os.makedirs(path, exist_ok=True)
     _require_no_weights(path, os.listdir(path))
+    together.wait("the folder was empty")
+    _write(model, path, together, like, single_file_limit)
+    together.wait("all is written")
+
+
+class _Alone:
+    """One process writes all files."""
+
+    is_first = True
+
+    def wait(self, what: str) -> None:
+        """Until the others are there too."""
+
+    def writes(self, number: int) -> bool:
+        """Whether a file is this process's to write."""
+        del number
+        return True
+
+
+class _Together(_Alone):
+    """Every process writes some files, and gives its parts to the others'."""
+
+    def __init__(self):
+        self.is_first = jax.process_index() == 0
+
+    def wait(self, what: str) -> None:
+        multihost_utils.sync_global_devices(what)
+
+    def writes(self, number: int) -> bool:
+        return number % jax.process_count() == jax.process_index()
+
+
+def _write(
+    model: Transformer, path: str, together: _Alone, like: Checkpoint | None, limit: int
+) -> None:
+    """The files of this process; `config.json` when all processes have theirs."""
     tensors = {t.name: t for leaf in leaves(model) for t in _tensors(leaf, like)}
     metadata = {"format": "pt"}
     if like is not None:
         metadata = like.files[0].metadata
         order = {name: i for i, name in enumerate(like.tensors)}
         tensors = dict(sorted(tensors.items(), key=lambda t: order.get(t[0], len(order))))
-        copy_other_files(like, path)
+        if together.is_first:
+            copy_other_files(like, path)
     total = sum(t.nbytes for t in tensors.values())
-    if total <= single_file_limit:
-        write_safetensors(os.path.join(path, SINGLE_NAME), tensors.values(), metadata)
-    else:
-        _write_shards(path, tensors, total, metadata)
+    shards = {SINGLE_NAME: list(tensors.values())} if total <= limit else _shards(tensors)
+    for number, (name, held) in enumerate(shards.items()):
+        if together.writes(number):
+            write_safetensors(os.path.join(path, name), held, metadata)
+            continue
+        for tensor in held:  # its writer needs this process's part
+            tensor.read()
+    together.wait("weights are written")
+    if not together.is_first:
+        return
+    if total > limit:
+        weight_map = {tensor.name: name for name, held in shards.items() for tensor in held}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(os.path.join(path, INDEX_NAME), json.dumps(index, indent=2))
     experts = next(t.tag for name, t in tensors.items() if name.endswith("experts.0.w1.weight"))
     fmt = {"I8": "fp4", "F8_E4M3": "fp8"}.get(experts)
     config = json.dumps(to_hf(dataclasses.replace(model.cfg, expert_format=fmt)), indent=2)
@@ -102,15 +156,19 @@ def _require_no_weights(path: str, present: list[str]) -> None:
         )
 
 
-def _upload(folder: str, url: str) -> None:
+def _upload(folder: str, url: str, together: _Alone) -> None:
     """Copies a folder into a store, `config.json` last: with it the folder is a checkpoint."""
     files = [
         os.path.relpath(os.path.join(where, name), folder)
         for where, _, found in os.walk(folder)
         for name in found
     ]
-    for name in sorted(files, key=lambda name: (name == "config.json", name)):
+    for name in sorted(set(files) - {"config.json"}):
         stores.upload(os.path.join(folder, name), stores.join(url, name))
+    together.wait("weights are uploaded")
+    if together.is_first:
+        stores.upload(os.path.join(folder, "config.json"), stores.join(url, "config.json"))
+    together.wait("all is uploaded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +177,6 @@ class _Announced:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    is_fully_addressable: bool = True
 
 
 def announced(config: V4Config, *, scan_layers: bool = False) -> list[NewTensor]:
@@ -135,27 +192,22 @@ def announced(config: V4Config, *, scan_layers: bool = False) -> list[NewTensor]
     return [tensor for leaf in leaves(model) for tensor in _tensors(leaf, None)]
 
 
-def _write_shards(
-    path: str, tensors: dict[str, NewTensor], total: int, metadata: dict[str, str]
-) -> None:
-    """One file per layer, embedding, head and MTP block, as the releases have it."""
-    shards: dict[str, list[NewTensor]] = {}
+def _shards(tensors: dict[str, NewTensor]) -> dict[str, list[NewTensor]]:
+    """One file per layer, embedding, head and MTP block, as the releases have it: tensors by file."""
+    groups: dict[str, list[NewTensor]] = {}
     for name, tensor in tensors.items():
         match = re.match(r"(layers|mtp)\.\d+\.", name)
         group = match[0] if match else ("embed" if name.startswith("embed.") else "head")
-        shards.setdefault(group, []).append(tensor)
+        groups.setdefault(group, []).append(tensor)
 
     def rank(group: str) -> tuple[int, int]:
         kind, _, number = group.rstrip(".").partition(".")
         return ["embed", "layers", "head", "mtp"].index(kind), int(number or 0)
 
-    weight_map = {}
-    for i, group in enumerate(sorted(shards, key=rank)):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(os.path.join(path, name), shards[group], metadata)
-        weight_map.update({tensor.name: name for tensor in shards[group]})
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(os.path.join(path, INDEX_NAME), json.dumps(index, indent=2))
+    return {
+        f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": groups[group]
+        for i, group in enumerate(sorted(groups, key=rank))
+    }
 
 
 def write_text(path: str, text: str) -> None:
@@ -189,11 +241,6 @@ def _tensors(leaf: Leaf, like: Checkpoint | None) -> Iterator[NewTensor]:
     if isinstance(value, QuantizedArray):
         arrays = [(value.values, lambda name: name), (value.scale, names.scale_name)]
     for array, rename in arrays:
-        if not array.is_fully_addressable:
-            raise ValueError(
-                f"{leaf.slot.path} is spread over several processes: save with Orbax, and convert "
-                "on one host."
-            )
         for position in np.ndindex(*table.shape):
             name = rename(table[position])
             tag = _TAGS[np.dtype(array.dtype)]
@@ -202,14 +249,20 @@ def _tensors(leaf: Leaf, like: Checkpoint | None) -> Iterator[NewTensor]:
             yield _tensor(name, tag, array, position, leaf.slot.transposed)
 
 
-def _one(array: jax.Array, position: tuple[int, ...]) -> jax.Array:
+def one(array: jax.Array, position: tuple[int, ...]) -> jax.Array:
     """`array[position]`, gathered from wherever a mesh has its parts."""
-    if not position:
-        return array
-    if isinstance(array.sharding, jax.NamedSharding):
+    if isinstance(array.sharding, jax.NamedSharding) and (
+        position or not array.is_fully_addressable
+    ):
         whole = jax.NamedSharding(array.sharding.mesh, jax.P())
-        return array.at[position].get(out_sharding=whole)
-    return array[position]
+        return array.at[position].get(out_sharding=whole) if position else _gather(whole)(array)
+    return array[position] if position else array
+
+
+@functools.cache
+def _gather(whole: jax.NamedSharding):
+    """A program that brings an array to every device."""
+    return jax.jit(lambda array: array, out_shardings=whole)
 
 
 def _tensor(
@@ -218,7 +271,7 @@ def _tensor(
     shape = array.shape[len(position) :]
 
     def read() -> np.ndarray:
-        data = np.asarray(_one(array, position))
+        data = np.asarray(one(array, position))
         data = data.T if transposed else data
         if tag == "I8":
             return unpack_planes(np.ascontiguousarray(data)).view(np.int8)

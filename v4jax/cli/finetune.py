@@ -2,76 +2,58 @@
 
     v4jax finetune --checkpoint DIR --data chat.jsonl --output runs/a --trainable lora --dtype bfloat16
     v4jax finetune --model nano --tokens runs/nano/data/tokens.npy --output runs/nano
+    v4jax finetune --config runs/a/config.toml --output runs/b --lr 1e-4
 
 `--data` has an example a line, which the released prompt format renders; loss is on what the assistant writes
 (docs/training.md; `v4jax data check FILE` shows it). `--tokens` is one array of ids, cut into windows.
 
-AdamW over the next token, the token after it (MTP), the indexer's loss and router balance. What trains
+AdamW or Muon over the next token, the token after it (MTP), the indexer's loss and router balance. What trains
 is float32; with `--trainable no-experts` or `lora` the other weights stay packed as they are stored.
 With `--qat` every step computes with weights and activations rounded as the released format and code
 round them (docs/low_precision.md). Run the same command again to go on after an interruption: a step's
 batch depends on the seed and the step only. `--output` gets state/ (Orbax), metrics.jsonl, and at the
 end model/ in the released layout, FP4 experts and FP8 linears included (or float32 with `--save float`),
-or adapter/ in PEFT's files.
+or adapter/ in PEFT's files. Ctrl-C and SIGTERM save first.
 
-Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as v4jax/cli/pod.py shows. A model
-that is spread over several hosts stays in state/: run the same command once more on one host, with
-any mesh, to write model/.
+`--config FILE` reads these options from TOML, one a line (`seq-len = 512`); flags win. `--output` gets all
+of them in config.toml, which can be given again.
+
+Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as v4jax/cli/pod.py shows, with an
+`--output` that they share: each writes some files of model/.
 """
 
 import argparse
 import json
-import math
 import pathlib
 import shutil
 import sys
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from v4jax import checkpoint, stores
 from v4jax.checkpoint.folders import weight_files
 from v4jax.checkpoint.hf_config import from_hf
 from v4jax.checkpoint.saving import write_text
 from v4jax.cli.errors import one_message
-from v4jax.cli.options import DTYPES, checkpoint_folder, command_parser, local_folder
-from v4jax.cli.pod import add_pod_arguments, on_mesh, parse_pod_args, start_processes
+from v4jax.cli.finetune_options import OPTIMIZERS, make_parser, parse_args
+from v4jax.cli.pod import on_mesh, start_processes
+from v4jax.cli.settings import write_config
 from v4jax.config import VARIANTS, V4Config
 from v4jax.inference.batch.files import fingerprint
 from v4jax.nn.documents import alignment
-from v4jax.nn.lora import ATTENTION, LoRA
+from v4jax.nn.lora import LoRA
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
+from v4jax.planning import costs
 from v4jax.planning.devices import require_room_to_train, training_mesh
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.data import Data, Examples, TokenStream
-from v4jax.train.data.examples import TOO_LONG
 from v4jax.train.losses import LossWeights
-from v4jax.train.optimizers import adamw, warmup_cosine
-from v4jax.train.trainer import FORMATS, TRAINABLE, Trainer
-
-
-def natural(text: str) -> int:
-    """A whole number from 0 on."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 on.")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if natural(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 1.")
-    return int(text)
-
-
-def rate(text: str) -> float:
-    """A number from 0 on."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 on.")
-    return value
-
+from v4jax.train.samples import Prompts
+from v4jax.train.schedules import schedule
+from v4jax.train.trainer import TRAINABLE, Trainer
 
 # What does not decide the numbers of a run. A state is not continued with other values of the rest.
 _FREE = (
@@ -84,12 +66,11 @@ _FREE = (
     "tokenizer",
     "save",
     "mesh",
+    *("config", "sample", "sample_tokens", "tensorboard", "export", "max_skipped"),
     *("distributed", "coordinator", "num_processes", "process_id"),
 )
 # Of `--data` alone: they are no settings of a run over tokens.
 _OF_DATA = ("data", "mode", "no_packing", "too_long")
-# Left out, it depends on where training starts: pre-training's values, or what fine-tuning takes.
-_BY_START = {"bias_speed": (1e-3, 0.0), "mtp_weight": (0.3, 0.1)}
 
 
 def identity_of(args: argparse.Namespace) -> dict[str, object]:
@@ -112,8 +93,10 @@ def tokenizer_file(args: argparse.Namespace) -> str:
     return stores.in_folder(args.tokenizer or args.checkpoint, "tokenizer.json")
 
 
-def claim(args: argparse.Namespace) -> None:
+def claim(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Makes `--output` this run's own.
+
+    A run that began before an option existed has that option's default.
 
     Raises:
       ValueError: it has another run's state, or a model that no run wrote.
@@ -121,6 +104,7 @@ def claim(args: argparse.Namespace) -> None:
     path, own = args.output / "run.json", identity_of(args)
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: parser.get_default(name) for name in own} | found
         other = [name for name in sorted({*found, *own}) if found.get(name) != own.get(name)]
         if other:
             raise ValueError(
@@ -136,115 +120,6 @@ def claim(args: argparse.Namespace) -> None:
             "Nothing was changed."
         )
     write_text(str(path), json.dumps(own, indent=2))
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = command_parser("finetune", __doc__)
-    start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--model", choices=sorted(VARIANTS), help="train this variant from scratch")
-    start.add_argument(
-        "--checkpoint",
-        type=checkpoint_folder,
-        metavar="DIR",
-        help="start from this folder, or from its URL (gs://, s3://)",
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", type=local_folder, metavar="FILE", help=".jsonl or .txt")
-    what.add_argument("--tokens", type=local_folder, help=".npy, integers [N]")
-    parser.add_argument("--eval-data", type=local_folder, metavar="FILE", help="held-out data")
-    parser.add_argument("--eval-tokens", type=local_folder, help="held-out tokens, .npy")
-    parser.add_argument(
-        "--output", type=local_folder, metavar="DIR", required=True, help="folder of the run"
-    )
-    parser.add_argument(
-        "--steps", type=positive, default=1000, help="in all, those before an interruption too"
-    )
-    parser.add_argument("--batch-size", type=positive, default=8, help="sequences a step")
-    parser.add_argument("--seq-len", type=positive, default=512, help="tokens of a sequence")
-    parser.add_argument("--lr", type=rate, default=2e-4, help="peak learning rate")
-    parser.add_argument("--warmup", type=natural, default=100, help="steps until --lr is reached")
-    parser.add_argument(
-        "--seed", type=natural, default=0, help="of the weights and the order of the data"
-    )
-    parser.add_argument("--save-every", type=positive, default=250, help="steps")
-    parser.add_argument("--eval-every", type=positive, default=250, help="steps")
-    parser.add_argument("--log-every", type=positive, default=10, help="steps")
-    parser.add_argument(
-        "--tokenizer",
-        type=local_folder,
-        help="tokenizer.json for --data, and to put into model/; default: that of --checkpoint",
-    )
-    rows = parser.add_argument_group("rows of --data")
-    rows.add_argument("--mode", help="of conversations that name none, as think-high")
-    rows.add_argument(
-        "--no-packing", action="store_true", help="one example a row, and padding behind it"
-    )
-    rows.add_argument(
-        "--too-long",
-        choices=TOO_LONG,
-        default="cut",
-        help="an example longer than --seq-len: the rest of a text goes into further rows and that of a "
-        "conversation is left out, or the run is refused",
-    )
-    trained = parser.add_argument_group("what trains")
-    trained.add_argument(
-        "--trainable",
-        choices=[*TRAINABLE, "lora"],
-        default="all",
-        help="no-experts: the routed experts stay packed; lora: everything does, beside adapters",
-    )
-    trained.add_argument("--lora-rank", type=positive, default=16, help="columns of an adapter")
-    trained.add_argument(
-        "--lora-alpha", type=rate, help="its scale is alpha / rank; default 2 * rank"
-    )
-    trained.add_argument(
-        "--lora-targets",
-        nargs="+",
-        metavar="NAME",
-        default=list(ATTENTION),
-        help="ends of the paths of matrices, as attention.wq_a, shared.w1 or moe.w1",
-    )
-    rule = parser.add_argument_group("optimizer and loss")
-    rule.add_argument("--weight-decay", type=rate, default=0.1, help="of matrices")
-    rule.add_argument("--b1", type=rate, default=0.9, help="Adam's first decay")
-    rule.add_argument("--b2", type=rate, default=0.95, help="Adam's second decay")
-    rule.add_argument("--clip-norm", type=rate, default=1.0, help="of the whole gradient")
-    rule.add_argument(
-        "--bias-speed", type=rate, help="of the routing bias; default 0.001 from scratch, else 0"
-    )
-    rule.add_argument(
-        "--mtp-weight", type=rate, help="of the MTP loss; default 0.3 from scratch, else 0.1"
-    )
-    rule.add_argument(
-        "--balance-weight", type=rate, default=1e-4, help="of the router's balance loss"
-    )
-    rule.add_argument("--indexer-weight", type=rate, default=1.0, help="of the indexer's loss")
-    parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
-    parser.add_argument(
-        "--save", choices=FORMATS, help="at the end; default released, and adapter with lora"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="of activations; parameters stay float32",
-    )
-    add_pod_arguments(parser, auto=True)
-    args = parse_pod_args(parser)
-    if args.data and not (args.tokenizer or args.checkpoint):
-        parser.error("--data: expected --tokenizer FILE beside --model, to encode it with.")
-    if args.eval_data and not (args.tokenizer or args.checkpoint):
-        parser.error("--eval-data: expected --tokenizer FILE beside --model, to encode it with.")
-    if args.eval_data and args.eval_tokens:
-        parser.error("--eval-data and --eval-tokens: expected one of them.")
-    if args.save == "adapter" and args.trainable != "lora":
-        parser.error("--save adapter: expected --trainable lora beside it.")
-    for name, (pre_training, fine_tuning) in _BY_START.items():
-        if getattr(args, name) is None:
-            setattr(args, name, pre_training if args.model else fine_tuning)
-    args.save = args.save or ("adapter" if args.trainable == "lora" else "released")
-    return args
 
 
 def config_of(args: argparse.Namespace) -> V4Config:
@@ -268,15 +143,19 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
         trainable = LoRA(
             rank=args.lora_rank, alpha=args.lora_alpha, targets=tuple(args.lora_targets)
         )
-    optimizer = adamw(
-        warmup_cosine(args.lr, args.steps, warmup_steps=args.warmup),
+    optimizer = OPTIMIZERS[args.optimizer](
+        schedule(args.schedule, args.lr, args.steps, warmup_steps=args.warmup),
         b1=args.b1,
         b2=args.b2,
         weight_decay=args.weight_decay,
         clip_norm=args.clip_norm,
+        state_dtype=args.optimizer_dtype,
     )
     weights = LossWeights(
-        mtp=args.mtp_weight, balance=args.balance_weight, indexer=args.indexer_weight
+        mtp=args.mtp_weight,
+        balance=args.balance_weight,
+        indexer=args.indexer_weight,
+        z=args.z_weight,
     )
     return Trainer(
         start_model(args),
@@ -285,6 +164,8 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
         weights=weights,
         qat=args.qat,
         bias_speed=args.bias_speed,
+        micro_batches=args.micro_batches,
+        skip_above=args.skip_above,
         seed=args.seed,
     )
 
@@ -314,33 +195,51 @@ def _nothing(path: str, variable: nnx.Variable) -> bool:
     return False
 
 
+def make_prompts(args: argparse.Namespace) -> Prompts | None:
+    """What --sample gives, as messages of a user beside conversations."""
+    if not args.sample:
+        return None
+    if jax.process_count() > 1:
+        raise ValueError("--sample: samples are made by one process, and this run has several.")
+    is_chat = args.data is not None and args.data.suffix == ".jsonl"
+    mode = (args.mode or "non-think") if is_chat else "raw"
+    tokenizer = Tokenizer(tokenizer_file(args))
+    return Prompts(args.sample, tokenizer, mode=mode, max_new_tokens=args.sample_tokens)
+
+
 def main() -> None:
     """Trains, saves and exports."""
-    args = parse_args()
+    parser = make_parser(__doc__)
+    args = parse_args(parser)
     process, count = start_processes(args)
     if args.mesh == "auto":
         args.mesh, why = training_mesh(config_of(args), jax.devices())
         if process == 0:
             print(f"mesh: {why}", file=sys.stderr)
     with on_mesh(args.mesh):
-        train(args, is_first=process == 0, is_alone=count == 1)
+        train(args, parser, process, count)
 
 
-def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
-    """The run; the first process prints and logs."""
-    data = read_data(args, args.data, args.tokens)
-    data.require_ids(config_of(args).vocab_size)
-    if is_first and args.data:
-        print(data, file=sys.stderr)
-    chosen = TRAINABLE.get(args.trainable, _nothing)
-    require_room_to_train(config_of(args), chosen, args.mesh or {}, jax.devices()[0])
-    args.output.mkdir(parents=True, exist_ok=True)
-    if is_first:
-        claim(args)
-    trainer = make_trainer(args)
+def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: int, count: int):
+    """The run, as one of `count` processes; the first prints and logs."""
+    is_first = process == 0
+    data, cfg = read_data(args, args.data, args.tokens), config_of(args)
+    data.require_ids(cfg.vocab_size)
     evaluation = None
     if args.eval_data or args.eval_tokens:
         evaluation = read_data(args, args.eval_data, args.eval_tokens)
+        evaluation.require_ids(cfg.vocab_size)
+    prompts = make_prompts(args)
+    if is_first and args.data:
+        print(data, file=sys.stderr)
+    chosen = TRAINABLE.get(args.trainable, _nothing)
+    require_room_to_train(cfg, chosen, args.mesh or {}, jax.devices()[0])
+    args.output.mkdir(parents=True, exist_ok=True)
+    if is_first:
+        claim(args, parser)
+        write_config(args.output / "config.toml", parser, args)
+    trainer = make_trainer(args)
+    flops = costs.training_flops(cfg, args.seq_len, remat=False, trainable=args.trainable).total
     trainer.fit(
         data,
         args.steps,
@@ -350,13 +249,24 @@ def train(args: argparse.Namespace, *, is_first: bool, is_alone: bool) -> None:
         eval_every=args.eval_every,
         save_every=args.save_every,
         log_every=args.log_every,
+        prompts=prompts,
+        tensorboard=args.tensorboard,
+        step_flops=args.batch_size * flops,
+        max_skipped=args.max_skipped,
     )
-    if not is_alone:
-        print(f"{args.output / 'state'} has the model: run this on one host to write model/")
-        return
+    if args.export == "best":
+        loss = trainer.take_best(args.output)
+        if is_first:
+            print(f"the lowest held-out loss was {loss:.4f}, after step {trainer.steps}")
     written = args.output / ("adapter" if args.save == "adapter" else "model")
-    shutil.rmtree(written, ignore_errors=True)  # `claim` made sure that it is ours
-    trainer.save(written, args.save)
+    if is_first:
+        shutil.rmtree(written, ignore_errors=True)  # `claim` made sure that it is ours
+    if count > 1:
+        multihost_utils.sync_global_devices("the folder is free")
+    if is_first or trainer.num_devices > jax.local_device_count():
+        trainer.save(written, args.save)
+    if not is_first:
+        return
     source = args.tokenizer or args.checkpoint
     if source and stores.is_file(stores.in_folder(source, "tokenizer.json")):
         Tokenizer(source).save(written)

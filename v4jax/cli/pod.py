@@ -46,9 +46,15 @@ def add_pod_arguments(
     return group
 
 
-def parse_pod_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line; ends the program if the options of several processes do not go together."""
-    args = parser.parse_args()
+def parse_pod_args(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The command line; ends the program if the options of several processes do not go together.
+
+    Args:
+      words: of it; default those that the program was called with.
+    """
+    args = parser.parse_args(words)
     if (args.num_processes is None) != (args.process_id is None):
         parser.error("--num-processes and --process-id go together: give both, or neither.")
     if args.coordinator and args.num_processes is None:

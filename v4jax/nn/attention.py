@@ -22,6 +22,7 @@ from pallas_kernels.attention import (
     selected_mass,
     window_attention,
 )
+from pallas_kernels.selection import Selection
 from sharding import collectives
 from v4jax.config import LayerSpec
 from v4jax.nn.cache import (
@@ -69,12 +70,16 @@ class Attention(nnx.Module):
         self.cfg, self.spec, self.numerics = cfg, spec, context.numerics
 
     def __call__(
-        self, x: jax.Array, documents: Documents | None = None
+        self,
+        x: jax.Array,
+        documents: Documents | None = None,
+        selection: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | float]:
         """Whole sequences x [B, T, D] from position 0, or this device's part of them.
 
         Args:
           documents: what the rows hold, if not one sequence each.
+          selection: [B, T, K] entries to attend to, in place of the indexer's picks (`Choices`).
 
         Returns:
           out [B, T, D], and the indexer's loss (a scalar, 0 for layers without one).
@@ -95,12 +100,13 @@ class Attention(nnx.Module):
         queries, weights = self.indexer.queries(x, latent, positions)
         keys = self.numerics.round_indexer(self.indexer.compressor(x, documents))
         keys = self.indexer.compressor.gather(keys, length)
-        selection = self.indexer.select(queries, weights, keys, positions, first)
-        out, log_denominator = self._attend_selected(
-            q, window, entries, selection, positions, first
-        )
+        if selection is None:
+            picked = self.indexer.select(queries, weights, keys, positions, first)
+        else:
+            picked = Selection.of_indices(selection, keys.shape[1])
+        out, log_denominator = self._attend_selected(q, window, entries, picked, positions, first)
         with jax.named_scope("indexer/loss"):
-            indices = selection.to_indices()
+            indices = picked.to_indices()
             mass = selected_mass(q, entries, indices, log_denominator, scale=self._scale)
             mass = collectives.psum(mass, "heads")
             valid = None if documents is None else documents.valid

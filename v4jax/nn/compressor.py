@@ -29,9 +29,10 @@ class Compressor(nnx.Module):
 
     def __init__(self, context: ModelContext, spec: CompressorSpec, width: int):
         self.ratio, self.overlap, self.width = spec.ratio, spec.overlap, width
-        channels = width * (2 if self.overlap else 1)
-        self.wkv = WideLinear(context, context.cfg.embed_dim, channels)
-        self.wgate = WideLinear(context, context.cfg.embed_dim, channels)
+        parts = (width,) * (2 if self.overlap else 1)  # of the window before, and of its own
+        channels = sum(parts)
+        self.wkv = WideLinear(context, context.cfg.embed_dim, channels, parts=parts)
+        self.wgate = WideLinear(context, context.cfg.embed_dim, channels, parts=parts)
         self.ape = context.param(
             (self.ratio, channels),
             (None, None),

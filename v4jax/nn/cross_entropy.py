@@ -15,6 +15,17 @@ def cross_entropy(
     chunk: int = 1024,
 ) -> jax.Array:  # [B, T] float32
     """-log p(target) per token. Logits are formed for `chunk` tokens at a time, twice."""
+    return cross_entropy_and_normalizer(model, hidden, targets, chunk=chunk)[0]
+
+
+def cross_entropy_and_normalizer(
+    model: Transformer,
+    hidden: jax.Array,  # [B, T, D]
+    targets: jax.Array,  # [B, T] int32
+    *,
+    chunk: int = 1024,
+) -> tuple[jax.Array, jax.Array]:  # [B, T] float32 each
+    """`cross_entropy`, and log of the sum of exp(logits) over the vocabulary, per token."""
     shape = targets.shape
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     size = min(chunk, targets.shape[0])
@@ -32,11 +43,9 @@ def cross_entropy(
         chosen = jnp.take_along_axis(logits, clipped[:, None], axis=-1)[:, 0]
         chosen = jnp.where(clipped == index, chosen, 0.0)
         weight = jnp.sum(jnp.exp(logits - peak[:, None]), axis=-1)
-        return (
-            jnp.log(collectives.reduce_from(weight, "vocab"))
-            + peak
-            - collectives.reduce_from(chosen, "vocab")
-        )
+        normalizer = jnp.log(collectives.reduce_from(weight, "vocab")) + peak
+        return normalizer - collectives.reduce_from(chosen, "vocab"), normalizer
 
-    losses = jax.lax.map(one, (hidden, labels)).reshape(-1)
-    return losses[: targets.shape[0]].reshape(shape)
+    losses, normalizers = jax.lax.map(one, (hidden, labels))
+    count = targets.shape[0]
+    return losses.reshape(-1)[:count].reshape(shape), normalizers.reshape(-1)[:count].reshape(shape)

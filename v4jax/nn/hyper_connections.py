@@ -20,7 +20,8 @@ class HyperConnection(nnx.Module):
     def __init__(self, context: ModelContext):
         cfg = context.cfg
         m = cfg.num_streams
-        width = (2 + m) * m
+        parts = (m, m, m * m)  # pre, post and comb
+        width = sum(parts)
 
         def init_base(key, shape, dtype=jnp.float32, out_sharding=None):
             pre = jnp.full((m,), -jnp.log(m - 1.0))  # sigmoid gives 1 / m
@@ -28,7 +29,7 @@ class HyperConnection(nnx.Module):
             return jnp.concatenate([pre, jnp.zeros(m), comb]).astype(dtype)
 
         init_scale = nnx.initializers.constant(_INIT_SCALE)
-        self.fn = context.param((m * cfg.embed_dim, width), (None, None), stored="f32")
+        self.fn = context.param((m * cfg.embed_dim, width), (None, None), stored="f32", parts=parts)
         self.base = context.param((width,), (None,), stored="f32", init=init_base)
         self.scale = context.param((3,), (None,), stored="f32", init=init_scale)
         self.cfg, self.numerics = cfg, context.numerics

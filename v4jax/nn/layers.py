@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.formats.quantize import cast
-from pallas_kernels.linear import linear
 from sharding import AxisRules, ambient, collectives, summed_axis
 from v4jax.config import RopeConfig, V4Config
 from v4jax.nn.numerics import Numerics, rms_normalize
@@ -63,6 +62,7 @@ class ModelContext:
         init: jax.nn.initializers.Initializer | None = None,
         kind: type[nnx.Variable] = nnx.Param,
         matrix: bool | None = None,
+        parts: tuple[int, ...] = (),
     ) -> nnx.Variable:
         """A float32 parameter, placed by the rules when there is an ambient mesh.
 
@@ -72,13 +72,15 @@ class ModelContext:
           init: initializer; default normal with variance 1 / fan-in (second-last axis).
           matrix: whether it multiplies activations, which optimizers ask for; default: it has two
             axes or more. Kept as metadata, since layers that are stacked have one axis more.
+          parts: widths of the matrices that lie side by side in it, if it is several (their sum is the
+            last axis). Optimizers that work on whole matrices take each by itself.
         """
         if init is None:
             init = nnx.initializers.normal(1 / math.sqrt(shape[-2]))
         place = ambient(self.rules.spec(*axes))
         value = init(self.rngs(), shape, jnp.float32, out_sharding=place)
         matrix = len(shape) > 1 if matrix is None else matrix
-        return kind(value, stored=stored, axes=axes, matrix=matrix)
+        return kind(value, stored=stored, axes=axes, matrix=matrix, parts=parts)
 
 
 def copied(module: _Module) -> _Module:
@@ -117,8 +119,9 @@ class Matrix(nnx.Module):
         axes: tuple[str | None, ...],
         *,
         stored: str,
+        parts: tuple[int, ...] = (),
     ):
-        self.kernel = context.param(shape, axes, stored=stored)
+        self.kernel = context.param(shape, axes, stored=stored, parts=parts)
         self.adapter: Callable[..., jax.Array] | None = nnx.data(None)
         self.numerics = context.numerics
 
@@ -141,14 +144,21 @@ class Linear(Matrix):
 
 
 class WideLinear(Matrix):
-    """A linear without bias that the released checkpoints store in bfloat16; its result is float32."""
+    """A linear without bias that the released checkpoints store in bfloat16; its result is float32.
 
-    def __init__(self, context: ModelContext, in_dim: int, out_dim: int):
-        super().__init__(context, (in_dim, out_dim), ("embed", None), stored="bf16")
+    Inputs are not rounded. With activations in bfloat16 a float32 kernel is, as the files hold it: factors
+    of bfloat16 are one pass of a TPU's matrix units, and those of float32 six.
+    """
+
+    def __init__(
+        self, context: ModelContext, in_dim: int, out_dim: int, *, parts: tuple[int, ...] = ()
+    ):
+        axes = ("embed", None)
+        super().__init__(context, (in_dim, out_dim), axes, stored="bf16", parts=parts)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out] float32"""
-        return self._adapted(x, linear(x, self.kernel[...]))
+        return self._adapted(x, self.numerics.product(x, self.kernel[...]))
 
 
 class GroupedLinear(Matrix):
@@ -158,7 +168,8 @@ class GroupedLinear(Matrix):
     """
 
     def __init__(self, context: ModelContext, in_dim: int, out_dim: int, groups: int):
-        super().__init__(context, (in_dim, groups * out_dim), ("embed", "heads"), stored="fp8")
+        axes, parts = ("embed", "heads"), (out_dim,) * groups
+        super().__init__(context, (in_dim, groups * out_dim), axes, stored="fp8", parts=parts)
         self.groups = groups
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ Source: report section 2; released `inference/model.py` (Block, MTPBlock, Transf
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -22,18 +23,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.linear import linear
 from sharding import DECODE, AxisRules, collectives
 from v4jax.config import LayerSpec, V4Config
 from v4jax.nn.attention import Attention
 from v4jax.nn.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
+from v4jax.nn.choices import Choices, LayerChoices
 from v4jax.nn.documents import Documents
 from v4jax.nn.hyper_connections import HyperConnection, HyperHead
 from v4jax.nn.inspection import LayerView, view
 from v4jax.nn.layers import KeyStream, Linear, ModelContext, RMSNorm
 from v4jax.nn.moe import MoE, RouterStats
 from v4jax.nn.numerics import Numerics, plain
-from v4jax.nn.placement import check_mesh, gathered, mesh_of, num_batch_parts, on_mesh, specs
+from v4jax.nn.placement import (
+    check_mesh,
+    gathered,
+    joined,
+    mesh_of,
+    num_batch_parts,
+    on_mesh,
+    specs,
+)
+from v4jax.nn.rounding import rounded
 
 
 @functools.partial(
@@ -60,12 +70,16 @@ class Block(nnx.Module):
         self.moe = MoE(context, spec)
 
     def __call__(
-        self, streams: jax.Array, tokens: jax.Array, documents: Documents | None = None
+        self,
+        streams: jax.Array,
+        tokens: jax.Array,
+        documents: Documents | None = None,
+        choices: LayerChoices = LayerChoices(),
     ) -> tuple[jax.Array, BlockStats]:
         """Whole sequences from position 0, or rows of documents; tokens [B, T]."""
         x, *mix = self.attn_hc.pre(streams)
-        out, indexer_loss = self.attention(self.attn_norm(x), documents)
-        streams, router = self._feed_forward(out, streams, mix, tokens, documents)
+        out, indexer_loss = self.attention(self.attn_norm(x), documents, choices.selection)
+        streams, router = self._feed_forward(out, streams, mix, tokens, documents, choices.experts)
         return streams, BlockStats(jnp.asarray(indexer_loss, jnp.float32), router)
 
     def extend(
@@ -76,10 +90,10 @@ class Block(nnx.Module):
         out, cache = self.attention.extend(self.attn_norm(x), chunk, cache)
         return self._feed_forward(out, streams, mix, tokens)[0], cache
 
-    def _feed_forward(self, out, streams, mix, tokens, documents=None):
+    def _feed_forward(self, out, streams, mix, tokens, documents=None, experts=None):
         """From the output of attention on: the streams are passed over once between the two."""
         streams, x, *mix = self.ffn_hc.post_pre(out, streams, *mix)
-        out, stats = self.moe(self.ffn_norm(x), tokens, documents)
+        out, stats = self.moe(self.ffn_norm(x), tokens, documents, experts)
         return self.ffn_hc.post(out, streams, *mix), stats
 
 
@@ -90,6 +104,7 @@ class Vocabulary(nnx.Module):
         shape = (context.cfg.vocab_size, context.cfg.embed_dim)
         init = nnx.initializers.normal(context.cfg.embed_dim**-0.5)
         self.table = context.param(shape, ("vocab", "embed"), stored="bf16", init=init)
+        self.numerics = context.numerics
 
     def rows(self, tokens: jax.Array) -> jax.Array:
         """Rows of ids [B, T]: [B, T, D]."""
@@ -101,17 +116,18 @@ class Vocabulary(nnx.Module):
         mine = (index >= 0) & (index < table.shape[0])
         return collectives.reduce_from(jnp.where(mine[..., None], rows, 0), "vocab")
 
-    def products(self, x: jax.Array) -> jax.Array:
+    def products(self, x: jax.Array, *, as_released: bool = False) -> jax.Array:
         """x [B, T, D] with every row of this device's part: [B, T, V] float32."""
-        table = collectives.all_gather(self.table[...], "embed", axis=1)
-        return linear(collectives.copy_to(x, "vocab"), table.T)
+        table = joined(self.table, self.numerics.dtype, as_released=as_released)
+        return self.numerics.product(collectives.copy_to(x, "vocab"), table.T)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _extend(rules, block, streams, tokens, chunk, cache):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _extend(rules, as_released, block, streams, tokens, chunk, cache):
     """`Block.extend`, traced once for all layers of a kind. `rules` only tells traces apart."""
     del rules
-    return gathered(block, streams.dtype).extend(streams, tokens, chunk, cache)
+    block = gathered(block, streams.dtype, as_released=as_released)
+    return block.extend(streams, tokens, chunk, cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -179,28 +195,38 @@ class Stage(nnx.Module):
         self,
         streams: jax.Array,
         tokens: jax.Array,
-        documents: Documents | None = None,
+        documents: Documents | None,
+        choices: Sequence[LayerChoices],
         *,
         remat: bool,
+        as_released: bool,
     ) -> tuple[jax.Array, tuple[BlockStats, ...]]:
-        """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...]."""
+        """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...].
 
-        def layer(block, streams):
-            return gathered(block, streams.dtype)(streams, tokens, documents)
+        Args:
+          choices: one for each of the stage's layers.
+        """
 
-        # Layer by layer: the backward pass then holds the gathered weights of one at a time.
+        def layer(block, streams, chosen):
+            block = gathered(block, streams.dtype, as_released=as_released)
+            return block(streams, tokens, documents, chosen)
+
+        # Layer by layer: the backward pass then holds the gathered, or rounded, weights of one at a time.
         layer = jax.checkpoint(layer) if remat else layer
 
-        def body(streams, blocks):
+        def body(streams, layers):
             stats = []
-            for block in blocks:
-                streams, one = layer(block, streams)
+            for block, chosen in layers:
+                streams, one = layer(block, streams, chosen)
                 stats.append(one)
             return streams, tuple(stats)
 
+        blocks = tuple(self.blocks)
         if self.repeats > 1:
-            return jax.lax.scan(body, streams, tuple(self.blocks))
-        streams, stats = body(streams, tuple(self.blocks))
+            of_block = [choices[index :: len(blocks)] for index in range(len(blocks))]
+            stacked = [jax.tree.map(lambda *x: jnp.stack(x), *chosen) for chosen in of_block]
+            return jax.lax.scan(body, streams, tuple(zip(blocks, stacked)))
+        streams, stats = body(streams, tuple(zip(blocks, choices)))
         return streams, jax.tree.map(lambda x: x[None], stats)
 
     def layers(self) -> Iterator[Block]:
@@ -254,6 +280,10 @@ class Transformer(nnx.Module):
       rules: placement of parameters, used when there is an ambient mesh.
       scan_layers: stack repeating layers and scan over them.
       rngs: source of the random initial values. Parameters start as float32.
+
+    Attributes:
+      as_released: compute with float weights as the released format would hold them, layer by layer;
+        gradients go to the weights as they are (`quantization.with_rounding`).
     """
 
     def __init__(
@@ -278,6 +308,7 @@ class Transformer(nnx.Module):
         self.head = Vocabulary(context)
         self.mtp = nnx.List([MTP(context, spec) for spec in cfg.mtp_layers])
         self._cfg, self.numerics, self.rules = cfg, numerics, rules
+        self.as_released = False
 
     @property
     def cfg(self) -> V4Config:
@@ -339,17 +370,29 @@ class Transformer(nnx.Module):
         return rendering_parts.text(repr(self))
 
     def trunk(
-        self, tokens: jax.Array, documents: Documents | None = None, *, remat: bool = False
+        self,
+        tokens: jax.Array,
+        documents: Documents | None = None,
+        choices: Choices = Choices(),
+        *,
+        remat: bool = False,
     ) -> tuple[jax.Array, tuple[tuple[BlockStats, ...], ...]]:
         """All layers: streams [B, T, M * D] and per stage and block the stats [repeats, ...].
 
         Args:
           documents: what the rows of `tokens` hold, if not one sequence each.
+          choices: experts and entries to take in place of the layers' own.
+
+        Raises:
+          ValueError: `choices` have other shapes than model and tokens.
         """
         streams = self.streams(self.embedding(tokens))
-        stats = []
+        stats, chosen = [], iter(choices.by_layer(self.cfg, tokens.shape))
         for stage in self.stages:
-            streams, one = stage(streams, tokens, documents, remat=remat)
+            mine = list(itertools.islice(chosen, len(stage.blocks) * stage.repeats))
+            streams, one = stage(
+                streams, tokens, documents, mine, remat=remat, as_released=self.as_released
+            )
             stats.append(one)
         return streams, tuple(stats)
 
@@ -376,7 +419,13 @@ class Transformer(nnx.Module):
         blocks = (block for stage in self.stages for block in stage.layers())
         for block, layer_cache in zip(blocks, cache.layers, strict=True):
             streams, layer_cache = _extend(
-                collectives.rules(), block, streams, tokens, chunk, layer_cache
+                collectives.rules(),
+                self.as_released,
+                block,
+                streams,
+                tokens,
+                chunk,
+                layer_cache,
             )
             caches.append(layer_cache)
         lengths = cache.lengths + counts
@@ -452,7 +501,10 @@ class Transformer(nnx.Module):
 
     def embedding(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, D]"""
-        return self.embed.rows(tokens).astype(self.numerics.dtype)
+        rows = self.embed.rows(tokens)
+        if self.as_released:
+            rows = rounded(rows, self.embed.table.stored)
+        return rows.astype(self.numerics.dtype)
 
     def streams(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, M * D]: every stream starts as the embedding."""
@@ -460,7 +512,8 @@ class Transformer(nnx.Module):
 
     def hidden(self, streams: jax.Array) -> jax.Array:
         """Streams [B, T, M * D] of the last layer -> normalised hidden states [B, T, D]."""
-        return self.norm(self.hc_head(streams))
+        norm = gathered(self.norm, streams.dtype, as_released=self.as_released)
+        return norm(self.hc_head(streams))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] -> logits [B, T, V] in float32."""
@@ -469,7 +522,7 @@ class Transformer(nnx.Module):
     def local_logits(self, hidden: jax.Array) -> jax.Array:
         """`logits` of this device's part of the vocabulary."""
         with jax.named_scope("head"):
-            return self.head.products(hidden)
+            return self.head.products(hidden, as_released=self.as_released)
 
     def mtp_hidden(
         self,
@@ -481,5 +534,5 @@ class Transformer(nnx.Module):
         """Hidden states [B, T, D] that predict the token after `next_tokens` [B, T]."""
         if not 0 <= depth < len(self.mtp):
             raise ValueError(f"depth={depth}: this model has {len(self.mtp)} MTP blocks.")
-        mtp = gathered(self.mtp[depth], streams.dtype)
+        mtp = gathered(self.mtp[depth], streams.dtype, as_released=self.as_released)
         return mtp(streams, self.embedding(next_tokens), next_tokens, documents)

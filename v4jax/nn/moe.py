@@ -79,6 +79,7 @@ class Router(nnx.Module):
         x: jax.Array,  # [B, T, D]
         tokens: jax.Array,  # [B, T] int32
         documents: Documents | None = None,
+        chosen: jax.Array | None = None,  # [B, T, K] int32, see `Choices`
     ) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Experts [B, T, K] int32, weights [B, T, K] float32, and statistics."""
         scores = self.scores(x)
@@ -88,6 +89,8 @@ class Router(nnx.Module):
             assert self.bias is not None  # a router has a table or biases
             biased = jax.lax.stop_gradient(scores) + self.bias[...]
             _, experts = jax.lax.top_k(biased, self.moe.experts_per_token)
+        if chosen is not None:
+            experts = jnp.where(chosen[..., :1] < 0, experts, chosen)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True) * self.moe.routed_scale
         if documents is None:
@@ -162,11 +165,15 @@ class MoE(nnx.Module):
         self.limit, self.numerics = moe.swiglu_limit, context.numerics
 
     def __call__(
-        self, x: jax.Array, tokens: jax.Array, documents: Documents | None = None
+        self,
+        x: jax.Array,
+        tokens: jax.Array,
+        documents: Documents | None = None,
+        chosen: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
-        """x [B, T, D] and token ids [B, T] (for hash routing)."""
+        """x [B, T, D] and token ids [B, T] (for hash routing); `chosen` [B, T, K] of `Choices`."""
         with jax.named_scope("moe/route"):
-            experts, weights, stats = self.router(x, tokens, documents)
+            experts, weights, stats = self.router(x, tokens, documents, chosen)
         with jax.named_scope("moe/experts"):
             routed = self._experts(x.reshape(-1, x.shape[-1]), experts, weights)
         with jax.named_scope("moe/shared"):

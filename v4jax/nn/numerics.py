@@ -17,8 +17,8 @@ A recipe says how `released` computes the linears that are stored in FP8 or FP4:
 | bf16     | not rounded                     | unpacked, which is exact   | bfloat16                |
 | fp8      | codes in e4m3, blocks of 128    | codes in e4m3, 128 x 128   | e4m3, then scaled       |
 
-All compute with float32 accumulation, and norms, router, compressors, hyper-connections, softmax
-and logits in float32. Source: released `inference/model.py`; report section 5.2.1.
+All compute with float32 accumulation, and norms, hyper-connections, softmax, and what comes of the products
+of router, compressors and head, in float32. Source: released `inference/model.py`; report section 5.2.1.
 """
 
 import dataclasses

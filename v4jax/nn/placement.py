@@ -4,13 +4,16 @@ import contextlib
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
 from pallas_kernels.formats.quantize import QuantizedArray, fp4_block
 from pallas_kernels.formats.records import FP4_PLANES, FP8_WEIGHTS
 from sharding import AxisRules, collectives, fitting, kept_axis
+from sharding.rules import KEPT
 from v4jax.config import V4Config
+from v4jax.nn.rounding import BLOCKS, rounded
 
 FP8_BLOCK, FP4_BLOCK = FP8_WEIGHTS.block, FP4_PLANES  # a device's part of an axis has whole ones
 
@@ -37,7 +40,9 @@ def specs(state, rules: AxisRules):
     def of(variable: nnx.Variable):
         spec = rules.spec(*variable.axes)
         if isinstance(variable.get_value(), QuantizedArray):
-            _check_blocks(variable.get_value(), spec, sizes)
+            weight = variable.get_value()
+            block = (fp4_block(weight.shape[-2]), 1) if weight.is_fp4 else weight.block
+            _check_blocks(weight.shape, block, spec, sizes)
 
         def one(array) -> P:
             lead = [None] * (array.ndim - len(spec))
@@ -49,21 +54,37 @@ def specs(state, rules: AxisRules):
     return _map(of, state)
 
 
-def _check_blocks(weight: QuantizedArray, spec: P, sizes: dict[str, int]) -> None:
-    for axis, whole, block in zip((-2, -1), weight.shape[-2:], weight.block):
+def _check_blocks(
+    shape: tuple[int, ...], blocks: tuple[int, int], spec: P, sizes: dict[str, int]
+) -> None:
+    for axis, whole, block in zip((-2, -1), shape[-2:], blocks):
         names = spec[axis]
         names = (names,) if isinstance(names, str) else names or ()
         parts = math.prod(sizes.get(name, 1) for name in names)
-        if weight.is_fp4 and axis == -2:
-            block = fp4_block(whole)
         if parts > 1 and (whole % parts or whole // parts % block):
             label = " x ".join(f"{name}={sizes[name]}" for name in names)
             good = [n for n in range(1, whole // block + 1) if whole % (n * block) == 0]
             raise ValueError(
                 f"mesh axis {label} cuts {whole} {'inputs' if axis == -2 else 'outputs'} of a "
-                f"weight of {tuple(weight.shape)} into {parts} parts, but its scales need blocks of "
+                f"weight of {tuple(shape)} into {parts} parts, but its scales need blocks of "
                 f"{block} whole: sizes that would do are {', '.join(map(str, good)) or 1}."
             )
+
+
+def require_whole_blocks(state, rules: AxisRules) -> None:
+    """Refuses an ambient mesh under which a device cannot round its part of a weight by itself.
+
+    Parts that are only kept apart are joined before a layer, so blocks of those may be cut.
+
+    Raises:
+      ValueError: a device's part of a weight in FP4 or FP8 would not be whole blocks.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    for _, variable in nnx.to_flat_state(state):
+        value, block = variable.get_value(), BLOCKS.get(variable.stored)
+        if block is not None and not isinstance(value, QuantizedArray):
+            spec = rules.spec(*(None if name in KEPT else name for name in variable.axes))
+            _check_blocks(value.shape, block, spec, sizes)
 
 
 def mesh_of(module: nnx.Module) -> jax.sharding.Mesh | None:
@@ -114,24 +135,49 @@ def require_placed(state, rules: AxisRules) -> None:
 
 def is_rounded(variable: nnx.Variable) -> bool:
     """Whether a float weight is computed with in the dtype of activations, whatever it is kept in."""
-    return variable.stored in ("fp4", "fp8")
+    return variable.stored in ("fp4", "fp8") or (variable.stored == "bf16" and variable.matrix)
 
 
-def gathered(module, dtype: jax.typing.DTypeLike):
+def joined(
+    variable: nnx.Variable, dtype: jax.typing.DTypeLike, *, as_released: bool = False
+) -> jax.Array:
+    """A float variable's array on this device, its parts joined if it is only kept apart.
+
+    One that is computed with in `dtype` (`is_rounded`) travels in that, if it is the narrower one.
+
+    Args:
+      as_released: with the values that the released format would hold (`rounding.rounded`), which
+        bfloat16 holds too. Parts that are not whole blocks are joined before they are rounded.
+    """
+    name, value, stored = kept_axis(variable.axes), variable.get_value(), variable.stored
+    if name is None or not collectives.mesh_axes(name):
+        return rounded(value, stored) if as_released else value
+    axis = variable.axes.index(name) - len(variable.axes)
+    is_late = as_released and value.shape[axis] % BLOCKS.get(stored, (1, 1))[axis] != 0
+    if as_released and not is_late:
+        value = rounded(value, stored)
+    is_narrow = is_rounded(variable) and jnp.dtype(dtype).itemsize < value.dtype.itemsize
+    travels = dtype if is_narrow and not is_late else value.dtype
+    value = collectives.all_gather_as(value, travels, name, axis=axis)
+    return rounded(value, stored) if is_late else value
+
+
+def gathered(module, dtype: jax.typing.DTypeLike, *, as_released: bool = False):
     """A copy of a module on this device with the parts joined that are only kept apart.
 
     Weights that the layer would round to `dtype`, that of activations, are rounded before they travel.
+
+    Args:
+      as_released: float weights get the values that the released format would hold, see `joined`.
     """
 
     def whole(variable: nnx.Variable) -> nnx.Variable:
-        name = kept_axis(variable.axes)
+        name, value = kept_axis(variable.axes), variable.get_value()
+        if not isinstance(value, QuantizedArray):
+            return variable.replace(joined(variable, dtype, as_released=as_released))
         if name is None or not collectives.mesh_axes(name):
             return variable
         axis = variable.axes.index(name) - len(variable.axes)
-        value = variable.get_value()
-        if not isinstance(value, QuantizedArray):
-            kept = dtype if is_rounded(variable) else value.dtype
-            return variable.replace(collectives.all_gather_as(value, kept, name, axis=axis))
         values = collectives.all_gather(value.values, name, axis=axis)
         scale, width = value.scale, values.shape[axis] * (2 if value.is_fp4 and axis == -2 else 1)
         if scale.shape[axis] < -(-width // value.block[axis]):

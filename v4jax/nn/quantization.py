@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.formats.quantize import QuantizedArray, cast, quantize_weight
+from pallas_kernels.formats.quantize import QuantizedArray, quantize_weight
+from v4jax.nn.layers import copied
 from v4jax.nn.model import Transformer
 
 _FLOAT_DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
@@ -75,27 +76,15 @@ def to_float(
     return _map_variables(convert, model, only)
 
 
-def round_to_released(params: nnx.State) -> nnx.State:
-    """Float parameters with the values that `to_released` would give them, in their own dtype.
+def with_rounding(model: Transformer) -> Transformer:
+    """A copy, with the same arrays, that computes with weights as `to_released` would store them.
 
-    For training with the rounding in the loop (docs/low_precision.md): no gradient goes through
-    this, loss and gradients are taken at its result. Traceable.
+    For training with the rounding in the loop (docs/low_precision.md): a layer's weights are rounded when
+    it runs, and gradients go through the rounding as they are.
     """
-
-    def convert(variable: nnx.Variable) -> nnx.Variable:
-        value = variable.get_value()
-        if isinstance(value, QuantizedArray) or variable.stored in ("f32", "int"):
-            return variable
-        return variable.replace(_round(value, variable.stored))
-
-    return _map_state(convert, params)
-
-
-def _round(value: jax.Array, stored: str) -> jax.Array:
-    if stored == "bf16":
-        return cast(value, jnp.bfloat16).astype(value.dtype)
-
-    return quantize_weight(value, stored).dequantize(value.dtype)
+    model = copied(model)
+    model.as_released = True
+    return model
 
 
 def _map_variables(function, model: Transformer, only: Chosen) -> Transformer:
@@ -105,7 +94,3 @@ def _map_variables(function, model: Transformer, only: Chosen) -> Transformer:
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(changed))
-
-
-def _map_state(function, state: nnx.State) -> nnx.State:
-    return jax.tree.map(function, state, is_leaf=lambda x: isinstance(x, nnx.Variable))

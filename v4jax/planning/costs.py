@@ -112,17 +112,35 @@ def prefill_flops(cfg: V4Config, length: int, *, masked: bool = False) -> Flops:
     return flops
 
 
-def training_flops(cfg: V4Config, length: int, *, remat: bool = True) -> Flops:
+def training_flops(
+    cfg: V4Config, length: int, *, remat: bool = True, trainable: str = "all"
+) -> Flops:
     """One sequence of `length` tokens forward and backward, with its MTP blocks.
 
-    A backward pass is two forward passes' work; `remat` adds one that computes activations again.
+    A backward pass is two forward passes' work, and one where weights stay, which need no gradient of
+    their own; `remat` adds one that computes activations again. Adapters are not counted.
+
+    Args:
+      trainable: "all"; "no-experts", where routed experts stay; or "lora", where all weights do.
+
+    Raises:
+      ValueError: another `trainable`.
     """
+    if trainable not in ("all", "no-experts", "lora"):
+        raise ValueError(f"trainable={trainable!r}: expected 'all', 'no-experts' or 'lora'.")
     flops = prefill_flops(cfg, length) + head_flops(cfg) * (length - 1)
     for spec in cfg.mtp_layers:
         flops += _fixed_flops(cfg, spec) * length + _prefill_context_flops(cfg, spec, length)
         flops += head_flops(cfg) * length
         flops += Flops(linear=2.0 * (1 + cfg.num_streams) * cfg.embed_dim**2) * length
-    return flops * (4 if remat else 3)
+    blocks = len(cfg.layers) + len(cfg.mtp_layers)
+    experts = 6.0 * cfg.moe.experts_per_token * cfg.embed_dim * cfg.moe.expert_dim * length * blocks
+    stays = {
+        "all": Flops(),
+        "no-experts": Flops(linear=experts),
+        "lora": Flops(linear=flops.linear, wide=flops.wide),
+    }[trainable]
+    return flops * (4 if remat else 3) + stays * -1
 
 
 def kv_row_bytes(cfg: V4Config) -> int:

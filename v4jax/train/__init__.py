@@ -1,8 +1,25 @@
 """Training: `Trainer`, data, losses, optimizers."""
 
-from v4jax.train.data import Examples, TokenStream
+from v4jax.train.choosing import matching
+from v4jax.train.data import Examples, PreferencePairs, TokenStream
 from v4jax.train.losses import LossWeights
-from v4jax.train.optimizers import adamw, warmup_cosine
+from v4jax.train.optimizers import adamw, muon
+from v4jax.train.preferences import DPO, log_probs
+from v4jax.train.samples import Prompts
+from v4jax.train.schedules import schedule
 from v4jax.train.trainer import Trainer
 
-__all__ = ["Examples", "LossWeights", "TokenStream", "Trainer", "adamw", "warmup_cosine"]
+__all__ = [
+    "DPO",
+    "Examples",
+    "LossWeights",
+    "PreferencePairs",
+    "Prompts",
+    "TokenStream",
+    "Trainer",
+    "adamw",
+    "log_probs",
+    "matching",
+    "muon",
+    "schedule",
+]

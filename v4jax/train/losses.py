@@ -1,47 +1,110 @@
-"""The training loss: next token, the token after it (MTP), indexer and router balance.
+"""The training loss: next token, the token after it (MTP), indexer, router balance, normaliser.
 
-    loss = ce + mtp_weight * ce_mtp + balance_weight * balance + indexer_weight * indexer
+    loss = ce + mtp_weight * ce_mtp + balance_weight * balance + indexer_weight * indexer + z_weight * z
 
-Source: report section 4.2; weights of the terms there and in `LossWeights`.
+Source: report section 4.2; weights of the terms there and in `LossWeights`. z is the mean square of the log of
+the softmax's normaliser, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5); the
+report has none.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from sharding import collectives
-from v4jax.nn.cross_entropy import cross_entropy
-from v4jax.nn.documents import Documents
-from v4jax.nn.model import Transformer
+from v4jax.config import V4Config
+from v4jax.nn.choices import Choices
+from v4jax.nn.cross_entropy import cross_entropy, cross_entropy_and_normalizer
+from v4jax.nn.documents import Documents, positions_of
+from v4jax.nn.model import BlockStats, Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the terms. The report trains with mtp 0.3, then 0.1, and balance 1e-4."""
+    """Weights of the terms. The report trains with mtp 0.3, then 0.1, balance 1e-4 and no z.
+
+    PaLM's z is 1e-4.
+    """
 
     mtp: float = 0.3
     balance: float = 1e-4
     indexer: float = 1.0
+    z: float = 0.0
+
+    def __call__(
+        self, model: Transformer, batch: Sequence, *, remat: bool, shares: "Counts | None" = None
+    ) -> tuple[jax.Array, "Metrics"]:
+        """`training_loss` with these weights, of what a step takes: a `Batch`, or its first parts."""
+        inputs, following, after, *rest = batch
+        options = dict(zip(Batch._fields[3:], rest))
+        return training_loss(
+            model, inputs, following, after, self, remat=remat, shares=shares, **options
+        )
+
+    def counts(self, cfg: V4Config, batch: Sequence) -> "Counts":
+        """What the terms of the loss are means over, of a batch or a part of it."""
+        return counts_of(cfg, **dict(zip(Batch._fields, batch)))
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["loss", "ce", "mtp_ce", "indexer", "balance", "expert_counts"],
+    data_fields=[
+        *("loss", "ce", "mtp_ce", "indexer", "balance", "expert_counts"),
+        *("z", "grad_norm", "skipped"),
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Terms of the loss (scalars, float32) and the routing counts by stage and block."""
+    """Terms of the loss (scalars, float32), the routing counts by stage and block, and what a step did.
 
+    Attributes:
+      z: mean square of the log of the next token's normaliser, whether or not it has a weight.
+      grad_norm: global norm of the gradients before clipping, float32. 0 of a loss without a step.
+      skipped: whether the step changed nothing, since its loss or gradients were not fit for one; bool.
+    """
+
+    logged: ClassVar[tuple[str, ...]] = ("loss", "ce", "mtp_ce", "indexer", "balance", "z")
     loss: jax.Array
     ce: jax.Array
     mtp_ce: jax.Array
     indexer: jax.Array
     balance: jax.Array
     expert_counts: tuple[tuple[jax.Array, ...], ...]  # [repeats, E] int32; MTP blocks come last
+    z: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros(()))
+    grad_norm: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros(()))
+    skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), bool))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["following", "after", "documents", "queries"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What the terms of the loss are means over, in a batch or a part of it (scalars, float32)."""
+
+    following: jax.Array  # weights of the next tokens
+    after: jax.Array  # weights of MTP's targets
+    documents: jax.Array
+    queries: tuple[jax.Array, ...]  # that an indexer learns from, of each layer that has one
+
+
+class Loss(Protocol):
+    """What a step is taken on. `LossWeights` are one, `preferences.DPO` another."""
+
+    def __call__(
+        self, model: Transformer, batch: Sequence, *, remat: bool, shares: Counts | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        """This device's share of the loss, and metrics of all tokens; of a micro-batch, parts of them."""
+
+    def counts(self, cfg: V4Config, batch: Sequence) -> Counts:
+        """What its terms are means over, of a batch or a part of it: `shares` are parts of these."""
 
 
 IGNORED = -100  # a target without loss
@@ -56,6 +119,7 @@ class Batch(NamedTuple):
     loss_weights: jax.Array  # [B, T] float32, of `following`
     after_weights: jax.Array  # [B, T] float32, of `after`
     documents: Documents
+    choices: Choices = Choices()
 
 
 def shifted(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -74,6 +138,8 @@ def training_loss(
     loss_weights: jax.Array | None = None,  # [B, T] float32, of `following`
     after_weights: jax.Array | None = None,  # [B, T] float32, of `after`
     documents: Documents | None = None,
+    choices: Choices = Choices(),
+    shares: Counts | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Loss of predicting the following tokens and, by MTP, those after them.
 
@@ -84,6 +150,10 @@ def training_loss(
       loss_weights, after_weights: default 1.
       documents: what the rows hold, if not one sequence each. Indexer and balance are then means over
         tokens and documents, without padding.
+      choices: experts and entries to take in place of the layers' own, as those of the program that
+        sampled the text.
+      shares: these tokens' parts of the counts of a step, if they are one of its micro-batches. Terms
+        are weighted by them, so that those of all micro-batches add up to the terms of the step.
 
     Returns:
       the loss to differentiate and the metrics. With tokens cut over devices the first is this
@@ -97,10 +167,10 @@ def training_loss(
             "loss_weights without after_weights: expected both, or LossWeights(mtp=0). MTP predicts "
             "`after`, and which of its targets count cannot be told from those of `following`."
         )
-    streams, stats = model.trunk(inputs, documents, remat=remat)
+    streams, stats = model.trunk(inputs, documents, choices, remat=remat)
     labels, counted = without_ignored(following, loss_weights)
-    ce = mean_share(cross_entropy(model, model.hidden(streams), labels), counted)
-    blocks = [block for stage in stats for block in stage]
+    losses, normalizers = cross_entropy_and_normalizer(model, model.hidden(streams), labels)
+    ce, z = (mean_share(terms, counted) for terms in (losses, normalizers**2))
     mtp_ce = jnp.zeros(())
     if model.mtp:
         read = jnp.where(following == IGNORED, jnp.roll(inputs, -1, axis=1), following)
@@ -108,17 +178,80 @@ def training_loss(
         labels, counted = without_ignored(after, after_weights)
         mtp_ce = mean_share(cross_entropy(model, hidden, labels), counted)
         mtp_stats = jax.tree.map(lambda x: x[None], mtp_stats)
-        blocks.append(mtp_stats)
         stats = (*stats, (mtp_stats,))
-    num_indexers = sum(spec.indexer is not None for spec in model.cfg.layers)
-    num_scored = sum(not spec.hash_routed for spec in model.cfg.layers) + len(model.mtp)
-    indexer = sum(jnp.sum(b.indexer_loss) for b in blocks) / max(num_indexers, 1)
-    balance = sum(jnp.sum(b.router.balance_loss) for b in blocks) / max(num_scored, 1)
+    indexer, balance = layer_losses(model, stats, shares)
+    if shares is not None:
+        ce, z, mtp_ce = shares.following * ce, shares.following * z, shares.after * mtp_ce
     loss = ce + weights.mtp * mtp_ce + weights.balance * balance + weights.indexer * indexer
+    loss = loss + weights.z * z if weights.z else loss
     counts = tuple(tuple(block.router.counts for block in stage) for stage in stats)
-    terms = jnp.stack([loss, ce, mtp_ce, indexer, balance])
-    total, ce, mtp_ce, indexer, balance = collectives.reduce_from(terms, "batch", "seq")
-    return loss, Metrics(total, ce, mtp_ce, indexer, balance, counts)
+    terms = jnp.stack([loss, ce, mtp_ce, indexer, balance, z])
+    total, ce, mtp_ce, indexer, balance, z = collectives.reduce_from(terms, "batch", "seq")
+    return loss, Metrics(total, ce, mtp_ce, indexer, balance, counts, z)
+
+
+def layer_losses(
+    model: Transformer,
+    stats: tuple[tuple[BlockStats, ...], ...],
+    shares: Counts | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """This device's shares of the indexers' and of the balance loss, means over the layers that have one.
+
+    Args:
+      stats: by stage and block; MTP blocks are a stage of their own.
+      shares: of a micro-batch, see `training_loss`.
+    """
+    num_mtp = len(stats) - len(model.stages)
+    num_scored = sum(not spec.hash_routed for spec in model.cfg.layers) + num_mtp
+    balances = [jnp.sum(block.router.balance_loss) for stage in stats for block in stage]
+    balance = sum(balances, jnp.zeros(())) / max(num_scored, 1)
+    indexers = [loss for stage in stats[: len(model.stages)] for loss in _by_layer(stage)]
+    indexed = [loss for loss, spec in zip(indexers, model.cfg.layers, strict=True) if spec.indexer]
+    if shares is not None:
+        balance = shares.documents * balance
+        indexed = [share * loss for share, loss in zip(shares.queries, indexed, strict=True)]
+    return sum(indexed, jnp.zeros(())) / max(len(indexed), 1), balance
+
+
+def _by_layer(stage: tuple[BlockStats, ...]) -> list[jax.Array]:
+    """The indexers' losses of a stage's layers, in their order."""
+    losses = jnp.stack([block.indexer_loss for block in stage], axis=1)  # [repeats, blocks]
+    return list(losses.reshape(-1))
+
+
+def counts_of(
+    cfg: V4Config,
+    inputs: jax.Array,
+    following: jax.Array,
+    after: jax.Array | None = None,
+    loss_weights: jax.Array | None = None,
+    after_weights: jax.Array | None = None,
+    documents: Documents | None = None,
+    choices: Choices = Choices(),
+) -> Counts:
+    """What the terms of `training_loss` are means over. Of the tokens of all devices."""
+    positions = positions_of(documents, *inputs.shape)
+    valid = jnp.ones(inputs.shape, bool) if documents is None else documents.valid
+
+    def total(counted: jax.Array) -> jax.Array:
+        return collectives.psum(jnp.sum(counted.astype(jnp.float32)), "batch", "seq")
+
+    def weight(targets: jax.Array | None, weights: jax.Array | None) -> jax.Array:
+        return jnp.zeros(()) if targets is None else total(without_ignored(targets, weights)[1])
+
+    queries: list[jax.Array] = []
+    indexed = [(spec.ratio, spec.indexer.topk) for spec in cfg.layers if spec.indexer]
+    for number, (ratio, topk) in enumerate(indexed):
+        entries = jnp.minimum((positions + 1) // ratio, topk)
+        if choices.selections is not None:
+            entries = jnp.sum(choices.selections[:, :, number] >= 0, axis=-1)
+        queries.append(total(valid & (entries > 1)))
+    return Counts(
+        weight(following, loss_weights),
+        weight(after, after_weights),
+        total(valid & (positions == 0)),
+        tuple(queries),
+    )
 
 
 def without_ignored(targets: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:

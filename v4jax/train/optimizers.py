@@ -1,7 +1,7 @@
-"""AdamW with the report's hyper-parameters, and the routing bias's own rule.
+"""AdamW and Muon with the report's hyper-parameters, and the routing bias's own rule.
 
 An optimizer is any optax transformation. The parameters that it gets are variables, which say of
-themselves what they are (`axes`, `matrix`, `stored`): see docs/extending.md.
+themselves what they are (`axes`, `matrix`, `parts`, `stored`): see docs/extending.md.
 """
 
 import jax
@@ -10,23 +10,7 @@ import optax
 from flax import nnx
 
 from v4jax.nn.model import Transformer
-
-
-def warmup_cosine(
-    peak: float, total_steps: int, *, warmup_steps: int = 100, final_fraction: float = 0.1
-) -> optax.Schedule:
-    """Learning rate: linear warm-up to `peak`, cosine decay to `final_fraction` of it.
-
-    The first step takes the first rate of the warm-up, not 0.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=peak,
-        warmup_steps=min(warmup_steps, total_steps - 1),
-        decay_steps=total_steps,
-        end_value=peak * final_fraction,
-    )
-    return lambda count: schedule(count + 1)
+from v4jax.train.muon import is_orthogonalized, orthogonalize
 
 
 def adamw(
@@ -37,6 +21,7 @@ def adamw(
     eps: float = 1e-15,
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
+    state_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
     """AdamW with the report's hyper-parameters, after clipping by the global norm.
 
@@ -45,13 +30,83 @@ def adamw(
 
     The report uses eps 1e-20; squares below the smallest float32 vanish then and gradients under
     1e-19 take steps of the wrong size, hence 1e-15.
+
+    Args:
+      state_dtype: in which moments are kept between steps (`keep_state_in`).
     """
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(
-            learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_matrix
+    rule = _adamw(learning_rate, b1, b2, eps, weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), keep_state_in(state_dtype, rule))
+
+
+def muon(
+    learning_rate: float | optax.Schedule,
+    *,
+    momentum: float = 0.95,
+    update_rms: float = 0.18,
+    weight_decay: float = 0.1,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-15,
+    clip_norm: float = 1.0,
+    state_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> optax.GradientTransformation:
+    """Muon as the report trains, after clipping by the global norm.
+
+        M <- momentum * M + gradient
+        U  = update_rms * sqrt(max(in, out)) * orthogonal(momentum * M + gradient)
+        W <- W - rate * (weight_decay * W + U)
+
+    for every matrix by itself: of each layer, expert and group of the output projection. Embedding,
+    head, norms, sinks, biases, positions of compressors and factors of a LoRA take `adamw`, by the same
+    rate.
+
+    The ten steps to an orthogonal matrix cost as much as 360,000 tokens do in Flash, whatever the batch: for
+    small batches AdamW is faster.
+
+    Args:
+      update_rms: root mean square of a matrix's update, relative to the rate.
+      b1, b2, eps: of AdamW.
+      weight_decay: of matrices, the embedding and head included; vectors do not decay.
+      state_dtype: in which momentum and moments are kept between steps (`keep_state_in`).
+
+    Source: report section 2.4, algorithm 1; values: section 4.2.2.
+    """
+    rules = {
+        "muon": optax.chain(
+            optax.trace(momentum, nesterov=True),
+            orthogonalize(update_rms),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(learning_rate),
         ),
-    )
+        "adamw": _adamw(learning_rate, b1, b2, eps, weight_decay),
+    }
+    rule = optax.partition(rules, lambda params: _labels(params, _rule_of))
+    return optax.chain(optax.clip_by_global_norm(clip_norm), keep_state_in(state_dtype, rule))
+
+
+def keep_state_in(
+    dtype: jax.typing.DTypeLike, rule: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """A rule whose float arrays are of `dtype` between steps, rounded to nearest, and float32 within one.
+
+    In bfloat16 they need half the memory, and a change of less than 1/512 of a value is lost. A mean
+    that takes in a tenth of what is new then stops within 2 % of it, AdamW's second moment within 4 % and so
+    its steps within 2 %. The parameters themselves are as they were.
+    """
+    if jnp.dtype(dtype) == jnp.float32:
+        return rule
+
+    def cast(state, dtype):
+        def one(x):
+            return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim else x
+
+        return jax.tree.map(one, state)
+
+    def update(updates, state, params=None, **extra):
+        updates, state = rule.update(updates, cast(state, jnp.float32), params, **extra)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(rule.init(params), dtype), update)
 
 
 def update_routing_bias(model: Transformer, counts, speed: float) -> None:
@@ -76,10 +131,23 @@ def update_routing_bias(model: Transformer, counts, speed: float) -> None:
 
 def is_matrix(params: nnx.State) -> nnx.State:
     """Which variables multiply activations: a tree like `params`, of booleans."""
-    return jax.tree.map(
-        lambda variable: variable.replace(
-            jax.tree.map(lambda _: variable.matrix, variable.get_value())
-        ),
-        params,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    return _labels(params, lambda variable: variable.matrix)
+
+
+def _adamw(learning_rate, b1, b2, eps, weight_decay) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=is_matrix
     )
+
+
+def _rule_of(variable: nnx.Variable) -> str:
+    return "muon" if is_orthogonalized(variable) else "adamw"
+
+
+def _labels(params: nnx.State, of) -> nnx.State:
+    """`of` each variable, in the place of its arrays."""
+
+    def label(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(jax.tree.map(lambda _: of(variable), variable.get_value()))
+
+    return jax.tree.map(label, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

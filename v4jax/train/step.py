@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,11 +14,12 @@ from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import TRAIN, AxisRules, collectives
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
+from v4jax.nn.layers import copied
 from v4jax.nn.model import Transformer
-from v4jax.nn.placement import check_mesh, reduce_gradients, specs
-from v4jax.nn.quantization import Chosen, everything, round_to_released
+from v4jax.nn.placement import check_mesh, reduce_gradients, require_whole_blocks, specs
+from v4jax.nn.quantization import Chosen, everything, with_rounding
 from v4jax.train.data import Data
-from v4jax.train.losses import LossWeights, Metrics, mean_share, training_loss, without_ignored
+from v4jax.train.losses import Counts, Loss, LossWeights, Metrics, mean_share, without_ignored
 from v4jax.train.optimizers import update_routing_bias
 
 
@@ -48,6 +50,11 @@ class TrainStep:
         numerics then, so that activations are rounded too.
       remat: recompute the layers in the backward pass.
       bias_speed: of the routing bias, per step; the report pre-trains with 1e-3. 0: it stays.
+      micro_batches: parts of a batch that gradients are taken of one after the other and added up, which
+        needs the memory of one of them. The result is that of the whole batch.
+      skip_above: a step whose gradients have a larger global norm (before any clipping) is skipped. One
+        whose loss or norm is NaN or infinite always is.
+      loss: another one, as `preferences.DPO`; default `weights`, the training loss.
 
     Raises:
       ValueError: a mesh that does not divide the model, `qat` without released numerics, nothing to
@@ -65,6 +72,9 @@ class TrainStep:
         qat: bool = False,
         remat: bool = True,
         bias_speed: float = 0.0,
+        loss: Loss | None = None,
+        micro_batches: int = 1,
+        skip_above: float = math.inf,
     ):
         keep_programs()
         check_mesh(model.cfg, rules)
@@ -73,39 +83,62 @@ class TrainStep:
                 f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
                 "rounding of activations belongs to the model that is trained for."
             )
-        if len(model.mtp) > 1 and weights.mtp:
+        if len(model.mtp) > 1 and weights.mtp and loss is None:
             raise ValueError(
                 f"{model.cfg.name} has {len(model.mtp)} MTP blocks, and the loss is of the first: expected "
                 "one, or LossWeights(mtp=0)."
             )
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches={micro_batches}: expected 1 or more.")
         self.cfg, self.rules = model.cfg, rules
         is_trained = trained_by(trainable)
         self.graphdef, *states = nnx.split(model, is_trained, ...)
         self._states = states  # what trains and what does not, until `init`
         _require_floats(states[0])
         self.optimizer = optimizer
-        self.computed = round_to_released if qat else lambda params: params
+        if qat:
+            require_whole_blocks(nnx.state(model), rules)
+        computed = nnx.graphdef(with_rounding(model)) if qat else self.graphdef
         self.compiled_step = jax.jit(
             functools.partial(
                 _train_step,
-                self.graphdef,
+                computed,
                 optimizer,
-                weights,
+                loss or weights,
                 bias_speed,
-                self.computed,
                 rules,
                 remat,
                 is_trained,
+                micro_batches,
+                skip_above,
             ),
             donate_argnums=(0,),
         )
-        self._loss = jax.jit(functools.partial(_mean_loss, self.graphdef, self.computed, rules))
+        self._loss = jax.jit(functools.partial(_mean_loss, computed, rules))
+        self._likeliest = jax.jit(functools.partial(_likeliest, computed, rules))
 
     def init(self) -> TrainState:
         """The state before the first step. The model's arrays are moved into it."""
         params, fixed = self._states
         self._states = []
         return TrainState(params, fixed, self.optimizer.init(params))
+
+    def shapes(self) -> TrainState:
+        """`init`'s state without the arrays of parameters and optimizer: their shapes, and where they lie.
+
+        To restore a state into, in place of `init`. Parameters' own arrays stay until `forget`.
+        """
+        params, fixed = self._states
+        params = jax.tree.map(_shape, params)
+        opt_state = jax.eval_shape(self.optimizer.init, params)
+        place = jax.tree.leaves(params)[0].sharding
+        return TrainState(params, fixed, _placed(opt_state, self.rules, place))
+
+    def forget(self) -> None:
+        """Frees the arrays of parameters, in place of `init`: a saved state has others."""
+        for leaf in jax.tree.leaves(self._states[0]):
+            leaf.delete()
+        self._states = []
 
     def batch(self, data: Data, step: int, batch_size: int) -> tuple:
         """Tokens of a step as `step` takes them; every process reads its own rows.
@@ -123,7 +156,8 @@ class TrainStep:
     def step(self, state: TrainState, tokens: Sequence) -> tuple[TrainState, Metrics]:
         """One step on inputs, the tokens after them, and those after these, [B, T] each, or a `Batch`.
 
-        From `batch`, or `losses.shifted` of an array [B, T + 2]. The old state is donated.
+        From `batch`, or `losses.shifted` of an array [B, T + 2]. The old state is donated. A skipped
+        step (`Metrics.skipped`) returns it as it was, the optimizer's count of steps included.
         """
         return self.compiled_step(state, *tokens)
 
@@ -132,6 +166,10 @@ class TrainStep:
         inputs, following, _, *rest = tokens
         return self._loss(state, inputs, following, *rest[::2])  # not the weights of MTP's targets
 
+    def likeliest(self, state: TrainState, tokens: jax.typing.ArrayLike) -> jax.Array:
+        """The likeliest token after each of tokens [B, T] int32, which the mesh has to divide."""
+        return self._likeliest(state, tokens)
+
     def is_finite(self, state: TrainState) -> bool:
         """Whether no parameter is NaN or infinite."""
         return bool(_all_finite(state.params))
@@ -139,6 +177,30 @@ class TrainStep:
     def model(self, state: TrainState) -> Transformer:
         """The model with the state's arrays."""
         return nnx.merge(self.graphdef, state.params, state.fixed)
+
+
+def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _placed(opt_state, rules: AxisRules, place: jax.sharding.Sharding):
+    """Shapes of an optimizer's state with shardings: of a parameter's where one has its axes."""
+    mesh = place.mesh if isinstance(place, jax.NamedSharding) else None
+
+    def at(leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.ShapeDtypeStruct:
+        sharding = place if mesh is None else jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def of(node):
+        if not isinstance(node, nnx.Variable):
+            return at(node, jax.P())
+        leaves = jax.tree.leaves(node.get_value())
+        if any(leaf.ndim < len(node.axes) for leaf in leaves):  # of a factored moment
+            return node.replace(jax.tree.map(lambda leaf: at(leaf, jax.P()), node.get_value()))
+        spec = specs(node, rules).get_value()
+        return node.replace(jax.tree.map(at, node.get_value(), spec))
+
+    return jax.tree.map(of, opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def trained_by(trainable: Chosen) -> Callable:
@@ -162,38 +224,67 @@ def _require_floats(params: nnx.State) -> None:
             )
 
 
-def loss_and_gradients(graphdef, weights: LossWeights, rules: AxisRules, remat: bool = True):
+def loss_and_gradients(
+    graphdef, loss: Loss, rules: AxisRules, remat: bool = True, micro_batches: int = 1
+):
     """A function (params, fixed, *batch) -> gradients and metrics, over a mesh.
 
-    The batch is inputs, the tokens after them and those after these, or the parts of a `losses.Batch`.
+    The batch is what the loss takes: of `LossWeights` inputs, the tokens after them and those after these,
+    or the parts of a `losses.Batch`. Arrays have a row a sequence, and then a column a token, if any. Of
+    several micro-batches each has a part of every device's rows.
     """
 
-    def on_device(params, fixed, inputs, following, after, *rest):
-        loss_weights, after_weights, documents = rest or (None, None, None)
+    def on_device(params, fixed, *batch):
+        def of(batch, shares: Counts | None):
+            def loss_fn(params):
+                return loss(nnx.merge(graphdef, params, fixed), batch, remat=remat, shares=shares)
 
-        def loss_fn(params):
-            return training_loss(
-                nnx.merge(graphdef, params, fixed),
-                inputs,
-                following,
-                after,
-                weights,
-                remat=remat,
-                loss_weights=loss_weights,
-                after_weights=after_weights,
-                documents=documents,
-            )
+            return jax.grad(loss_fn, has_aux=True)(params)
 
-        gradients, metrics = jax.grad(loss_fn, has_aux=True)(params)
+        if micro_batches == 1:
+            gradients, metrics = of(batch, None)
+        else:
+            cfg = nnx.merge(graphdef, params, fixed).cfg
+            counts = functools.partial(loss.counts, cfg)
+            gradients, metrics = _summed(of, counts, batch, micro_batches)
         return reduce_gradients(gradients), metrics
 
     def call(params, fixed, *tokens):
         placed = (specs(params, rules), specs(fixed, rules))
-        in_specs = (*placed, *[rules.tokens] * len(tokens))
-        run = collectives.per_device(on_device, rules, in_specs, (placed[0], jax.P()))
+        of_tokens = jax.tree.map(lambda x: jax.P(*rules.tokens[: x.ndim]), tokens)
+        run = collectives.per_device(on_device, rules, (*placed, *of_tokens), (placed[0], jax.P()))
         return run(params, fixed, *tokens)
 
     return call
+
+
+def _summed(of: Callable, counts_of: Callable, batch, micro_batches: int):
+    """Gradients and metrics of a step: sums of those of its micro-batches, in float32.
+
+    Terms of the loss are means over the whole step, whatever its parts have: each is weighted by its share.
+    """
+    rows = batch[0].shape[0]
+    if rows % micro_batches:
+        raise ValueError(
+            f"micro_batches={micro_batches}: a device has {rows} sequences of a batch; expected a "
+            "number that divides them."
+        )
+    parts = jax.tree.map(
+        lambda x: x.reshape(micro_batches, rows // micro_batches, *x.shape[1:]), batch
+    )
+    counts = jax.lax.map(counts_of, parts)
+    shares = jax.tree.map(lambda n: n / jnp.where(jnp.sum(n) > 0, jnp.sum(n), 1), counts)
+
+    def zeros(x):
+        is_float = jnp.issubdtype(x.dtype, jnp.floating)
+        return jnp.zeros(x.shape, jnp.float32 if is_float else x.dtype)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, of(*part)), None
+
+    first = jax.tree.map(lambda x: x[0], (parts, shares))
+    start = jax.tree.map(zeros, jax.eval_shape(of, *first))
+    return jax.lax.scan(add, start, (parts, shares))[0]
 
 
 @jax.jit
@@ -202,7 +293,7 @@ def _all_finite(params) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
-def _mean_loss(graphdef, computed, rules, state, inputs, following, *rest):
+def _mean_loss(graphdef, rules, state, inputs, following, *rest):
     def on_device(params, fixed, inputs, following, *rest):
         loss_weights, documents = rest or (None, None)
         model = nnx.merge(graphdef, params, fixed)
@@ -211,23 +302,53 @@ def _mean_loss(graphdef, computed, rules, state, inputs, following, *rest):
         share = mean_share(cross_entropy(model, hidden, labels), counted)
         return collectives.psum(share, "batch", "seq")
 
-    params, tokens = computed(state.params), (inputs, following, *rest)
-    placed = (specs(params, rules), specs(state.fixed, rules))
+    tokens = (inputs, following, *rest)
+    placed = (specs(state.params, rules), specs(state.fixed, rules))
     in_specs = (*placed, *[rules.tokens] * len(tokens))
     run = collectives.per_device(on_device, rules, in_specs, jax.P())
-    return run(params, state.fixed, *tokens)
+    return run(state.params, state.fixed, *tokens)
+
+
+def _likeliest(graphdef, rules, state, tokens):
+    def on_device(params, fixed, tokens):
+        model = nnx.merge(graphdef, params, fixed)
+        hidden = model.hidden(model.trunk(tokens)[0])
+        # Row by row: logits of a row are all that is held.
+        return jax.lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1), hidden)
+
+    placed = (specs(state.params, rules), specs(state.fixed, rules), rules.tokens)
+    run = collectives.per_device(on_device, rules, placed, rules.tokens)
+    return run(state.params, state.fixed, tokens)
 
 
 def _train_step(
-    graphdef, optimizer, weights, bias_speed, computed, rules, remat, is_trained, state, *tokens
+    graphdef,
+    optimizer,
+    loss,
+    bias_speed,
+    rules,
+    remat,
+    is_trained,
+    micro_batches,
+    skip_above,
+    state,
+    *tokens,
 ):
-    gradients_of = loss_and_gradients(graphdef, weights, rules, remat)
-    grads, metrics = gradients_of(computed(state.params), state.fixed, *tokens)
+    gradients_of = loss_and_gradients(graphdef, loss, rules, remat, micro_batches)
+    grads, metrics = gradients_of(state.params, state.fixed, *tokens)
+    norm = optax.tree.norm(grads)
+    fit = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & (norm <= skip_above)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    model = nnx.merge(graphdef, params, state.fixed)
+    model = copied(nnx.merge(graphdef, params, state.fixed))  # the old state keeps its bias
     if bias_speed:
         update_routing_bias(model, metrics.expert_counts, bias_speed)
     _, *states = nnx.split(model, is_trained, ...)
     params, fixed = states
-    return TrainState(params, fixed, opt_state), metrics
+    state = _chosen(fit, TrainState(params, fixed, opt_state), state)
+    return state, dataclasses.replace(metrics, grad_norm=norm, skipped=~fit)
+
+
+def _chosen(fit, new: TrainState, old: TrainState) -> TrainState:
+    """The new state if it is fit, else the old one. What is the same array in both is not touched."""
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(fit, a, b), new, old)

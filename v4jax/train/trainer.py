@@ -6,34 +6,34 @@ trainer.save("runs/a/adapter")
 """
 
 import contextlib
-import json
 import math
 import os
 import pathlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
-from tqdm import tqdm
 
 from sharding import TRAIN
-from v4jax.checkpoint import saving
-from v4jax.checkpoint.adapters import save_adapter
-from v4jax.nn.lora import LoRA, LoRAParam, add_lora, merge_lora
+from v4jax.checkpoint.errors import CheckpointError
+from v4jax.nn.lora import LoRA, LoRAParam, add_lora
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, require_placed
-from v4jax.nn.quantization import Chosen, everything, not_expert, to_float, to_released
+from v4jax.nn.quantization import Chosen, everything, not_expert, to_float
 from v4jax.train.data import Data
-from v4jax.train.losses import Batch, LossWeights, Metrics
-from v4jax.train.state import Saver
+from v4jax.train.events import Event, Record, StepDone
+from v4jax.train.export import export
+from v4jax.train.losses import Batch, Loss, LossWeights, Metrics
+from v4jax.train.progress import show
+from v4jax.train.run import Options, run
+from v4jax.train.samples import Prompts
+from v4jax.train.state import Saver, freed
 from v4jax.train.step import TrainState, TrainStep
+from v4jax.train.stopping import StopOnSignal
 
 TRAINABLE = {"all": everything, "no-experts": not_expert}
-FORMATS = ("released", "float", "adapter")
-Record = dict[str, float]  # a line of metrics.jsonl
 
 
 class Trainer:
@@ -49,7 +49,12 @@ class Trainer:
       qat: train with the rounding of the released format in the loop (docs/low_precision.md).
       remat: recompute layers in the backward pass.
       bias_speed: of the routing bias, per step. Pre-training takes 1e-3; 0 leaves it.
+      micro_batches: parts of a batch that gradients are taken of one after the other, which needs the
+        memory of one of them. The result is that of the whole batch.
+      skip_above: a step whose gradients have a larger global norm changes nothing. One whose loss or
+        norm is NaN or infinite never does.
       seed: of new adapters.
+      loss: another one than the training loss, as `v4jax.train.DPO()`.
 
     Attributes:
       steps: steps taken so far.
@@ -69,7 +74,10 @@ class Trainer:
         qat: bool = False,
         remat: bool = True,
         bias_speed: float = 0.0,
+        micro_batches: int = 1,
+        skip_above: float = math.inf,
         seed: int = 0,
+        loss: Loss | None = None,
     ):
         if isinstance(trainable, str) and trainable not in TRAINABLE:
             raise ValueError(
@@ -96,23 +104,34 @@ class Trainer:
                 qat=qat,
                 remat=remat,
                 bias_speed=bias_speed,
+                micro_batches=micro_batches,
+                skip_above=skip_above,
+                loss=loss,
             )
-            self._state = self._step.init()
+        self._state: TrainState | None = None
 
     @property
     def state(self) -> TrainState:
         """Parameters and the optimizer's state. A step replaces it, and frees its arrays."""
+        if self._state is None:  # so that a saved state is not read beside a new one
+            with self._on_mesh():
+                self._state = self._step.init()
         return self._state
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that share the work."""
+        return 1 if self._mesh is None else self._mesh.size
 
     @property
     def model(self) -> Transformer:
         """The model as it is now, adapters included. The next step frees its arrays."""
-        return self._step.model(self._state)
+        return self._step.model(self.state)
 
     def step(self, tokens: Sequence) -> Metrics:
         """One step on inputs, the tokens after them, and those after these, [B, T] each, or a `Batch`."""
         with self._on_mesh():
-            self._state, metrics = self._step.step(self._state, tokens)
+            self._state, metrics = self._step.step(self.state, tokens)
         self.steps += 1
         return metrics
 
@@ -128,7 +147,7 @@ class Trainer:
     def loss(self, tokens: Sequence) -> float:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
         with self._on_mesh():
-            return float(self._step.loss(self._state, tokens))
+            return float(self._step.loss(self.state, tokens))
 
     def evaluate(self, data: Data, batch_size: int = 8, batches: int = 4) -> float:
         """Mean next-token loss in nats over fixed rows of held-out data, of the tokens that count."""
@@ -140,7 +159,7 @@ class Trainer:
                 counts.append(float(batch.loss_weights.sum()) if isinstance(batch, Batch) else 1.0)
         return float(np.average(losses, weights=counts))
 
-    def run(
+    def events(
         self,
         data: Data,
         steps: int,
@@ -151,153 +170,174 @@ class Trainer:
         eval_every: int = 250,
         save_every: int = 250,
         log_every: int = 10,
-    ) -> Iterator[Record]:
-        """Trains until `steps` steps are done in all, and yields a record every `log_every`.
+        prompts: Prompts | None = None,
+        tensorboard: bool = False,
+        step_flops: float | None = None,
+        max_skipped: int = 10,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Event]:
+        """Trains until `steps` steps are done in all, and tells what happens (`v4jax.train.events`).
 
         A step's batch depends on the data's seed and the step alone: with an `output` that has states,
         training goes on from the newest one and computes what it would have.
 
         Args:
           batch_size: sequences a step.
-          output: a folder that gets state/ every `save_every` steps, and metrics.jsonl.
-          evaluation: held-out data, measured every `eval_every` steps ("heldout_ce" of a record).
+          output: a folder that gets state/ every `save_every` steps, and metrics.jsonl. In state/ are the
+            newest two states, and the one with the lowest held-out loss.
+          evaluation: held-out data, measured every `eval_every` steps.
+          log_every: steps between those whose numbers are told.
+          prompts: gone on with where the held-out loss is measured.
+          tensorboard: also write output/tensorboard.
+          step_flops: FLOP of a step, for the share of the devices' peak
+            (`v4jax.planning.costs.training_flops`).
+          max_skipped: end after so many skipped steps in a row.
+          stop: asked after every step; true ends the run there, with a save. Over several processes
+            where a step's numbers are due.
 
         Raises:
-          ValueError: a loss or a parameter became NaN or infinite. The last good state is kept.
+          ValueError: an id is outside the vocabulary; too many steps were skipped, or a parameter became
+            NaN or infinite. The last good state is kept.
+          CheckpointError: a state cannot be written, or none can be read.
         """
-        data.require_ids(self._step.cfg.vocab_size)
-        folder = None if output is None else pathlib.Path(output)
+        for each in (data, evaluation):
+            if each is not None:
+                each.require_ids(self._step.cfg.vocab_size)
+        if prompts is not None and evaluation is None:
+            raise ValueError("prompts: expected evaluation= beside them, which says when.")
+        folder, before = None if output is None else pathlib.Path(output), self.steps
         saver = None if folder is None else self.resume(folder)
+        options = Options(
+            batch_size=batch_size,
+            output=folder,
+            evaluation=evaluation,
+            eval_every=eval_every,
+            save_every=save_every,
+            log_every=log_every,
+            prompts=prompts,
+            tensorboard=tensorboard,
+            step_flops=step_flops,
+            max_skipped=max_skipped,
+            stop=stop,
+        )
+        return run(self, data, steps, options, saver, self.steps > before)
 
-        def records() -> Iterator[Record]:
-            first, started = self.steps, time.monotonic()
-            with contextlib.ExitStack() as stack:
-                if saver is not None:
-                    stack.callback(saver.close)
-                log = stack.enter_context(_metrics_file(folder, first))
-                for number in range(first, steps):
-                    metrics = self.step(self.batch(data, number, batch_size))
-                    done, is_last = number + 1, number + 1 == steps
-                    is_eval = evaluation is not None and (done % eval_every == 0 or is_last)
-                    if done % log_every == 0 or is_last or is_eval:
-                        record = _record(done, metrics)
-                        if evaluation is not None and is_eval:
-                            record["heldout_ce"] = round(self.evaluate(evaluation, batch_size), 5)
-                        log.write(json.dumps(record) + "\n")
-                        log.flush()
-                        seconds = time.monotonic() - started
-                        rate = (done - first) * batch_size * data.seq_len / seconds
-                        yield {**record, "tokens_per_second": rate}
-                    if saver is not None and (done % save_every == 0 or is_last):
-                        self._require_finite(metrics, done, saver)
-                        saver.save(done, self._state)
-                        saver.wait()
-
-        return records()
-
-    def resume(self, output: str | os.PathLike) -> Saver:
-        """Takes the newest state of a run's folder, if it is further than this trainer."""
-        saver = Saver(pathlib.Path(output) / "state")
-        if (saver.latest or 0) > self.steps:
-            with self._on_mesh():
-                found = saver.restore(self._state)
-            assert found is not None
-            self._state, self.steps = found
-        return saver
+    def run(self, data: Data, steps: int, **options) -> Iterator[Record]:
+        """`events`, of which only the numbers of steps: a record every `log_every`. Options as there."""
+        events = self.events(data, steps, **options)
+        return (event.record for event in events if isinstance(event, StepDone))
 
     def fit(self, data: Data, steps: int, *, progress: bool = True, **options) -> list[Record]:
         """`run` to its end, with a progress bar. Options as there.
 
+        Ctrl-C and SIGTERM end it after a step, with a save.
+
         Returns:
           the records.
+
+        Raises:
+          KeyboardInterrupt, SystemExit: after that save, with status 130 or 143.
         """
-        records: list[Record] = []
         shown = progress and jax.process_index() == 0
-        found = self.run(data, steps, **options)
-        with tqdm(total=steps, initial=self.steps, unit="step", disable=not shown) as bar:
-            if self.steps and shown:
-                output = options.get("output")
-                where = f" of {pathlib.Path(output) / 'state'}" if output is not None else ""
-                bar.write(f"going on from step {self.steps}{where}")
-            for record in found:
-                records.append(record)
-                bar.n = int(record["step"])
-                bar.set_postfix(
-                    ce=record["ce"],
-                    mtp=record["mtp_ce"],
-                    tok_s=round(record["tokens_per_second"]),
-                )
-                if "heldout_ce" in record:
-                    bar.write(f"step {bar.n}: held-out loss {record['heldout_ce']:.4f}")
+        with StopOnSignal() as stop:
+            events = self.events(data, steps, **{"stop": stop, **options})
+            events = show(events, self.steps, steps, stop) if shown else events
+            records = [event.record for event in events if isinstance(event, StepDone)]
+        if self.steps < steps:
+            stop.raise_()
         return records
 
-    def save(self, folder: str | os.PathLike, format: str | None = None) -> None:
-        """Writes what was trained.
+    def resume(self, output: str | os.PathLike) -> Saver:
+        """Takes the newest state of a run's folder, if it is further than this trainer.
+
+        Raises:
+          CheckpointError: it is of something else; or none can be read, and this trainer, whose own
+            arrays had to make room, is of no use any more.
+        """
+        saver = Saver(pathlib.Path(output) / "state")
+        if (saver.latest or 0) > self.steps:
+            self._take(saver)
+        return saver
+
+    def take_best(self, output: str | os.PathLike) -> float:
+        """Takes the state of a run's folder whose held-out loss is the lowest.
+
+        Returns:
+          that loss.
+
+        Raises:
+          CheckpointError: there is none, or it cannot be read.
+        """
+        saver = Saver(pathlib.Path(output) / "state")
+        try:
+            if saver.best is None:
+                raise CheckpointError(
+                    f"{saver.folder} has no state with a held-out loss: expected those of a run with "
+                    "evaluation=."
+                )
+            step, loss = saver.best
+            if step != self.steps:
+                self._take(saver, step)
+        finally:
+            saver.close()
+        return loss
+
+    def _take(self, saver: Saver, step: int | None = None) -> None:
+        """Restores into shapes: arrays that the saved state replaces make room for it first."""
+        with self._on_mesh():
+            if self._state is None:
+                shapes = self._step.shapes()
+                saver.require_like(shapes)
+                self._step.forget()
+            else:
+                saver.require_like(self._state)
+                shapes, self._state = freed(self._state), None
+            found = saver.restore(shapes, step)
+            assert found is not None
+            self._state, self.steps = found
+
+    def continued(self, prompts: Prompts) -> tuple[tuple[str, str], ...]:
+        """Pairs of a prompt and how the model goes on with it, greedily."""
+        with self._on_mesh():
+            return prompts.continued(self._step, self.state)
+
+    def require_finite(self, metrics: Metrics, folder: str | os.PathLike) -> None:
+        """A state with NaN never takes the place of a good one.
 
         Args:
-          folder: new, or empty.
+          metrics: of the last step.
+          folder: of the states, for the message.
+
+        Raises:
+          ValueError: its loss, if it was not skipped, or a parameter is NaN or infinite.
+        """
+        loss = float(metrics.loss)
+        if (bool(metrics.skipped) or math.isfinite(loss)) and self._step.is_finite(self.state):
+            return
+        raise ValueError(
+            f"step {self.steps}: the loss is {loss}, or a parameter is not finite. Nothing was "
+            f"saved; the last good state, if any, is in {folder}. Try a lower learning rate or "
+            "a longer warm-up, in another output folder."
+        )
+
+    def save(self, folder: str | os.PathLike, format: str | None = None) -> None:
+        """Writes what was trained. With a mesh over several hosts, all of them call it together.
+
+        Args:
+          folder: new, or empty; of hosts, one that they share.
           format: "released" (FP4 experts, FP8 linears), "float", or "adapter" (PEFT's files; of a
             `LoRA` only). With a LoRA the first two have it merged in. Default: "adapter" of a LoRA,
             else "released".
 
         Raises:
-          ValueError: an unknown format, or "adapter" without one; `folder` has a checkpoint; the model
-            is spread over several hosts.
+          ValueError: an unknown format, or "adapter" without one; `folder` has a checkpoint.
         """
-        format = format or ("released" if self.lora is None else "adapter")
-        if format not in FORMATS or (format == "adapter" and self.lora is None):
-            raise ValueError(
-                f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}, and "
-                '"adapter" for a model that was trained with a LoRA.'
-            )
-        if format == "adapter":
-            return save_adapter(self.model, folder)
-        model = to_float(self.model) if format == "float" else self.model
-        model = model if self.lora is None else merge_lora(model)
-        return saving.save(to_released(model) if format == "released" else model, folder)
+        export(self.model, folder, self.lora, format)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return on_mesh(self._mesh)
-
-    def _require_finite(self, metrics: Metrics, step: int, saver: Saver) -> None:
-        """A state with NaN never takes the place of a good one."""
-        if math.isfinite(float(metrics.loss)) and self._step.is_finite(self._state):
-            return
-        raise ValueError(
-            f"step {step}: the loss is {float(metrics.loss)}, or a parameter is not finite. Nothing was "
-            f"saved; the last good state, if any, is in {saver.folder}. Try a lower learning rate or "
-            "a longer warm-up, in another output folder."
-        )
 
 
 def _is_adapter(path: str, variable: nnx.Variable) -> bool:
     del path
     return isinstance(variable, LoRAParam)
-
-
-def _record(step: int, metrics: Metrics) -> Record:
-    terms = ("loss", "ce", "mtp_ce", "indexer", "balance")
-    return {"step": step, **{name: round(float(getattr(metrics, name)), 5) for name in terms}}
-
-
-def _metrics_file(folder: pathlib.Path | None, step: int):
-    """metrics.jsonl of a run that goes on after a step; of the first process alone."""
-    if folder is None or jax.process_index() != 0:
-        return open(os.devnull, "w", encoding="utf-8")
-    path = folder / "metrics.jsonl"
-    if path.exists():
-        _drop_lines_after(path, step)
-    return open(path, "a", encoding="utf-8")
-
-
-def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-    """Leaves out the steps behind the state that a run goes on from."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):  # half a line: the run was killed while it wrote
-            continue
-    path.with_suffix(".new").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(path.with_suffix(".new"), path)

@@ -142,8 +142,8 @@ class Examples:
                 if isinstance(example, Pair):
                     raise ValueError(  # noqa: TRY004 - as other wrong files
                         f"{self.path}, line {found.line} is a preference pair: expected "
-                        "conversations, texts or prompts with completions. Pairs are read, but "
-                        "there is no training on them yet."
+                        "conversations, texts or prompts with completions. "
+                        "v4jax.train.PreferencePairs reads pairs, and v4jax.train.DPO trains on them."
                     )
                 self.count += 1
                 length = len(example.ids) - 1

@@ -1,0 +1,88 @@
+"""Trains a small byte model by AdamW and by Muon, and draws held-out loss over steps.
+
+    python -m scripts.plot_optimizers docs/optimizers.svg
+
+Two layers of `tiny()` (a sliding window; CSA with its indexer) read the bytes of novels. Both optimizers
+start from the same weights and see the same batches; the rate warms up and falls by a cosine.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import time
+
+import jax
+import matplotlib
+import numpy as np
+from flax import nnx
+
+import v4jax
+from v4jax.config import V4Config, window_layer
+from v4jax.train import TokenStream, adamw, muon, schedule
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+TEXTS = pathlib.Path(__file__).parent / "data" / "austen"
+OPTIMIZERS = {"AdamW": adamw, "Muon": muon}
+LENGTH, BATCH, EVERY = 128, 8, 25
+
+
+def main() -> None:
+    """Trains, prints a table and writes the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("figure", type=pathlib.Path, help=".svg, .png or .pdf")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--seeds", type=int, default=1, help="of weights and batches")
+    args = parser.parse_args()
+    texts = [(TEXTS / f"{name}.txt").read_bytes() for name in ("train", "heldout")]
+    texts = [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    print("| optimizer | rate | seed | held-out nats a byte | CPU s a step |")
+    print("|---|---|---|---|---|")
+    for name, style in (("AdamW", "--"), ("Muon", "-")):
+        for color, rate in enumerate(args.rates):
+            for seed in range(args.seeds):
+                curve, seconds = train(name, rate, seed, args.steps, *texts)
+                print(
+                    f"| {name} | {rate:g} | {seed} | {curve[-1][1]:.3f} | {seconds:.2f} |",
+                    flush=True,
+                )
+                label = f"{name}, rate {rate:g}" if seed == 0 else None
+                axis.plot(*zip(*curve), style, color=f"C{color}", label=label)
+    axis.set_xlabel("step")
+    axis.set_ylabel("held-out cross-entropy, nats per byte")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(args.figure)
+    print(f"wrote {args.figure}")
+
+
+def small() -> V4Config:
+    """One layer with a window alone, and one of CSA."""
+    tiny = v4jax.tiny()
+    return dataclasses.replace(tiny, layers=(window_layer(), tiny.layers[3]), mtp_layers=())
+
+
+def train(name: str, rate: float, seed: int, steps: int, data, heldout):
+    """(step, held-out loss) every `EVERY` steps, and CPU seconds a step."""
+    model = jax.jit(lambda key: v4jax.Transformer(small(), rngs=nnx.Rngs(key)))(
+        jax.random.key(seed)
+    )
+    rates = schedule("cosine", rate, steps, warmup_steps=steps // 10)
+    trainer = v4jax.Trainer(model, OPTIMIZERS[name](rates), bias_speed=1e-3)
+    train_data = TokenStream(data, LENGTH, seed=seed)
+    curve, seconds = [], []
+    for number in range(steps):
+        batch, started = trainer.batch(train_data, number, BATCH), time.process_time()
+        jax.block_until_ready(trainer.step(batch).loss)
+        seconds.append(time.process_time() - started)
+        if (number + 1) % EVERY == 0:
+            curve.append((number + 1, trainer.evaluate(TokenStream(heldout, LENGTH), BATCH, 4)))
+    return curve, float(np.median(seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Options of `v4jax finetune`."""
+
+import argparse
+import math
+import sys
+
+from v4jax.cli.options import DTYPES, checkpoint_folder, command_parser, local_folder
+from v4jax.cli.pod import add_pod_arguments, parse_pod_args
+from v4jax.cli.settings import add_config_option, words_with_config
+from v4jax.config import VARIANTS
+from v4jax.nn.lora import ATTENTION
+from v4jax.train.data.examples import TOO_LONG
+from v4jax.train.export import FORMATS
+from v4jax.train.optimizers import adamw, muon
+from v4jax.train.schedules import SHAPES
+from v4jax.train.trainer import TRAINABLE
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+# Left out, it depends on where training starts: pre-training's values, or what fine-tuning takes.
+_BY_START = {"bias_speed": (1e-3, 0.0), "mtp_weight": (0.3, 0.1)}
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 on.")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if natural(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 1.")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A number from 0 on."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 on.")
+    return value
+
+
+def norm(text: str) -> float:
+    """A number above 0, which may be inf."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0.")
+    return value
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options, with the module's docstring as help."""
+    parser = command_parser("finetune", doc)
+    add_config_option(parser)
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", choices=sorted(VARIANTS), help="train this variant from scratch")
+    start.add_argument(
+        "--checkpoint",
+        type=checkpoint_folder,
+        metavar="DIR",
+        help="start from this folder, or from its URL (gs://, s3://)",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=local_folder, metavar="FILE", help=".jsonl or .txt")
+    what.add_argument("--tokens", type=local_folder, help=".npy, integers [N]")
+    parser.add_argument("--eval-data", type=local_folder, metavar="FILE", help="held-out data")
+    parser.add_argument("--eval-tokens", type=local_folder, help="held-out tokens, .npy")
+    parser.add_argument(
+        "--output", type=local_folder, metavar="DIR", required=True, help="folder of the run"
+    )
+    parser.add_argument(
+        "--steps", type=positive, default=1000, help="in all, those before an interruption too"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, help="sequences a step")
+    parser.add_argument("--seq-len", type=positive, default=512, help="tokens of a sequence")
+    parser.add_argument("--lr", type=rate, default=2e-4, help="peak learning rate")
+    parser.add_argument("--warmup", type=natural, default=100, help="steps until --lr is reached")
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="of the weights and the order of the data"
+    )
+    seen = parser.add_argument_group("what is seen of the run")
+    seen.add_argument(
+        "--sample",
+        action="append",
+        metavar="TEXT",
+        help="gone on with greedily where held-out loss is measured; can be given again. A user's message "
+        "beside conversations (--data .jsonl), else a text's beginning",
+    )
+    seen.add_argument(
+        "--sample-tokens", type=positive, default=48, help="of what goes on behind a --sample"
+    )
+    seen.add_argument(
+        "--tensorboard", action="store_true", help="write --output/tensorboard (v4jax[tensorboard])"
+    )
+    parser.add_argument("--save-every", type=positive, default=250, help="steps")
+    parser.add_argument("--eval-every", type=positive, default=250, help="steps")
+    parser.add_argument("--log-every", type=positive, default=10, help="steps")
+    parser.add_argument(
+        "--tokenizer",
+        type=local_folder,
+        help="tokenizer.json for --data, and to put into model/; default: that of --checkpoint",
+    )
+    rows = parser.add_argument_group("rows of --data")
+    rows.add_argument("--mode", help="of conversations that name none, as think-high")
+    rows.add_argument(
+        "--no-packing", action="store_true", help="one example a row, and padding behind it"
+    )
+    rows.add_argument(
+        "--too-long",
+        choices=TOO_LONG,
+        default="cut",
+        help="an example longer than --seq-len: the rest of a text goes into further rows and that of a "
+        "conversation is left out, or the run is refused",
+    )
+    trained = parser.add_argument_group("what trains")
+    trained.add_argument(
+        "--trainable",
+        choices=[*TRAINABLE, "lora"],
+        default="all",
+        help="no-experts: the routed experts stay packed; lora: everything does, beside adapters",
+    )
+    trained.add_argument("--lora-rank", type=positive, default=16, help="columns of an adapter")
+    trained.add_argument(
+        "--lora-alpha", type=rate, help="its scale is alpha / rank; default 2 * rank"
+    )
+    trained.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        default=list(ATTENTION),
+        help="ends of the paths of matrices, as attention.wq_a, shared.w1 or moe.w1",
+    )
+    rule = parser.add_argument_group("optimizer and loss")
+    rule.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="muon: of the model's matrices, and adamw for the rest",
+    )
+    rule.add_argument(
+        "--optimizer-dtype", choices=DTYPES, default="float32", help="of its moments, between steps"
+    )
+    rule.add_argument(
+        "--schedule", choices=SHAPES, default="cosine", help="of the rate, after its warm-up"
+    )
+    rule.add_argument("--weight-decay", type=rate, default=0.1, help="of matrices")
+    rule.add_argument("--b1", type=rate, default=0.9, help="Adam's first decay")
+    rule.add_argument("--b2", type=rate, default=0.95, help="Adam's second decay")
+    rule.add_argument("--clip-norm", type=rate, default=1.0, help="of the whole gradient")
+    rule.add_argument(
+        "--bias-speed", type=rate, help="of the routing bias; default 0.001 from scratch, else 0"
+    )
+    rule.add_argument(
+        "--mtp-weight", type=rate, help="of the MTP loss; default 0.3 from scratch, else 0.1"
+    )
+    rule.add_argument(
+        "--balance-weight", type=rate, default=1e-4, help="of the router's balance loss"
+    )
+    rule.add_argument("--indexer-weight", type=rate, default=1.0, help="of the indexer's loss")
+    rule.add_argument(
+        "--z-weight", type=rate, default=0.0, help="of the square of the softmax's log normaliser"
+    )
+    rule.add_argument(
+        "--micro-batches",
+        type=positive,
+        default=1,
+        help="parts of a batch, whose gradients are taken one after the other and added up",
+    )
+    rule.add_argument(
+        "--skip-above",
+        type=norm,
+        default=math.inf,
+        help="skip a step whose gradient has a larger norm; one that is not finite always is",
+    )
+    rule.add_argument(
+        "--max-skipped", type=positive, default=10, help="end after so many skipped steps in a row"
+    )
+    parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
+    parser.add_argument(
+        "--export",
+        choices=("last", "best"),
+        default="last",
+        help="what is written at the end: the last state, or that of the lowest held-out loss",
+    )
+    parser.add_argument(
+        "--save", choices=FORMATS, help="at the end; default released, and adapter with lora"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of activations; parameters stay float32",
+    )
+    add_pod_arguments(parser, auto=True)
+    return parser
+
+
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, and the file that --config names."""
+    args = parse_pod_args(parser, words_with_config(parser, sys.argv[1:]))
+    if args.data and not (args.tokenizer or args.checkpoint):
+        parser.error("--data: expected --tokenizer FILE beside --model, to encode it with.")
+    if args.eval_data and not (args.tokenizer or args.checkpoint):
+        parser.error("--eval-data: expected --tokenizer FILE beside --model, to encode it with.")
+    if args.eval_data and args.eval_tokens:
+        parser.error("--eval-data and --eval-tokens: expected one of them.")
+    is_measured = args.eval_data or args.eval_tokens
+    if args.sample and not (is_measured and (args.tokenizer or args.checkpoint)):
+        parser.error("--sample: expected --eval-data or --eval-tokens beside it, and a tokenizer.")
+    if args.export == "best" and not is_measured:
+        parser.error("--export best: expected --eval-data or --eval-tokens beside it.")
+    if args.save == "adapter" and args.trainable != "lora":
+        parser.error("--save adapter: expected --trainable lora beside it.")
+    for name, (pre_training, fine_tuning) in _BY_START.items():
+        if getattr(args, name) is None:
+            setattr(args, name, pre_training if args.model else fine_tuning)
+    args.save = args.save or ("adapter" if args.trainable == "lora" else "released")
+    return args
