@@ -30,7 +30,10 @@ from v4jax.train.step import TrainStep
 
 
 def _compiled(chip: str, fn, *args) -> jax.stages.Compiled:
-    return jax.jit(fn).lower(*args).compile() if chip == "cpu" else compile_on(chip, fn, *args)
+    if chip != "cpu":
+        return compile_on(chip, fn, *args)
+    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)  # what it donates is not held twice
+    return jitted.lower(*args).compile()
 
 
 def _print(name: str, compiled: jax.stages.Compiled, held: float = 0) -> None:
