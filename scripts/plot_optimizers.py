@@ -56,6 +56,7 @@ def main() -> None:
     axis.legend()
     axis.grid(alpha=0.3)
     figure.tight_layout()
+    args.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.figure)
     print(f"wrote {args.figure}")
 
