@@ -43,7 +43,7 @@ from v4jax.cli.settings import write_config
 from v4jax.config import VARIANTS, V4Config
 from v4jax.inference.batch.files import fingerprint
 from v4jax.nn.documents import alignment
-from v4jax.nn.lora import LoRA
+from v4jax.nn.lora import PRESETS, LoRA
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
 from v4jax.planning import costs
@@ -140,9 +140,9 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
     """What the options describe."""
     trainable = args.trainable
     if trainable == "lora":
-        trainable = LoRA(
-            rank=args.lora_rank, alpha=args.lora_alpha, targets=tuple(args.lora_targets)
-        )
+        names = args.lora_targets
+        targets = names[0] if names[0] in PRESETS and len(names) == 1 else tuple(names)
+        trainable = LoRA(rank=args.lora_rank, alpha=args.lora_alpha, targets=targets)
     optimizer = OPTIMIZERS[args.optimizer](
         schedule(args.schedule, args.lr, args.steps, warmup_steps=args.warmup),
         b1=args.b1,

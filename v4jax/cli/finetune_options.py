@@ -8,7 +8,7 @@ from v4jax.cli.options import DTYPES, checkpoint_folder, command_parser, local_f
 from v4jax.cli.pod import add_pod_arguments, parse_pod_args
 from v4jax.cli.settings import add_config_option, words_with_config
 from v4jax.config import VARIANTS
-from v4jax.nn.lora import ATTENTION
+from v4jax.nn.lora import PRESETS
 from v4jax.train.data.examples import TOO_LONG
 from v4jax.train.export import FORMATS
 from v4jax.train.optimizers import adamw, muon
@@ -129,8 +129,9 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         "--lora-targets",
         nargs="+",
         metavar="NAME",
-        default=list(ATTENTION),
-        help="ends of the paths of matrices, as attention.wq_a, shared.w1 or moe.w1",
+        default=["attention"],
+        help=f"one of {', '.join(PRESETS)}, or ends of the paths of matrices, as attention.wq_a, shared.w1 "
+        "or moe.w1",
     )
     rule = parser.add_argument_group("optimizer and loss")
     rule.add_argument(
