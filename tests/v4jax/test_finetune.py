@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 
 from tests.conftest import NANO
+from v4jax import checkpoint
 from v4jax.checkpoint import Checkpoint
 from v4jax.cli import finetune
 from v4jax.config import flash, tiny
+from v4jax.nn.numerics import plain
 from v4jax.text.tokenizer import Tokenizer
+from v4jax.train.data import PreferencePairs
+from v4jax.train.data.pairs import PairBatch
 from v4jax.train.losses import Metrics
+from v4jax.train.preferences import log_probs
 from v4jax.train.step import TrainStep
 
 
@@ -137,6 +142,7 @@ def test_the_best_state_is_written_where_it_is_asked_for(run, monkeypatch):
 def test_options_that_need_others_are_refused(run, capsys):
     for options, message in (
         (("--export", "best"), "--export best: expected --eval-data or --eval-tokens"),
+        (("--loss", "dpo"), "--loss dpo: expected --data of pairs, and --checkpoint"),
         (("--sample", "x"), "--sample: expected --eval-data or --eval-tokens"),
         (("--skip-above", "0"), "argument --skip-above: '0': expected a number above 0"),
     ):
@@ -252,7 +258,7 @@ def test_a_lora_run_leaves_an_adapter_with_the_tokenizer(run, capsys):
 
 def test_values_of_fine_tuning_are_those_of_fine_tuning(run, monkeypatch):
     found = []
-    monkeypatch.setattr(finetune, "make_trainer", lambda args: found.append(args) or 1 / 0)
+    monkeypatch.setattr(finetune, "make_trainer", lambda args, model: found.append(args) or 1 / 0)
     np.save(run.folder / "t.npy", np.arange(5000) % 256)
     for given in ({"output": run.folder / "a"}, {"checkpoint": NANO, "model": None}):
         with pytest.raises(ZeroDivisionError):
@@ -309,6 +315,25 @@ def test_a_run_over_data_goes_on_with_the_rows_that_it_would_have_read(talk):
         np.testing.assert_array_equal(new, old)
     (model,) = (talk.run.folder / "o" / "model").glob("tokenizer.json")
     assert Tokenizer(model).encode("Emma") == Tokenizer(NANO).encode("Emma")
+
+
+def test_preference_pairs_are_measured_by_the_checkpoint_before_the_first_step(talk):
+    lines = [
+        {"prompt": f"Who is {n}?", "chosen": "Emma.", "rejected": "No " * n} for n in range(1, 4)
+    ]
+    talk.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    given = {"checkpoint": NANO, "model": None, "tokenizer": None, "save": None}
+    talk("--loss", "dpo", "--eval-data", talk.path, "--trainable", "lora", **given)
+
+    pairs = PreferencePairs(talk.path, Tokenizer(NANO), 64)
+    model = checkpoint.load(NANO, plain("float32"), use="train")
+    expected = log_probs(model, pairs, batch_size=2)
+    found = np.concatenate([PairBatch(*batch).reference for batch in talk.run.batches])
+    assert len(found) == 8 and set(found) == set(expected.reshape(-1))
+    assert (talk.run.folder / "o" / "adapter").exists()
+    with pytest.raises(ValueError, match="other settings: dpo_beta"):
+        talk("--loss", "dpo", "--dpo-beta", 0.5, "--trainable", "lora", **given)
 
 
 def test_settings_of_data_belong_to_the_run(talk):

@@ -5,7 +5,8 @@
     v4jax finetune --config runs/a/config.toml --output runs/b --lr 1e-4
 
 `--data` has an example a line, which the released prompt format renders; loss is on what the assistant writes
-(docs/training.md; `v4jax data check FILE` shows it). `--tokens` is one array of ids, cut into windows.
+(docs/training.md; `v4jax data check FILE` shows it). `--tokens` is one array of ids, cut into windows. With
+`--loss dpo` the examples are preference pairs.
 
 AdamW or Muon over the next token, the token after it (MTP), the indexer's loss and router balance. What trains
 is float32; with `--trainable no-experts` or `lora` the other weights stay packed as they are stored.
@@ -23,10 +24,12 @@ Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as v4jax/
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -49,8 +52,9 @@ from v4jax.nn.numerics import plain, released
 from v4jax.planning import costs
 from v4jax.planning.devices import require_room_to_train, training_mesh
 from v4jax.text.tokenizer import Tokenizer
-from v4jax.train.data import Data, Examples, TokenStream
+from v4jax.train.data import Data, Examples, PreferencePairs, TokenStream
 from v4jax.train.losses import LossWeights
+from v4jax.train.preferences import DPO, log_probs
 from v4jax.train.samples import Prompts
 from v4jax.train.schedules import schedule
 from v4jax.train.trainer import TRAINABLE, Trainer
@@ -136,8 +140,8 @@ def start_model(args: argparse.Namespace) -> Transformer:
     return jax.jit(lambda: Transformer(cfg, numerics, rngs=nnx.Rngs(args.seed)))()
 
 
-def make_trainer(args: argparse.Namespace) -> Trainer:
-    """What the options describe."""
+def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
+    """What the options describe; the model's arrays are moved into it."""
     trainable = args.trainable
     if trainable == "lora":
         names = args.lora_targets
@@ -157,8 +161,11 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
         indexer=args.indexer_weight,
         z=args.z_weight,
     )
+    loss = None
+    if args.loss == "dpo":
+        loss = DPO(beta=args.dpo_beta, balance=args.balance_weight, indexer=args.indexer_weight)
     return Trainer(
-        start_model(args),
+        model,
         optimizer,
         trainable=trainable,
         weights=weights,
@@ -167,6 +174,7 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
         micro_batches=args.micro_batches,
         skip_above=args.skip_above,
         seed=args.seed,
+        loss=loss,
     )
 
 
@@ -177,15 +185,17 @@ def read_data(
     if file is None:
         assert tokens is not None  # one of them is required
         return TokenStream(tokens, args.seq_len, seed=args.seed)
-    return Examples(
+    read: Callable[..., Data] = PreferencePairs
+    if args.loss != "dpo":
+        align = alignment(config_of(args))
+        read = functools.partial(Examples, packing=not args.no_packing, align=align)
+    return read(
         file,
         Tokenizer(tokenizer_file(args)),
         args.seq_len,
         seed=args.seed,
-        packing=not args.no_packing,
         too_long=args.too_long,
         mode=args.mode,
-        align=alignment(config_of(args)),
     )
 
 
@@ -238,7 +248,12 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
     if is_first:
         claim(args, parser)
         write_config(args.output / "config.toml", parser, args)
-    trainer = make_trainer(args)
+    model = start_model(args)
+    for pairs in (data, evaluation):
+        if isinstance(pairs, PreferencePairs):
+            pairs.reference = log_probs(model, pairs, batch_size=args.batch_size)
+    trainer = make_trainer(args, model)
+    del model
     flops = costs.training_flops(cfg, args.seq_len, remat=False, trainable=args.trainable).total
     trainer.fit(
         data,

@@ -146,6 +146,15 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     rule.add_argument(
         "--schedule", choices=SHAPES, default="cosine", help="of the rate, after its warm-up"
     )
+    rule.add_argument(
+        "--loss",
+        choices=("next-token", "dpo"),
+        default="next-token",
+        help="dpo: --data has preference pairs, and --batch-size counts them",
+    )
+    rule.add_argument(
+        "--dpo-beta", type=rate, default=0.1, help="how close to the checkpoint dpo stays"
+    )
     rule.add_argument("--weight-decay", type=rate, default=0.1, help="of matrices")
     rule.add_argument("--b1", type=rate, default=0.9, help="Adam's first decay")
     rule.add_argument("--b2", type=rate, default=0.95, help="Adam's second decay")
@@ -212,6 +221,12 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--sample: expected --eval-data or --eval-tokens beside it, and a tokenizer.")
     if args.export == "best" and not is_measured:
         parser.error("--export best: expected --eval-data or --eval-tokens beside it.")
+    if args.loss == "dpo" and not (args.data and args.checkpoint):
+        parser.error(
+            "--loss dpo: expected --data of pairs, and --checkpoint, which is the reference."
+        )
+    if args.loss == "dpo" and args.eval_tokens:
+        parser.error("--loss dpo: expected --eval-data of pairs in place of --eval-tokens.")
     if args.save == "adapter" and args.trainable != "lora":
         parser.error("--save adapter: expected --trainable lora beside it.")
     for name, (pre_training, fine_tuning) in _BY_START.items():
