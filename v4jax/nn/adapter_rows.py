@@ -95,7 +95,7 @@ def choosing(model: Transformer, rows: jax.Array) -> Transformer:
         if isinstance(matrix.adapter, LowRankRows):
             lead = matrix.adapter.scale[...].shape[:-1]
             every = jnp.broadcast_to(rows, (*lead, *rows.shape))
-            matrix.adapter.rows = _Rows(every, axes=("batch",))
+            matrix.adapter.rows = _Rows(every, axes=("batch",), stored="int")
     return model
 
 
