@@ -76,16 +76,21 @@ def curves(steps: int, rate: float, seed: int) -> Iterator[tuple[str, Curve]]:
             jax.random.key(seed)
         )
 
-    model, curve = train(new(indexed(ALL)), rates, 1.0, range(dense), seed)
+    model = new(indexed(ALL))
+    start = nnx.state(nnx.clone(_indexer(model), arrays=True))
+    model, curve = train(model, rates, 1.0, range(dense), seed)
     yield f"CSA, all {ALL} rows", curve
     sparse = nnx.clone(model.variant(small(indexed(TOP))), arrays=True)  # the other one trains too
     yield f"then top {TOP}", train(sparse, rates_after, 1.0, range(dense, steps), seed)[1]
     untrained = model.variant(small(indexed(TOP)))
-    fresh = new(indexed(ALL)).stages[1].blocks[0].attention.indexer
-    nnx.update(untrained.stages[1].blocks[0].attention.indexer, nnx.state(fresh))
+    nnx.update(_indexer(untrained), start)
     name = f"then top {TOP}, indexer without its loss"
     yield name, train(untrained, rates_after, 0.0, range(dense, steps), seed)[1]
     yield "window alone", train(new(window_layer()), rates, 0.0, range(steps), seed)[1]
+
+
+def _indexer(model: v4jax.Transformer) -> nnx.Module:
+    return model.stages[1].blocks[0].attention.indexer
 
 
 def indexed(topk: int) -> LayerSpec:
