@@ -17,6 +17,7 @@ Source: report section 2.3; visibility and sink as in the released `inference/mo
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
@@ -173,6 +174,23 @@ def selected_mass(
     """Attention probability of each selected entry, summed over heads: the indexer's teacher."""
     checks.check_indices(indices, entries.shape[1])
     return xla.selected_mass(q, entries, indices, log_denominator, scale=scale)
+
+
+def visible_mass(
+    q: jax.Array,  # [B, T, N, H]
+    entries: jax.Array,  # [B, S, H]
+    visible: jax.Array,  # [B, T, S] bool, as `visible_entries` says
+    log_denominator: jax.Array,  # [B, T, N] as returned by window_attention
+    *,
+    scale: float,
+) -> jax.Array:  # [B, T, S] float32
+    """Attention probability of each visible entry, summed over heads: the teacher of a dense stage.
+
+    Holds [B, T, N, S] float32: give it a block of queries.
+    """
+    scores = scale * xla.einsum_f32("btnh,bsh->btns", q, entries)
+    p = jnp.exp(scores - log_denominator[..., None])
+    return jnp.sum(jnp.where(visible[:, :, None], p, 0.0), axis=2)
 
 
 def _unsupported(q, window, entries, first) -> str | None:

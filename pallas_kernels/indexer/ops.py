@@ -111,6 +111,19 @@ def selected_scores(
     return xla.selected_scores(q, weights, keys, indices)
 
 
+def visible_scores(
+    q: jax.Array,  # [B, T, A, I]
+    weights: jax.Array,  # [B, T, A] float32
+    keys: jax.Array,  # [B, S, I]
+    visible: jax.Array,  # [B, T, S] bool
+) -> jax.Array:  # [B, T, S] float32, -inf where an entry is not visible
+    """Scores of all visible entries, differentiable: what the indexer is trained through in a dense stage.
+
+    Holds [B, T, A, S] float32: give it a block of queries.
+    """
+    return jnp.where(visible, xla.scores_of(q, weights, keys, "bsi"), -jnp.inf)
+
+
 def _unsupported(q, keys, first) -> str | None:
     if first is not None:
         return "the kernel takes rows of one document, without `first`"

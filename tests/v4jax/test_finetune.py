@@ -16,9 +16,11 @@ from v4jax.checkpoint import Checkpoint
 from v4jax.cli import finetune
 from v4jax.config import flash, tiny
 from v4jax.nn.numerics import plain
+from v4jax.nn.quantization import is_indexer
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train.data import PreferencePairs
 from v4jax.train.data.pairs import PairBatch
+from v4jax.train.indexer_warmup import IndexerWarmup
 from v4jax.train.losses import Metrics
 from v4jax.train.preferences import log_probs
 from v4jax.train.step import TrainStep
@@ -43,7 +45,8 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setattr(TrainStep, "step", step)
         finetune.main()
 
-    def step(self, state, tokens):
+    def step(self, state, tokens, number):
+        del number
         call.batches.append(tokens)
         return call.step(state)
 
@@ -144,6 +147,18 @@ def test_options_that_need_others_are_refused(run, capsys):
         (("--export", "best"), "--export best: expected --eval-data or --eval-tokens"),
         (("--loss", "dpo"), "--loss dpo: expected --data of pairs, and --checkpoint"),
         (("--sample", "x"), "--sample: expected --eval-data or --eval-tokens"),
+        (
+            ("--loss", "indexer", "--trainable", "lora"),
+            "--loss indexer: expected --trainable indexer",
+        ),
+        (
+            ("--train", "embed", "--trainable", "all"),
+            "--train: expected no --trainable beside names",
+        ),
+        (
+            ("--lora-dropout", "1"),
+            "argument --lora-dropout: '1': expected a share from 0 to below 1",
+        ),
         (("--skip-above", "0"), "argument --skip-above: '0': expected a number above 0"),
     ):
         with pytest.raises(SystemExit):
@@ -244,16 +259,52 @@ def test_the_export_has_the_tokenizer_of_what_it_started_from(run):
 def test_a_lora_run_leaves_an_adapter_with_the_tokenizer(run, capsys):
     np.save(run.folder / "t.npy", np.arange(5000) % 1280)
 
-    run("--trainable", "lora", "--lora-rank", 4, checkpoint=NANO, model=None, steps=1, save=None)
+    options = ("--lora-rank", 4, "--lora-rslora", "--lora-dropout", 0.25)
+    run("--trainable", "lora", *options, checkpoint=NANO, model=None, steps=1, save=None)
 
     adapter = run.folder / "o" / "adapter"
     names = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
     assert names <= {path.name for path in adapter.iterdir()}
-    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    expected = {"r": 4, "lora_alpha": 8, "use_rslora": True, "lora_dropout": 0.25}
+    assert {name: config[name] for name in expected} == expected
+    assert checkpoint.Adapter(adapter).lora.dropout == 0.25
     assert not (run.folder / "o" / "model").exists()
     with pytest.raises(SystemExit):
         run("--save", "adapter", output=run.folder / "p", save=None)
     assert "expected --trainable lora" in capsys.readouterr().err
+
+
+def test_parameters_are_trained_and_left_by_name(run, monkeypatch):
+    """A step makes what trains 7. Equal layers are one array, unless names tell them apart."""
+    window = tiny().layers[0]
+    cfg = dataclasses.replace(tiny(), layers=(window, window), mtp_layers=())
+    monkeypatch.setitem(finetune.VARIANTS, "tiny", lambda: cfg)
+
+    def step(state):
+        params = jax.tree.map(lambda x: jnp.full_like(x, 7), state.params)
+        return dataclasses.replace(state, params=params), Metrics(*[jnp.float32(1)] * 5, ())
+
+    run.step = step
+    with pytest.raises(ValueError, match=r"'layers\.1\.attn' matches no parameter"):
+        run("--train", "layers.1.attn")
+    assert not (run.folder / "o").exists()
+    run("--train", "layers.1.attention", "embed", "--freeze", "*.wq_a", "*.sink", steps=1)
+
+    model = Checkpoint(run.folder / "o" / "model")
+    sevens = {name for name, tensor in model.tensors.items() if (tensor.view() == 7).all()}
+    assert {name for name in sevens if not name.startswith("layers.1.attn.")} == {"embed.weight"}
+    attention = {name for name in model.tensors if name.startswith("layers.1.attn.")}
+    left = {"layers.1.attn.wq_a.weight", "layers.1.attn.attn_sink"}
+    assert attention - sevens == left and left < attention
+
+
+def test_a_warm_up_trains_indexers(run, monkeypatch):
+    found = []
+    monkeypatch.setattr(finetune, "Trainer", lambda *_, **options: found.append(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("--loss", "indexer")
+    assert isinstance(found[0]["loss"], IndexerWarmup) and found[0]["trainable"] is is_indexer
 
 
 def test_values_of_fine_tuning_are_those_of_fine_tuning(run, monkeypatch):

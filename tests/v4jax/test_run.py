@@ -44,8 +44,8 @@ def make(monkeypatch):
     def call(skipped: Sequence[int] = (), losses: Sequence[float] = (), at=lambda step: None):
         left = iter(losses)
 
-        def step(self, state, tokens):
-            number = trainer.steps + 1
+        def step(self, state, tokens, before):
+            number = before + 1
             at(number)
             is_skipped = number in skipped
             loss = math.nan if is_skipped else float(number)

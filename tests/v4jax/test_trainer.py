@@ -17,7 +17,7 @@ from v4jax.nn.quantization import to_released
 from v4jax.train import TokenStream, Trainer, adamw
 
 SMALL = dataclasses.replace(tiny(), layers=tiny().layers[:1], mtp_layers=())
-LORA = LoRA(rank=2, targets=("attention.wq_b", "moe.w2"))
+LORA = LoRA(rank=2, targets=("attention.wq_b", "moe.w2"), dropout=0.1)
 DATA = TokenStream(np.arange(5000) % 251 + 2, 30)
 
 

@@ -83,6 +83,7 @@ class Adapter:
                 rank=config["r"],
                 alpha=float(config["lora_alpha"]),
                 rslora=bool(config.get("use_rslora", False)),
+                dropout=float(config.get("lora_dropout") or 0.0),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: {CONFIG} does not say a LoRA: {error}") from error
@@ -200,7 +201,7 @@ def save_adapter(
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "bias": "none",
         "target_modules": sorted(modules),
         "fan_in_fan_out": False,

@@ -8,6 +8,9 @@
 (docs/training.md; `v4jax data check FILE` shows it). `--tokens` is one array of ids, cut into windows. With
 `--loss dpo` the examples are preference pairs.
 
+With `--loss indexer` attention sees all compressed entries, and the indexers alone learn what it looks at: the
+warm-up before training on sparse attention.
+
 AdamW or Muon over the next token, the token after it (MTP), the indexer's loss and router balance. What trains
 is float32; with `--trainable no-experts` or `lora` the other weights stay packed as they are stored.
 With `--qat` every step computes with weights and activations rounded as the released format and code
@@ -27,6 +30,7 @@ import argparse
 import functools
 import json
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -49,11 +53,14 @@ from v4jax.nn.documents import alignment
 from v4jax.nn.lora import PRESETS, LoRA
 from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import plain, released
+from v4jax.nn.quantization import Chosen
 from v4jax.planning import costs
 from v4jax.planning.devices import require_room_to_train, training_mesh
 from v4jax.text.tokenizer import Tokenizer
+from v4jax.train.choosing import matching
 from v4jax.train.data import Data, Examples, PreferencePairs, TokenStream
-from v4jax.train.losses import LossWeights
+from v4jax.train.indexer_warmup import IndexerWarmup
+from v4jax.train.losses import Loss, LossWeights
 from v4jax.train.preferences import DPO, log_probs
 from v4jax.train.samples import Prompts
 from v4jax.train.schedules import schedule
@@ -133,20 +140,49 @@ def config_of(args: argparse.Namespace) -> V4Config:
 
 def start_model(args: argparse.Namespace) -> Transformer:
     """The model to start from, its weights in the formats that they are stored in."""
-    numerics = released(args.dtype) if args.qat else plain(args.dtype)
+    numerics, scan = released(args.dtype) if args.qat else plain(args.dtype), not names_layers(args)
     if args.checkpoint:
-        return checkpoint.load(args.checkpoint, numerics, use="train", progress=True)
+        return checkpoint.load(
+            args.checkpoint, numerics, use="train", scan_layers=scan, progress=True
+        )
     cfg = config_of(args)
-    return jax.jit(lambda: Transformer(cfg, numerics, rngs=nnx.Rngs(args.seed)))()
+
+    def make() -> Transformer:
+        return Transformer(cfg, numerics, scan_layers=scan, rngs=nnx.Rngs(args.seed))
+
+    return jax.jit(make)()
+
+
+def names_layers(args: argparse.Namespace) -> bool:
+    """Whether --train or --freeze name some layers, which then have arrays of their own."""
+    names = [*(args.train or ()), *(args.freeze or ())]
+    return any(re.match(r"layers\.\d", name) for name in names)
+
+
+def chosen_by(args: argparse.Namespace, model: Transformer) -> Chosen:
+    """Which of the model's own parameters train.
+
+    Raises:
+      ValueError: a name that matches nothing.
+    """
+    if args.train or args.freeze:
+        return matching(model, *(args.train or ["*"]), but=args.freeze or ())
+    return TRAINABLE.get(args.trainable, _nothing)
 
 
 def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
     """What the options describe; the model's arrays are moved into it."""
-    trainable = args.trainable
-    if trainable == "lora":
+    trainable: LoRA | Chosen = chosen_by(args, model)
+    if args.trainable == "lora":
         names = args.lora_targets
         targets = names[0] if names[0] in PRESETS and len(names) == 1 else tuple(names)
-        trainable = LoRA(rank=args.lora_rank, alpha=args.lora_alpha, targets=targets)
+        trainable = LoRA(
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            targets=targets,
+            rslora=args.lora_rslora,
+            dropout=args.lora_dropout,
+        )
     optimizer = OPTIMIZERS[args.optimizer](
         schedule(args.schedule, args.lr, args.steps, warmup_steps=args.warmup),
         b1=args.b1,
@@ -161,9 +197,11 @@ def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
         indexer=args.indexer_weight,
         z=args.z_weight,
     )
-    loss = None
+    loss: Loss | None = None
     if args.loss == "dpo":
         loss = DPO(beta=args.dpo_beta, balance=args.balance_weight, indexer=args.indexer_weight)
+    if args.loss == "indexer":
+        loss = IndexerWarmup()
     return Trainer(
         model,
         optimizer,
@@ -242,8 +280,10 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
     prompts = make_prompts(args)
     if is_first and args.data:
         print(data, file=sys.stderr)
-    chosen = TRAINABLE.get(args.trainable, _nothing)
-    require_room_to_train(cfg, chosen, args.mesh or {}, jax.devices()[0])
+    shapes = nnx.eval_shape(
+        lambda: Transformer(cfg, scan_layers=not names_layers(args), rngs=nnx.Rngs(0))
+    )
+    require_room_to_train(shapes, chosen_by(args, shapes), args.mesh or {}, jax.devices()[0])
     args.output.mkdir(parents=True, exist_ok=True)
     if is_first:
         claim(args, parser)
@@ -254,7 +294,10 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
             pairs.reference = log_probs(model, pairs, batch_size=args.batch_size)
     trainer = make_trainer(args, model)
     del model
-    flops = costs.training_flops(cfg, args.seq_len, remat=False, trainable=args.trainable).total
+    flops = None
+    if args.trainable in ("all", "no-experts", "lora"):  # of others it is not counted
+        one = costs.training_flops(cfg, args.seq_len, remat=False, trainable=args.trainable)
+        flops = args.batch_size * one.total
     trainer.fit(
         data,
         args.steps,
@@ -266,7 +309,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
         log_every=args.log_every,
         prompts=prompts,
         tensorboard=args.tensorboard,
-        step_flops=args.batch_size * flops,
+        step_flops=flops,
         max_skipped=args.max_skipped,
     )
     if args.export == "best":

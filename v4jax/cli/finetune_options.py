@@ -42,6 +42,14 @@ def rate(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share from 0 to below 1.")
+    return value
+
+
 def norm(text: str) -> float:
     """A number above 0, which may be inf."""
     value = float(text)
@@ -118,8 +126,17 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     trained.add_argument(
         "--trainable",
         choices=[*TRAINABLE, "lora"],
-        default="all",
-        help="no-experts: the routed experts stay packed; lora: everything does, beside adapters",
+        help="no-experts: the routed experts stay packed; indexer: those of CSA layers alone train; lora: "
+        "everything stays packed, beside adapters. Default all, and indexer with --loss indexer",
+    )
+    trained.add_argument(
+        "--train",
+        nargs="+",
+        metavar="NAME",
+        help="what trains by name, in place of --trainable, as layers.20-42 or '*.attention'",
+    )
+    trained.add_argument(
+        "--freeze", nargs="+", metavar="NAME", help="what stays, of all or of --train, as embed"
     )
     trained.add_argument("--lora-rank", type=positive, default=16, help="columns of an adapter")
     trained.add_argument(
@@ -132,6 +149,16 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         default=["attention"],
         help=f"one of {', '.join(PRESETS)}, or ends of the paths of matrices, as attention.wq_a, shared.w1 "
         "or moe.w1",
+    )
+    trained.add_argument(
+        "--lora-rslora", action="store_true", help="its scale is alpha / sqrt(rank)"
+    )
+    trained.add_argument(
+        "--lora-dropout",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="of an adapter's inputs, left out in a step",
     )
     rule = parser.add_argument_group("optimizer and loss")
     rule.add_argument(
@@ -148,9 +175,10 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     )
     rule.add_argument(
         "--loss",
-        choices=("next-token", "dpo"),
+        choices=("next-token", "dpo", "indexer"),
         default="next-token",
-        help="dpo: --data has preference pairs, and --batch-size counts them",
+        help="dpo: --data has preference pairs, and --batch-size counts them; indexer: warm indexers up, "
+        "with attention to all compressed entries",
     )
     rule.add_argument(
         "--dpo-beta", type=rate, default=0.1, help="how close to the checkpoint dpo stays"
@@ -227,6 +255,13 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         )
     if args.loss == "dpo" and args.eval_tokens:
         parser.error("--loss dpo: expected --eval-data of pairs in place of --eval-tokens.")
+    names = [f"--{name}" for name in ("train", "freeze") if getattr(args, name)]
+    if names and args.trainable:
+        parser.error(f"{' and '.join(names)}: expected no --trainable beside names.")
+    if not names:
+        args.trainable = args.trainable or ("indexer" if args.loss == "indexer" else "all")
+    if args.loss == "indexer" and args.trainable != "indexer":
+        parser.error("--loss indexer: expected --trainable indexer, or nothing in its place.")
     if args.save == "adapter" and args.trainable != "lora":
         parser.error("--save adapter: expected --trainable lora beside it.")
     for name, (pre_training, fine_tuning) in _BY_START.items():

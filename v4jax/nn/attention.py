@@ -35,7 +35,7 @@ from v4jax.nn.cache import (
 )
 from v4jax.nn.compressor import Compressor
 from v4jax.nn.documents import Documents, first_rows, positions_of
-from v4jax.nn.indexer import Indexer, indexer_loss
+from v4jax.nn.indexer import Indexer, dense_indexer_loss, indexer_loss
 from v4jax.nn.layers import (
     GroupedLinear,
     Linear,
@@ -47,7 +47,12 @@ from v4jax.nn.layers import (
 
 
 class Attention(nnx.Module):
-    """[B, T, D] -> [B, T, D]"""
+    """[B, T, D] -> [B, T, D]
+
+    Attributes:
+      sees_all: whole sequences attend to all visible entries, not to the indexer's picks, and the
+        indexer's loss is over all of them. What training sets to warm indexers up.
+    """
 
     def __init__(self, context: ModelContext, spec: LayerSpec):
         cfg = context.cfg
@@ -68,6 +73,7 @@ class Attention(nnx.Module):
         self.compressor = Compressor(context, compressor, width) if compressor else None
         self.indexer = Indexer(context, indexer, compressor) if indexer and compressor else None
         self.cfg, self.spec, self.numerics = cfg, spec, context.numerics
+        self.sees_all = False
 
     def __call__(
         self,
@@ -94,12 +100,30 @@ class Attention(nnx.Module):
             entries = self.round_rows(self.compressor(x, documents))
             entries = self.compressor.gather(entries, length)
         if entries is None or self.indexer is None:
-            out = self._attend_dense(q, window, entries, positions, first)
+            out, _ = self._attend_dense(q, window, entries, positions, first)
             return self._output(out, positions), 0.0
+        valid = None if documents is None else documents.valid
         x, latent = jax.lax.stop_gradient((x, latent))
         queries, weights = self.indexer.queries(x, latent, positions)
         keys = self.numerics.round_indexer(self.indexer.compressor(x, documents))
         keys = self.indexer.compressor.gather(keys, length)
+        if self.sees_all:
+            out, log_denominator = self._attend_dense(q, window, entries, positions, first)
+            with jax.named_scope("indexer/loss"):
+                loss = dense_indexer_loss(
+                    queries,
+                    weights,
+                    keys,
+                    q,
+                    entries,
+                    log_denominator,
+                    positions,
+                    first,
+                    valid,
+                    ratio=self.spec.ratio,
+                    scale=self._scale,
+                )
+            return self._output(out, positions), loss
         if selection is None:
             picked = self.indexer.select(queries, weights, keys, positions, first)
         else:
@@ -109,7 +133,6 @@ class Attention(nnx.Module):
             indices = picked.to_indices()
             mass = selected_mass(q, entries, indices, log_denominator, scale=self._scale)
             mass = collectives.psum(mass, "heads")
-            valid = None if documents is None else documents.valid
             loss = indexer_loss(queries, weights, keys, indices, mass, valid)
         return self._output(out, positions), loss
 
@@ -140,7 +163,7 @@ class Attention(nnx.Module):
             window = window_rows(cache.window, kv, chunk)
             floats = None if new.entries is None else unpacked(new.entries, kv.dtype)
             if selection is None:
-                out = self._attend_dense(q, window, floats, chunk.positions)
+                out, _ = self._attend_dense(q, window, floats, chunk.positions)
             else:
                 out, _ = self._attend_selected(q, window, floats, selection, chunk.positions)
         return self._output(out, chunk.positions), new
@@ -172,7 +195,7 @@ class Attention(nnx.Module):
         if entries is None:
             entries = jnp.zeros((q.shape[0], 0, q.shape[-1]), q.dtype)
         with jax.named_scope("hca" if self.compressor else "swa"):
-            out, _ = window_attention(
+            return window_attention(
                 q,
                 *collectives.copy_to((window, entries), "heads"),
                 self.sink[...],
@@ -182,7 +205,6 @@ class Attention(nnx.Module):
                 scale=self._scale,
                 implementation=self.numerics.implementation,
             )
-        return out
 
     def _attend_selected(self, q, window, entries, selection, positions, first=None):
         with jax.named_scope("csa"):

@@ -6,6 +6,12 @@ A starts random and B at zero, so that a new adapter changes nothing. Experts ha
 and so has each group of the grouped output projection. Adapters are modules at `Matrix.adapter`, and
 follow their matrix on a mesh.
 
+While an adapter trains, `dropout` is the share of A's inputs that are zero in a step; the others are
+divided by 1 - dropout, so that means stay. Which ones follows from the step's key: a model without one, as
+for evaluation and serving, drops nothing.
+
+    model = dropping(model, key)     inside a step
+
 Source: arXiv 2106.09685; rank-stabilised scale: arXiv 2312.03732; initial values as PEFT's.
 """
 
@@ -51,19 +57,23 @@ class LoRA:
         `moe.w1`, which are what the attribute then holds. Every layer that has one gets an adapter, MTP
         blocks do not.
       rslora: scale alpha / sqrt(rank) instead.
+      dropout: share of A's inputs that a training step leaves out.
 
     Raises:
-      ValueError: a rank below 1, a name that is no preset, or no targets.
+      ValueError: a rank below 1, a dropout outside of [0, 1), a name that is no preset, or no targets.
     """
 
     rank: int = 16
     alpha: float | None = None
     targets: str | tuple[str, ...] = "attention"
     rslora: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"LoRA rank={self.rank}: expected 1 or more.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout={self.dropout}: expected a share from 0 to below 1.")
         targets = PRESETS.get(self.targets) if isinstance(self.targets, str) else self.targets
         if not targets:
             raise ValueError(
@@ -82,6 +92,10 @@ class LoRA:
 
 class LoRAParam(nnx.Param):
     """A factor of an adapter."""
+
+
+class _DropoutKey(nnx.Variable):
+    """[2] uint32, the data of a random key. In a step alone: no state has one."""
 
 
 class LowRank(nnx.Module):
@@ -118,9 +132,12 @@ class LowRank(nnx.Module):
         )  # whose layer sums, and enters, for all matrices at once
         self.summed = None if is_expert else summed_axis(kernel.axes)
         self.cut = None if is_expert else worked_on[1]
+        self.apart = tuple(axis for axis in ("batch", "seq", worked_on[0]) if axis)  # inputs' axes
+        self.key: nnx.Variable | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, out: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
         """What `Matrix` gives: `out`, with the adapter's product of x added, in the dtype of `out`."""
+        x = self._dropped(x)
         if sizes is not None:
             hidden = grouped_matmul(x, self.a[...].astype(x.dtype), sizes)
             added = grouped_matmul(hidden, self.b[...].astype(x.dtype), sizes)
@@ -132,6 +149,15 @@ class LowRank(nnx.Module):
             hidden = collectives.reduce_from(hidden, self.summed)
         added = linear(cast(hidden, x.dtype), factors.b[...].astype(x.dtype), groups=groups)
         return cast(out + self.lora.scale * added, out.dtype)
+
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        """Inputs with some left out, others on every device that holds others, and in every layer."""
+        if self.key is None:
+            return x
+        key = jax.random.wrap_key_data(self.key[...])
+        key = jax.random.fold_in(key, collectives.axis_index(*self.apart))
+        kept = jax.random.bernoulli(key, 1 - self.lora.dropout, x.shape)
+        return jnp.where(kept, x / (1 - self.lora.dropout), 0)
 
     def product(self) -> jax.Array:
         """scale * A @ B, in the shape of the matrix, float32."""
@@ -172,6 +198,27 @@ def add_lora(model: Transformer, lora: LoRA, *, seed: int = 0) -> Transformer:
     with on_mesh(mesh_of(model)):
         for key, matrix in zip(keys, targets.values()):
             matrix.adapter = LowRank(matrix, lora, key, model.rules)
+    return model
+
+
+def drops(model: nnx.Module) -> bool:
+    """Whether an adapter of the model has dropout."""
+    adapters = (matrix.adapter for _, matrix in matrices(model))
+    return any(isinstance(one, LowRank) and one.lora.dropout > 0 for one in adapters)
+
+
+def dropping(model: Transformer, key: jax.Array) -> Transformer:
+    """The model, whose adapters leave out inputs by a key. Inside a step; changes the model.
+
+    Each matrix draws by itself, as does each of its stacked layers.
+    """
+    for number, (_, matrix) in enumerate(matrices(model)):
+        adapter = matrix.adapter
+        if isinstance(adapter, LowRank) and adapter.lora.dropout:
+            shape, own = adapter.a.get_value().shape, jax.random.fold_in(key, number)
+            stacked = shape[: len(shape) - len(adapter.a.axes)]
+            keys = jax.random.split(own, stacked) if stacked else own
+            adapter.key = _DropoutKey(jax.random.key_data(keys), axes=(None,), stored="int")
     return model
 
 

@@ -191,7 +191,7 @@ def entered(module, name: str):
     """A copy for work that is cut over a logical axis: gradients of what is not cut are summed."""
 
     def enter(variable: nnx.Variable) -> nnx.Variable:
-        if name in variable.axes:
+        if name in variable.axes or variable.stored == "int":
             return variable
         return variable.replace(collectives.copy_to(variable.get_value(), name))
 

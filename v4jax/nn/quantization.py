@@ -27,6 +27,12 @@ def not_expert(path: str, variable: nnx.Variable) -> bool:
     return not is_expert(path, variable)
 
 
+def is_indexer(path: str, variable: nnx.Variable) -> bool:
+    """Whether a variable belongs to an indexer."""
+    del variable
+    return ".indexer." in path
+
+
 def everything(path: str, variable: nnx.Variable) -> bool:
     """Any variable."""
     del path, variable

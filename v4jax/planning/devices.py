@@ -5,6 +5,7 @@ mesh = make_mesh(**choice.sizes) if choice.sizes is not None else None
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 
@@ -127,7 +128,7 @@ def training_mesh(cfg: V4Config, devices: Sequence[jax.Device]) -> tuple[dict[st
 
 
 def require_room_to_train(
-    cfg: V4Config, trainable: Chosen, sizes: dict[str, int], device: jax.Device
+    model: Transformer, trainable: Chosen, sizes: dict[str, int], device: jax.Device
 ) -> None:
     """Refuses a run whose state alone is larger than the memory of its devices.
 
@@ -135,6 +136,7 @@ def require_room_to_train(
     keeps its format. Activations come on top, and are not counted; nor are adapters, which are small.
 
     Args:
+      model: float, of shapes alone (`nnx.eval_shape`).
       trainable: which of the model's own parameters train, see `Trainer`.
       sizes: of the mesh axes.
 
@@ -146,11 +148,11 @@ def require_room_to_train(
         return
     is_trained, held, trained = trained_by(trainable), 0.0, 0.0
 
-    def make() -> Transformer:
-        stays = lambda path, variable: not is_trained(path.split("."), variable)
-        return to_released(Transformer(cfg, rngs=nnx.Rngs(0)), only=stays)
+    def stays(path: str, variable: nnx.Variable) -> bool:
+        return not is_trained(path.split("."), variable)
 
-    for path, variable in nnx.to_flat_state(nnx.state(nnx.eval_shape(make))):
+    stored = nnx.eval_shape(functools.partial(to_released, only=stays), model)
+    for path, variable in nnx.to_flat_state(nnx.state(stored)):
         local = local_bytes(variable, TRAIN, sizes)
         if is_trained(path, variable):
             trained += 4 * local
@@ -159,7 +161,7 @@ def require_room_to_train(
     if held + trained <= HBM_SHARE * memory:
         return
     raise ValueError(
-        f"training {cfg.name} needs at least {(held + trained) / GiB:,.1f} GiB on each device "
+        f"training {model.cfg.name} needs at least {(held + trained) / GiB:,.1f} GiB on each device "
         f"({trained / GiB:,.1f} for parameters that train with gradients and moments, {held / GiB:,.1f} "
         f"for those that stay), of {memory / GiB:,.1f}: more devices, or --trainable no-experts or lora."
     )

@@ -2,6 +2,7 @@
 
 from v4jax.train.choosing import matching
 from v4jax.train.data import Examples, PreferencePairs, TokenStream
+from v4jax.train.indexer_warmup import IndexerWarmup
 from v4jax.train.losses import LossWeights
 from v4jax.train.optimizers import adamw, muon
 from v4jax.train.preferences import DPO, log_probs
@@ -12,6 +13,7 @@ from v4jax.train.trainer import Trainer
 __all__ = [
     "DPO",
     "Examples",
+    "IndexerWarmup",
     "LossWeights",
     "PreferencePairs",
     "Prompts",

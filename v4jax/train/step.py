@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -15,6 +16,7 @@ from sharding import TRAIN, AxisRules, collectives
 from v4jax.nn.compilation import keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.layers import copied
+from v4jax.nn.lora import dropping, drops
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, reduce_gradients, require_whole_blocks, specs
 from v4jax.nn.quantization import Chosen, everything, with_rounding
@@ -55,6 +57,7 @@ class TrainStep:
       skip_above: a step whose gradients have a larger global norm (before any clipping) is skipped. One
         whose loss or norm is NaN or infinite always is.
       loss: another one, as `preferences.DPO`; default `weights`, the training loss.
+      seed: of adapters' dropout.
 
     Raises:
       ValueError: a mesh that does not divide the model, `qat` without released numerics, nothing to
@@ -75,6 +78,7 @@ class TrainStep:
         loss: Loss | None = None,
         micro_batches: int = 1,
         skip_above: float = math.inf,
+        seed: int = 0,
     ):
         keep_programs()
         check_mesh(model.cfg, rules)
@@ -90,7 +94,7 @@ class TrainStep:
             )
         if micro_batches < 1:
             raise ValueError(f"micro_batches={micro_batches}: expected 1 or more.")
-        self.cfg, self.rules = model.cfg, rules
+        self.cfg, self.rules, self.drops = model.cfg, rules, drops(model)
         is_trained = trained_by(trainable)
         self.graphdef, *states = nnx.split(model, is_trained, ...)
         self._states = states  # what trains and what does not, until `init`
@@ -111,6 +115,7 @@ class TrainStep:
                 is_trained,
                 micro_batches,
                 skip_above,
+                seed,
             ),
             donate_argnums=(0,),
         )
@@ -153,13 +158,25 @@ class TrainStep:
             sharding = jax.NamedSharding(jax.sharding.get_mesh(), self.rules.tokens)
         return data.targets(step, batch_size, self.cfg, sharding)
 
-    def step(self, state: TrainState, tokens: Sequence) -> tuple[TrainState, Metrics]:
+    def step(
+        self, state: TrainState, tokens: Sequence, number: int | None = None
+    ) -> tuple[TrainState, Metrics]:
         """One step on inputs, the tokens after them, and those after these, [B, T] each, or a `Batch`.
 
         From `batch`, or `losses.shifted` of an array [B, T + 2]. The old state is donated. A skipped
         step (`Metrics.skipped`) returns it as it was, the optimizer's count of steps included.
+
+        Args:
+          number: of the step, which says what adapters with dropout leave out.
+
+        Raises:
+          ValueError: no number, with dropout.
         """
-        return self.compiled_step(state, *tokens)
+        if not self.drops:
+            return self.compiled_step(state, *tokens)
+        if number is None:
+            raise ValueError("number=None with LoRA dropout: expected that of the step, from 0 on.")
+        return self.compiled_step(state, *tokens, number=np.uint32(number))
 
     def loss(self, state: TrainState, tokens: Sequence) -> jax.Array:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
@@ -225,35 +242,47 @@ def _require_floats(params: nnx.State) -> None:
 
 
 def loss_and_gradients(
-    graphdef, loss: Loss, rules: AxisRules, remat: bool = True, micro_batches: int = 1
+    graphdef,
+    loss: Loss,
+    rules: AxisRules,
+    remat: bool = True,
+    micro_batches: int = 1,
+    seed: int = 0,
 ):
-    """A function (params, fixed, *batch) -> gradients and metrics, over a mesh.
+    """A function (params, fixed, *batch, number=None) -> gradients and metrics, over a mesh.
 
     The batch is what the loss takes: of `LossWeights` inputs, the tokens after them and those after these,
     or the parts of a `losses.Batch`. Arrays have a row a sequence, and then a column a token, if any. Of
     several micro-batches each has a part of every device's rows.
+
+    Adapters with dropout drop by the seed and the step's number, [] uint32; without a number, not.
     """
 
-    def on_device(params, fixed, *batch):
-        def of(batch, shares: Counts | None):
+    def on_device(params, fixed, number, *batch):
+        def of(part, batch, shares: Counts | None):
             def loss_fn(params):
-                return loss(nnx.merge(graphdef, params, fixed), batch, remat=remat, shares=shares)
+                model = nnx.merge(graphdef, params, fixed)
+                if number is not None:
+                    key = jax.random.fold_in(jax.random.key(seed), number)
+                    model = dropping(model, jax.random.fold_in(key, part))
+                return loss(model, batch, remat=remat, shares=shares)
 
             return jax.grad(loss_fn, has_aux=True)(params)
 
         if micro_batches == 1:
-            gradients, metrics = of(batch, None)
+            gradients, metrics = of(0, batch, None)
         else:
             cfg = nnx.merge(graphdef, params, fixed).cfg
             counts = functools.partial(loss.counts, cfg)
             gradients, metrics = _summed(of, counts, batch, micro_batches)
         return reduce_gradients(gradients), metrics
 
-    def call(params, fixed, *tokens):
+    def call(params, fixed, *tokens, number=None):
         placed = (specs(params, rules), specs(fixed, rules))
         of_tokens = jax.tree.map(lambda x: jax.P(*rules.tokens[: x.ndim]), tokens)
-        run = collectives.per_device(on_device, rules, (*placed, *of_tokens), (placed[0], jax.P()))
-        return run(params, fixed, *tokens)
+        in_specs = (*placed, jax.P(), *of_tokens)
+        run = collectives.per_device(on_device, rules, in_specs, (placed[0], jax.P()))
+        return run(params, fixed, number, *tokens)
 
     return call
 
@@ -282,9 +311,10 @@ def _summed(of: Callable, counts_of: Callable, batch, micro_batches: int):
     def add(sums, part):
         return jax.tree.map(jnp.add, sums, of(*part)), None
 
-    first = jax.tree.map(lambda x: x[0], (parts, shares))
+    numbered = (jnp.arange(micro_batches), parts, shares)
+    first = jax.tree.map(lambda x: x[0], numbered)
     start = jax.tree.map(zeros, jax.eval_shape(of, *first))
-    return jax.lax.scan(add, start, (parts, shares))[0]
+    return jax.lax.scan(add, start, numbered)[0]
 
 
 @jax.jit
@@ -331,11 +361,13 @@ def _train_step(
     is_trained,
     micro_batches,
     skip_above,
+    seed,
     state,
     *tokens,
+    number=None,
 ):
-    gradients_of = loss_and_gradients(graphdef, loss, rules, remat, micro_batches)
-    grads, metrics = gradients_of(state.params, state.fixed, *tokens)
+    gradients_of = loss_and_gradients(graphdef, loss, rules, remat, micro_batches, seed)
+    grads, metrics = gradients_of(state.params, state.fixed, *tokens, number=number)
     norm = optax.tree.norm(grads)
     fit = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & (norm <= skip_above)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

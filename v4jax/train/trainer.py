@@ -21,7 +21,7 @@ from v4jax.checkpoint.errors import CheckpointError
 from v4jax.nn.lora import LoRA, LoRAParam, add_lora
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, require_placed
-from v4jax.nn.quantization import Chosen, everything, not_expert, to_float
+from v4jax.nn.quantization import Chosen, everything, is_indexer, not_expert, to_float
 from v4jax.train.data import Data
 from v4jax.train.events import Event, Record, StepDone
 from v4jax.train.export import export
@@ -33,7 +33,7 @@ from v4jax.train.state import Saver, freed
 from v4jax.train.step import TrainState, TrainStep
 from v4jax.train.stopping import StopOnSignal
 
-TRAINABLE = {"all": everything, "no-experts": not_expert}
+TRAINABLE = {"all": everything, "no-experts": not_expert, "indexer": is_indexer}
 
 
 class Trainer:
@@ -42,8 +42,8 @@ class Trainer:
     Args:
       model: from `v4jax.load(folder, use="train")`, or a new one. Its arrays are moved into the trainer.
       optimizer: any optax transformation; `v4jax.train.adamw(1e-4)` is that of the report.
-      trainable: "all"; "no-experts", which leaves the routed experts packed as they are stored; a
-        `LoRA`, which leaves everything and trains adapters; or a function of a parameter's path
+      trainable: "all"; "no-experts", which leaves the routed experts packed as they are stored;
+        "indexer", which trains those of CSA layers alone; a `LoRA`, which leaves everything and trains adapters; or a function of a parameter's path
         ("stages.0.blocks.0.attention.wq_a.kernel") and variable. What trains becomes float32.
       weights: of the terms of the loss.
       qat: train with the rounding of the released format in the loop (docs/low_precision.md).
@@ -53,8 +53,8 @@ class Trainer:
         memory of one of them. The result is that of the whole batch.
       skip_above: a step whose gradients have a larger global norm changes nothing. One whose loss or
         norm is NaN or infinite never does.
-      seed: of new adapters.
-      loss: another one than the training loss, as `v4jax.train.DPO()`.
+      seed: of new adapters, and of what their dropout leaves out.
+      loss: another one than the training loss, as `v4jax.train.DPO()` or `IndexerWarmup()`.
 
     Attributes:
       steps: steps taken so far.
@@ -107,6 +107,7 @@ class Trainer:
                 micro_batches=micro_batches,
                 skip_above=skip_above,
                 loss=loss,
+                seed=seed,
             )
         self._state: TrainState | None = None
 
@@ -131,7 +132,7 @@ class Trainer:
     def step(self, tokens: Sequence) -> Metrics:
         """One step on inputs, the tokens after them, and those after these, [B, T] each, or a `Batch`."""
         with self._on_mesh():
-            self._state, metrics = self._step.step(self.state, tokens)
+            self._state, metrics = self._step.step(self.state, tokens, self.steps)
         self.steps += 1
         return metrics
 
