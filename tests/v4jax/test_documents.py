@@ -183,8 +183,9 @@ def test_padding_behind_a_single_document_counts_for_nothing():
     np.testing.assert_array_equal(stats.counts, alone.counts)
 
     rng = np.random.default_rng(0)
-    q, weights, keys = (rng.normal(size=s) for s in ((1, 20, 3, 8), (1, 20, 3), (1, 5, 8)))
-    indices, mass = np.tile(np.arange(4), (1, 20, 1)), rng.random((1, 20, 4))
+    shapes = ((1, 20, 3, 8), (1, 20, 3), (1, 5, 8))
+    q, weights, keys = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    indices, mass = np.tile(np.arange(4), (1, 20, 1)), rng.random((1, 20, 4), np.float32)
     loss = indexer_loss(q, weights, keys, indices, mass, valid[None])
     short = [array[:, :13] for array in (q, weights, indices, mass)]
     assert_close(loss, indexer_loss(*short[:2], keys, *short[2:]), FLOAT32)
