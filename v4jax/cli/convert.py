@@ -8,8 +8,8 @@
 Formats: `released` (FP4 experts, FP8 linears), `fp8` (FP8 experts too), `base` (the same with F32
 scales, as the Base releases have them), `bf16`, `fp4-bf16` and `fp8-bf16` (experts in FP4 or FP8, linears
 in BF16), and `stored` (nothing changes). With --adapter a LoRA is added to its matrices, and they are rounded
-to the format, in which small changes are lost in part: FP4 loses most. No accelerator is used, and memory holds one tensor at a time. Run the same command again to continue after an
-interruption. TARGET/report.json says what changed, for each kind of tensor.
+to the format, in which small changes are lost in part: FP4 loses most. No accelerator is used, and memory holds one tensor at a time. Run the same command again
+to continue after an interruption. TARGET/report.json says what changed, for each kind of tensor.
 """
 
 import argparse

@@ -81,7 +81,73 @@ class Reader:
                 )
 
 
-class Examples:
+class ExampleFile:
+    """A file of examples of which all was read once: what `Examples` and `PreferencePairs` share.
+
+    Attributes:
+      left_out: examples without a token that has loss, after the cut.
+      cut: those that are longer than a row.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        tokenizer: "Tokenizer",
+        seq_len: int,
+        *,
+        seed: int,
+        too_long: str,
+        mode: str | None,
+    ):
+        if too_long not in TOO_LONG:
+            raise ValueError(f"too_long={too_long!r}: expected one of {TOO_LONG}.")
+        self._reader, self._too_long = Reader(path, tokenizer, mode=mode), too_long
+        self.path, self.seq_len, self.seed = self._reader.lines.path, seq_len, seed
+        self.left_out = self.cut = 0
+        self._largest = (-1, 0)  # id, and a line that has it
+        self._read = functools.lru_cache(maxsize=256)(self._reader.read)
+
+    def _longest(self, line: int, sides: Sequence[Example]) -> int:
+        """Inputs of the longest side of an example, whose ids are looked at.
+
+        Raises:
+          ValueError: it is longer than a row, and that is refused.
+        """
+        largest = max(int(side.ids.max()) for side in sides)
+        self._largest = max(self._largest, (largest, -line))
+        length = max(len(side.ids) - 1 for side in sides)
+        if length > self.seq_len:
+            self.cut += 1
+            if self._too_long == "refuse":
+                raise ValueError(
+                    f"{self.path}, line {line} has {length + 1} tokens, and a row {self.seq_len}: "
+                    'expected at most one more than that, or too_long="cut".'
+                )
+        return length
+
+    def _require_none(self, bad: Sequence[str], what: str, hint: str) -> None:
+        """Refuses a file with lines that are no `what`."""
+        if bad:
+            more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+            raise ValueError(
+                f"{self.path} has lines that are no {what}: {'; '.join(bad[:_SHOWN])}{more}. {hint}"
+            )
+
+    def require_ids(self, vocab_size: int) -> None:
+        """Looks at all tokens, which were read once.
+
+        Raises:
+          ValueError: one is no id of a vocabulary of this size.
+        """
+        largest, line = self._largest
+        if largest >= vocab_size:
+            raise ValueError(
+                f"token {largest} ({self.path}, line {-line}) is outside the vocabulary: expected "
+                f"ids 0..{vocab_size - 1}. Is the tokenizer this model's?"
+            )
+
+
+class Examples(ExampleFile):
     """Rows of `seq_len` tokens with the examples of a file, shuffled anew for every epoch.
 
     All of the file is read once, for the lengths, before the first step.
@@ -100,8 +166,7 @@ class Examples:
 
     Attributes:
       count: examples there are.
-      left_out: those without a token that has loss, after the cut.
-      cut: those that are longer than a row.
+      left_out, cut: see `ExampleFile`.
 
     Raises:
       ValueError: lines that are no examples, or pairs; an example that is too long, if that is refused; or
@@ -120,21 +185,16 @@ class Examples:
         mode: str | None = None,
         align: int = 128,
     ):
-        if too_long not in TOO_LONG:
-            raise ValueError(f"too_long={too_long!r}: expected one of {TOO_LONG}.")
-        self._reader = Reader(path, tokenizer, mode=mode)
-        self.path, self.seq_len, self.seed = self._reader.lines.path, seq_len, seed
+        super().__init__(path, tokenizer, seq_len, seed=seed, too_long=too_long, mode=mode)
         self.packing, self.align = packing, align
-        self._index(too_long)
+        self._index()
         self._first_rows = [0]  # of epochs, as far as they are known
-        self._read = functools.lru_cache(maxsize=256)(self._reader.read)
         self._rows_of = functools.lru_cache(maxsize=2)(self._pack)
 
-    def _index(self, too_long: str) -> None:
+    def _index(self) -> None:
         bad = []
         lines, parts, lengths, is_text = (array.array(code) for code in "qiib")
-        self.count = self.left_out = self.cut = 0
-        self._largest = (-1, 0)  # id, and a line that has it
+        self.count = 0
         for found in self._reader.all():
             if found.error is not None:
                 bad.append(f"line {found.line}: {found.error}")
@@ -146,16 +206,8 @@ class Examples:
                         "v4jax.train.PreferencePairs reads pairs, and v4jax.train.DPO trains on them."
                     )
                 self.count += 1
-                length = len(example.ids) - 1
-                self._largest = max(self._largest, (int(example.ids.max()), -found.line))
+                length = self._longest(found.line, [example])
                 if length > self.seq_len:
-                    self.cut += 1
-                    if too_long == "refuse":
-                        raise ValueError(
-                            f"{self.path}, line {found.line} has {length + 1} tokens, and a row "
-                            f"{self.seq_len}: expected at most one more than that, or "
-                            'too_long="cut".'
-                        )
                     length = length if example.is_text else self.seq_len
                 if not example.weights[1 : length + 1].any():
                     self.left_out += 1
@@ -164,12 +216,7 @@ class Examples:
                 parts.append(part)
                 lengths.append(length)
                 is_text.append(example.is_text)
-        if bad:
-            more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-            raise ValueError(
-                f"{self.path} has lines that are no examples: {'; '.join(bad[:_SHOWN])}{more}. "
-                "`v4jax data check` lists all of them."
-            )
+        self._require_none(bad, "examples", "`v4jax data check` lists all of them.")
         if not lines:
             raise ValueError(
                 f"{self.path} has nothing to learn: {self.count} examples, "
@@ -188,19 +235,6 @@ class Examples:
             f"{self.path.name}: {self.count} examples, {held} tokens in {len(rows)} rows of "
             f"{self.seq_len}, {share:.0%} filled{extra}"
         )
-
-    def require_ids(self, vocab_size: int) -> None:
-        """Looks at all tokens, which were read once.
-
-        Raises:
-          ValueError: one is no id of a vocabulary of this size.
-        """
-        largest, line = self._largest
-        if largest >= vocab_size:
-            raise ValueError(
-                f"token {largest} ({self.path}, line {-line}) is outside the vocabulary: expected "
-                f"ids 0..{vocab_size - 1}. Is the tokenizer this model's?"
-            )
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row `number` of all epochs, one behind the other.

@@ -12,14 +12,12 @@ import numpy as np
 from v4jax.config import V4Config
 from v4jax.nn.choices import Choices
 from v4jax.nn.documents import Documents
-from v4jax.train.data.examples import TOO_LONG, Reader
+from v4jax.train.data.examples import ExampleFile
 from v4jax.train.data.formats import Example, Pair
 from v4jax.train.data.placing import placed
 
 if TYPE_CHECKING:
     from v4jax.text.tokenizer import Tokenizer
-
-_SHOWN = 5  # malformed lines that an error quotes
 
 
 class PairBatch(NamedTuple):
@@ -33,7 +31,7 @@ class PairBatch(NamedTuple):
     documents: Documents
 
 
-class PreferencePairs:
+class PreferencePairs(ExampleFile):
     """The preference pairs of a file, shuffled anew for every epoch.
 
     A line is `{"prompt" or "messages": ..., "chosen": ..., "rejected": ...}` (see `formats.py`). A side is a
@@ -66,19 +64,13 @@ class PreferencePairs:
         too_long: str = "cut",
         mode: str | None = None,
     ):
-        if too_long not in TOO_LONG:
-            raise ValueError(f"too_long={too_long!r}: expected one of {TOO_LONG}.")
-        self._reader = Reader(path, tokenizer, mode=mode)
-        self.path, self.seq_len, self.seed = self._reader.lines.path, seq_len, seed
+        super().__init__(path, tokenizer, seq_len, seed=seed, too_long=too_long, mode=mode)
         self._reference: np.ndarray | None = None
-        self._index(too_long)
-        self._read = functools.lru_cache(maxsize=256)(self._reader.read)
+        self._index()
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
-    def _index(self, too_long: str) -> None:
+    def _index(self) -> None:
         lines, bad = array.array("q"), []
-        self.left_out = self.cut = 0
-        self._largest = (-1, 0)  # id, and a line that has it
         for found in self._reader.all():
             if found.error is not None:
                 bad.append(f"line {found.line}: {found.error}")
@@ -87,27 +79,13 @@ class PreferencePairs:
                     bad.append(f"line {found.line}: no chosen and rejected completion")
                     continue
                 sides = (pair.chosen, pair.rejected)
-                largest = max(int(side.ids.max()) for side in sides)
-                self._largest = max(self._largest, (largest, -found.line))
-                length = max(len(side.ids) - 1 for side in sides)
-                if length > self.seq_len:
-                    self.cut += 1
-                    if too_long == "refuse":
-                        raise ValueError(
-                            f"{self.path}, line {found.line} has {length + 1} tokens, and a row "
-                            f"{self.seq_len}: expected at most one more than that, or "
-                            'too_long="cut".'
-                        )
+                self._longest(found.line, sides)
                 if all(side.weights[1 : self.seq_len + 1].any() for side in sides):
                     lines.append(found.line - 1)
                 else:
                     self.left_out += 1
-        if bad:
-            more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-            raise ValueError(
-                f"{self.path} has lines that are no preference pairs: {'; '.join(bad[:_SHOWN])}{more}. "
-                'Expected {"prompt": ..., "chosen": ..., "rejected": ...}.'
-            )
+        hint = 'Expected {"prompt": ..., "chosen": ..., "rejected": ...}.'
+        self._require_none(bad, "preference pairs", hint)
         if not lines:
             raise ValueError(
                 f"{self.path} has no pair with a completion on both sides in the first {self.seq_len} "
@@ -140,19 +118,6 @@ class PreferencePairs:
                 f"{len(self)} pairs of {self.path}, as v4jax.train.log_probs(model, pairs) gives them."
             )
         self._reference = value
-
-    def require_ids(self, vocab_size: int) -> None:
-        """Looks at all tokens, which were read once.
-
-        Raises:
-          ValueError: one is no id of a vocabulary of this size.
-        """
-        largest, line = self._largest
-        if largest >= vocab_size:
-            raise ValueError(
-                f"token {largest} ({self.path}, line {-line}) is outside the vocabulary: expected "
-                f"ids 0..{vocab_size - 1}. Is the tokenizer this model's?"
-            )
 
     def row(self, pair: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The chosen (0) or rejected (1) side of a pair of the file.
