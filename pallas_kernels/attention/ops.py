@@ -11,6 +11,9 @@ A row may hold several documents, one behind the other: `positions` then begin a
 `first` has the first entry of every query's document. Nothing of another document is visible. The
 kernels take rows of one document; with `first` the XLA forms run.
 
+Entries may lie in pages, in floats or packed: those of a cache, which carry no gradient. The XLA forms
+read what a block of queries needs where it lies.
+
 Source: report section 2.3; visibility and sink as in the released `inference/model.py`.
 """
 
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
-from pallas_kernels.formats.packed_rows import PackedColumns
+from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.formats.pages import Pages
 from pallas_kernels.selection import Selection
 
@@ -30,7 +33,7 @@ from pallas_kernels.selection import Selection
 def window_attention(
     q: jax.Array,  # [B, T, N, H]
     window: jax.Array,  # [B, C + T, H]: the C rows before the first query, then those of the T
-    entries: jax.Array,  # [B, S, H]; S may be 0
+    entries: jax.Array | Pages,  # [B, S, H]; S may be 0
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
     first: jax.Array | None = None,  # [B, T] int32: see above
@@ -41,7 +44,7 @@ def window_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to the last C tokens (the query's own included) and all visible entries.
 
-    Differentiable in q, window, entries and sink.
+    Differentiable in q, window, entries (not in pages) and sink.
 
     Args:
       ratio: tokens per entry (any positive number when there are no entries).
@@ -56,6 +59,8 @@ def window_attention(
     _check(q, window, entries, sink, positions, first)
     chosen = dispatch.choose(implementation, unsupported=_unsupported(q, window, entries, first))
     static: dict[str, Any] = dict(ratio=max(ratio, 1), scale=scale)
+    if chosen != "xla":
+        entries = _side_by_side(entries, q.dtype)
     if chosen in ("tpu", "interpret"):
         static["interpret"] = chosen == "interpret"
         return tpu.attention(q, window, entries, None, sink, positions, **static)
@@ -69,7 +74,7 @@ def window_attention(
 def selected_attention(
     q: jax.Array,  # [B, T, N, H]
     window: jax.Array,  # [B, C + T, H]
-    entries: jax.Array,  # [B, S, H]
+    entries: jax.Array | Pages,  # [B, S, H]
     selection: Selection,  # of S entries, for [B, T] queries
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
@@ -80,7 +85,7 @@ def selected_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attends to the last C tokens and to the selected entries of each query.
 
-    Differentiable in q, window, entries and sink.
+    Differentiable in q, window, entries (not in pages) and sink.
 
     Returns:
       out [B, T, N, H] in the dtype of q, and the log of the softmax's denominator [B, T, N].
@@ -98,6 +103,8 @@ def selected_attention(
         checks.check_indices(selection.indices, entries.shape[1])
     chosen = dispatch.choose(implementation, unsupported=_unsupported(q, window, entries, first))
     static: dict[str, Any] = dict(ratio=1, scale=scale)
+    if chosen != "xla":
+        entries = _side_by_side(entries, q.dtype)
     if chosen in ("tpu", "interpret"):
         bits, interpret = selection.to_bits(), chosen == "interpret"
         args = (q, window, entries, bits, sink, positions)
@@ -193,10 +200,20 @@ def visible_mass(
     return jnp.sum(jnp.where(visible[:, :, None], p, 0.0), axis=2)
 
 
+def _side_by_side(entries: jax.Array | Pages, dtype) -> jax.Array:
+    """Entries as floats [B, S, H], those of pages from all of them."""
+    if not isinstance(entries, Pages):
+        return entries
+    rows = entries.contiguous()
+    return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
+
+
 def _unsupported(q, window, entries, first) -> str | None:
     if first is not None:
         return "the kernel takes rows of one document, without `first`"
-    return tpu.unsupported(q, window, entries)
+    held = entries.pool if isinstance(entries, Pages) else entries
+    is_packed = isinstance(held, PackedRows | PackedColumns)
+    return tpu.unsupported(q, window, q.dtype if is_packed else held.dtype)
 
 
 def _check(q, window, entries, sink, positions, first):

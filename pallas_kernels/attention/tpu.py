@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from pallas_kernels.attention import block_sizes, tpu_backward, tpu_prefill
 
 
-def unsupported(q: jax.Array, window: jax.Array, entries: jax.Array) -> str | None:
+def unsupported(q: jax.Array, window: jax.Array, entries_dtype) -> str | None:
     """Why the kernels cannot take these arguments, None if they can."""
-    if not q.dtype == window.dtype == entries.dtype:
-        return f"q, window and entries have dtypes {q.dtype}, {window.dtype} and {entries.dtype}"
+    if not q.dtype == window.dtype == entries_dtype:
+        return f"q, window and entries have dtypes {q.dtype}, {window.dtype} and {entries_dtype}"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernel takes bfloat16 and float32, not {q.dtype}"
     if not q.size:

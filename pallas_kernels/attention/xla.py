@@ -5,6 +5,9 @@ then either its selected entries (gathered, [block, K, H]) or all visible entrie
 `BLOCK_ENTRIES` under a running softmax; chunks no query of the block can see are not visited.
 Queries of several documents in a row see entries from the `first` of their own on.
 
+Entries in pages stay there: what a step of these loops takes is looked up and, if packed, unpacked in
+it. So memory is that of a block, whatever the table has room for.
+
 The backward pass saves only `out` and the log-sum-exp, and recomputes probabilities block by block
 (FlashAttention, arXiv 2205.14135). Keys are values, so both gradients of a row go to one buffer.
 """
@@ -16,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formats.pages import PAGE, Pages
 from pallas_kernels.formats.quantize import cast
 
 BLOCK_QUERIES = 128
@@ -26,7 +30,9 @@ _LOWEST = -1e30
 def attention(q, window, entries, indices, sink, positions, first, *, ratio: int, scale: float):
     """See `ops.py`. `indices` [B, T, K] selects entries; None attends to every visible one."""
     if indices is not None and not indices.shape[2]:  # nothing to gather
-        entries, indices = entries[:, :0], None
+        entries, indices = window[:, :0], None
+    if isinstance(entries, Pages):  # which have no gradient
+        return _forward(q, window, entries, sink, indices, positions, first, ratio, scale)
     return _attention(q, window, entries, sink, indices, positions, first, ratio, scale)
 
 
@@ -48,13 +54,13 @@ def _forward(q, window, entries, sink, indices, positions, first, ratio, scale):
         near = _Part(jnp.where(grid.near(pos_i)[:, :, None], scores, _LOWEST), rows, "bsh")
         if indices is not None:
             indices_i = grid.queries(indices_p, i)
-            rows = gather_rows(entries, indices_i)  # [B, t, K, H]
+            rows = _picked(entries, indices_i, window.dtype)  # [B, t, K, H]
             scores = scale * einsum_f32("btnh,btsh->btns", q_i, rows)
             scores = jnp.where(indices_i[:, :, None] >= 0, scores, _LOWEST)
             state = _Softmax.of(near, _Part(scores, rows, "btsh"))
         elif entries.shape[1]:
             chunks = _Chunks(entries.shape[1], pos_i, ratio, grid.queries(first_p, i))
-            state = _visible(near, q_i, entries, chunks, scale)
+            state = _visible(near, q_i, entries, chunks, scale, window.dtype)
         else:
             state = _Softmax.of(near)
         return state.finish(sink, q.dtype)
@@ -63,12 +69,16 @@ def _forward(q, window, entries, sink, indices, positions, first, ratio, scale):
     return grid.join(out), grid.join(lse)
 
 
-def _visible(near, q_i, entries, chunks, scale):
+def _visible(near, q_i, entries, chunks, scale, dtype):
     """The window with the first chunk of entries, then the other chunks one by one."""
-    entries, begin = chunks.pad(entries), chunks.begin
+    begin = chunks.begin
+    if isinstance(entries, Pages):
+        read = functools.partial(chunks.rows_of_pages, chunks.pad_table(entries), dtype)
+    else:
+        read = functools.partial(chunks.rows, chunks.pad(entries))
 
     def part(c):
-        rows = chunks.rows(entries, c)
+        rows = read(c)
         scores = scale * einsum_f32("btnh,bsh->btns", q_i, rows)
         return _Part(jnp.where(chunks.visible(c)[:, :, None], scores, _LOWEST), rows, "bsh")
 
@@ -267,6 +277,16 @@ class _Chunks:
     def rows(self, entries, c):
         return jax.lax.dynamic_slice_in_dim(entries, c * self.size, self.size, axis=1)
 
+    def pad_table(self, entries: Pages) -> Pages:
+        table = jnp.pad(entries.table, ((0, 0), (0, self.padding // PAGE)))
+        return dataclasses.replace(entries, table=table)
+
+    def rows_of_pages(self, entries: Pages, dtype, c):
+        """Zeros behind the last that a query sees: a page may be another sequence's, and no number."""
+        rows = entries.part(c * (self.size // PAGE), self.size // PAGE, dtype)
+        index = c * self.size + jnp.arange(self.size)
+        return jnp.where((index < jnp.max(self.end, axis=1)[:, None])[..., None], rows, 0)
+
     def add(self, d_entries, d_rows, c):
         total = self.rows(d_entries, c) + d_rows
         return jax.lax.dynamic_update_slice_in_dim(d_entries, total, c * self.size, axis=1)
@@ -284,6 +304,13 @@ def _pad_axis1(x, padding):
 def gather_rows(entries, indices):
     """entries [B, S, H], indices [B, t, K] -> [B, t, K, H]; index -1 gives row 0."""
     return jax.vmap(lambda e, i: jnp.take(e, jnp.maximum(i, 0), axis=0))(entries, indices)
+
+
+def _picked(entries, indices, dtype):
+    """As `gather_rows`, of pages too: of these index -1 gives zeros, since row 0 may be no number."""
+    if isinstance(entries, Pages):
+        return jnp.where((indices >= 0)[..., None], entries.take(indices, dtype), 0)
+    return gather_rows(entries, indices)
 
 
 def _scatter_add(d_entries, indices, d_rows):

@@ -29,7 +29,6 @@ from v4jax.nn.cache import (
     Chunk,
     LayerCache,
     append_entries,
-    unpacked,
     window_rows,
     write_window,
 )
@@ -161,11 +160,10 @@ class Attention(nnx.Module):
             out = self._attend_decode(q, new, selection, chunk.positions)
         else:
             window = window_rows(cache.window, kv, chunk)
-            floats = None if new.entries is None else unpacked(new.entries, kv.dtype)
             if selection is None:
-                out, _ = self._attend_dense(q, window, floats, chunk.positions)
+                out, _ = self._attend_dense(q, window, new.entries, chunk.positions)
             else:
-                out, _ = self._attend_selected(q, window, floats, selection, chunk.positions)
+                out, _ = self._attend_selected(q, window, new.entries, selection, chunk.positions)
         return self._output(out, chunk.positions), new
 
     @property
