@@ -118,6 +118,15 @@ class Selection:
         return jax.vmap(jax.vmap(words))(self.indices)
 
 
+def num_reached(bits: jax.Array) -> jax.Array:
+    """Entries up to the last that a query selects: bits [B, T, W, 128] -> [B] int32."""
+    used = jax.lax.reduce(bits, jnp.uint32(0), jax.lax.bitwise_or, (1,))
+    highest = 31 - jax.lax.clz(used).astype(jnp.int32)
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, used.shape, axis) for axis in (1, 2))
+    entry = (row * 32 + highest) * 128 + lane
+    return jnp.max(jnp.where(used > 0, entry + 1, 0), axis=(1, 2))
+
+
 def _bit_numbers():
     return jnp.arange(32, dtype=jnp.uint32)[:, None]
 

@@ -12,7 +12,9 @@ A row may hold several documents, one behind the other: `positions` then begin a
 kernels take rows of one document; with `first` the XLA forms run.
 
 Entries may lie in pages, in floats or packed: those of a cache, which carry no gradient. The XLA forms
-read what a block of queries needs where it lies.
+read there what a block of queries needs; before the kernel of many queries, another puts the visible ones
+side by side as floats (`formats/tpu_rows.py`). Of pages, `written` says how many entries are written (None:
+all that a query sees): what lies behind may be another sequence's, and no number, and is taken as zeros.
 
 Source: report section 2.3; visibility and sink as in the released `inference/model.py`.
 """
@@ -37,6 +39,7 @@ def window_attention(
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
     first: jax.Array | None = None,  # [B, T] int32: see above
+    written: jax.Array | None = None,  # [B] int32: see above
     *,
     ratio: int,
     scale: float,
@@ -56,18 +59,17 @@ def window_attention(
     Raises:
       ValueError: shapes do not agree, or an implementation that cannot run.
     """
-    _check(q, window, entries, sink, positions, first)
+    _check(q, window, entries, sink, positions, first, written)
     chosen = dispatch.choose(implementation, unsupported=_unsupported(q, window, entries, first))
     static: dict[str, Any] = dict(ratio=max(ratio, 1), scale=scale)
-    if chosen != "xla":
-        entries = _side_by_side(entries, q.dtype)
     if chosen in ("tpu", "interpret"):
         static["interpret"] = chosen == "interpret"
-        return tpu.attention(q, window, entries, None, sink, positions, **static)
+        return tpu.attention(q, window, entries, None, sink, positions, written, **static)
     if chosen == "reference":
+        entries = entries.floats(q.dtype) if isinstance(entries, Pages) else entries
         visible = reference.visible_entries(positions, entries.shape[1], max(ratio, 1), first)
         return reference.attention_reference(q, window, entries, visible, sink, positions, scale)
-    return xla.attention(q, window, entries, None, sink, positions, first, **static)
+    return xla.attention(q, window, entries, None, sink, positions, first, written, **static)
 
 
 @dispatch.operation
@@ -79,6 +81,7 @@ def selected_attention(
     sink: jax.Array,  # [N] float32
     positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
     first: jax.Array | None = None,  # [B, T] int32: see above; entries are those of `selection`
+    written: jax.Array | None = None,  # [B] int32: see above
     *,
     scale: float,
     implementation: dispatch.Implementation = None,
@@ -93,7 +96,7 @@ def selected_attention(
     Raises:
       ValueError: shapes do not agree, or an implementation that cannot run.
     """
-    _check(q, window, entries, sink, positions, first)
+    _check(q, window, entries, sink, positions, first, written)
     if (selection.shape, selection.num_entries) != (q.shape[:2], entries.shape[1]):
         raise ValueError(
             f"selection, for {selection.shape} queries of {selection.num_entries} entries, must "
@@ -103,17 +106,16 @@ def selected_attention(
         checks.check_indices(selection.indices, entries.shape[1])
     chosen = dispatch.choose(implementation, unsupported=_unsupported(q, window, entries, first))
     static: dict[str, Any] = dict(ratio=1, scale=scale)
-    if chosen != "xla":
-        entries = _side_by_side(entries, q.dtype)
     if chosen in ("tpu", "interpret"):
         bits, interpret = selection.to_bits(), chosen == "interpret"
-        args = (q, window, entries, bits, sink, positions)
+        args = (q, window, entries, bits, sink, positions, written)
         return tpu.attention(*args, interpret=interpret, **static)
     if chosen == "reference":
+        entries = entries.floats(q.dtype) if isinstance(entries, Pages) else entries
         mask = selection.mask()
         return reference.attention_reference(q, window, entries, mask, sink, positions, scale)
     indices = selection.to_indices()
-    return xla.attention(q, window, entries, indices, sink, positions, None, **static)
+    return xla.attention(q, window, entries, indices, sink, positions, None, written, **static)
 
 
 @dispatch.operation
@@ -200,14 +202,6 @@ def visible_mass(
     return jnp.sum(jnp.where(visible[:, :, None], p, 0.0), axis=2)
 
 
-def _side_by_side(entries: jax.Array | Pages, dtype) -> jax.Array:
-    """Entries as floats [B, S, H], those of pages from all of them."""
-    if not isinstance(entries, Pages):
-        return entries
-    rows = entries.contiguous()
-    return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
-
-
 def _unsupported(q, window, entries, first) -> str | None:
     if first is not None:
         return "the kernel takes rows of one document, without `first`"
@@ -216,7 +210,7 @@ def _unsupported(q, window, entries, first) -> str | None:
     return tpu.unsupported(q, window, q.dtype if is_packed else held.dtype)
 
 
-def _check(q, window, entries, sink, positions, first):
+def _check(q, window, entries, sink, positions, first, written):
     if q.ndim != 4 or window.ndim != 3 or entries.ndim != 3:
         raise ValueError(
             f"q {q.shape} must be [B, T, N, H], window {window.shape} [B, C + T, H] and entries "
@@ -241,4 +235,9 @@ def _check(q, window, entries, sink, positions, first):
         raise ValueError(f"positions {positions.shape} must be {(batch, num_queries)}.")
     if first is not None and first.shape != positions.shape:
         raise ValueError(f"first {first.shape} must be {positions.shape}, as positions.")
+    if written is not None and (not isinstance(entries, Pages) or written.shape != (batch,)):
+        raise ValueError(
+            f"written {written.shape} of entries {type(entries).__name__}: expected {(batch,)}, for "
+            "entries in Pages."
+        )
     checks.check_positions(positions, are_consecutive=first is None)

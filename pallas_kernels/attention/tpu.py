@@ -2,7 +2,7 @@
 
 Queries are padded to whole blocks, heads to a power of two, entries to whole blocks. For each block
 of queries a table says how many blocks of entries any of them attends to, for each block of keys
-which blocks of queries may attend to it.
+which blocks of queries may attend to it. Entries in pages are put side by side first.
 """
 
 import functools
@@ -10,7 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import block_sizes, tpu_backward, tpu_prefill
+from pallas_kernels.attention import block_sizes, tpu_backward, tpu_packed, tpu_prefill
+from pallas_kernels.formats import tpu_rows
+from pallas_kernels.formats.pages import Pages
+from pallas_kernels.selection import num_reached
 
 
 def unsupported(q: jax.Array, window: jax.Array, entries_dtype) -> str | None:
@@ -26,7 +29,7 @@ def unsupported(q: jax.Array, window: jax.Array, entries_dtype) -> str | None:
     return None
 
 
-def attention(q, window, entries, bits, sink, positions, *, ratio, scale, interpret):
+def attention(q, window, entries, bits, sink, positions, written=None, *, ratio, scale, interpret):
     """See `ops.py`. `bits` (`selection.py`) select entries; None attends to every visible one."""
     num_heads = q.shape[2]
     padding = max(8, 1 << (num_heads - 1).bit_length()) - num_heads
@@ -34,6 +37,14 @@ def attention(q, window, entries, bits, sink, positions, *, ratio, scale, interp
     sink = jnp.pad(sink, (0, padding))
     if not entries.shape[1]:
         entries = bits = None
+    elif isinstance(entries, Pages):
+        if bits is None:
+            wanted = jnp.minimum((positions[:, -1] + 1) // ratio, entries.shape[1])
+        else:
+            wanted = num_reached(bits)
+        wanted = wanted if written is None else jnp.minimum(wanted, written)
+        unpack = tpu_packed.unpacker(entries.pool)
+        entries = tpu_rows.float_rows(entries, wanted, unpack, q.dtype, interpret=interpret)
     out, lse = _attention(q, window, entries, sink, bits, positions[:, 0], ratio, scale, interpret)
     return out[:, :, :num_heads], lse[:, :, :num_heads]
 

@@ -8,6 +8,8 @@ Columns (`PackedColumns`) come as blocks, and have their bytes in the order of 8
 registers: those are what they are taken for.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -15,12 +17,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats import tpu_formats, tpu_pages
-from pallas_kernels.formats.packed_rows import LINE, ROW_BLOCK, row_bytes
+from pallas_kernels.formats.packed_rows import (
+    LINE,
+    ROW_BLOCK,
+    PackedColumns,
+    PackedRows,
+    row_bytes,
+)
 from pallas_kernels.formats.pages import PAGE
 
 CHANNELS = (448, 64)
 WORDS = row_bytes(*CHANNELS) // 4
 COPIED = 3  # lines that hold any row
+_SUBLANES = 8
 PLANES = 4  # bytes of a word: runs of 128 channels
 
 
@@ -48,6 +57,46 @@ def keys_of_columns(lines_ref, dtype) -> jax.Array:
     groups = lines_ref.shape[0] // WORDS
     keys = [_keys_of_group(lines_ref, group * WORDS) for group in range(groups)]
     return jnp.concatenate(keys, axis=1).astype(dtype)
+
+
+def unpacker(pool) -> Callable | None:
+    """What unpacks a page of a pool for `tpu_rows.float_rows`; None if nothing here does."""
+    if not isinstance(pool, PackedColumns | PackedRows) or (
+        (pool.nope_dim, pool.rope_dim) != CHANNELS
+    ):
+        return None
+    if isinstance(pool, PackedColumns):
+        return lambda lines_ref, page: _keys_of_group(lines_ref, page * WORDS).T
+    return _rows_of_page
+
+
+def _rows_of_page(lines_ref, page) -> jax.Array:
+    """Keys [128, 512] of a page of `PackedRows`, whose lines [146, 128] hold row after row.
+
+    Row r begins in lane 18 r % 128 of line r + 18 r // 128. Of 8 rows, the lines they begin in follow one
+    another but for one place where a line is left out.
+    """
+    extra = WORDS - LINE
+    eights = []  # of 8 rows: the lines they begin in, and those one and two further
+    for first in range(0, PAGE, _SUBLANES):
+        begin = WORDS * first // LINE
+        late = [WORDS * (first + i) // LINE - begin - i for i in range(_SUBLANES)]
+        row = jax.lax.broadcasted_iota(jnp.int32, (_SUBLANES, LINE), 0)
+
+        def load(line):
+            # The page's last rows lie in two lines each: what their third is does not matter.
+            at = page * WORDS + min(line, WORDS - _SUBLANES)
+            return lines_ref[pl.ds(at, _SUBLANES)]
+
+        loaded = [load(begin + i) for i in range(COPIED + max(late))]
+        if any(late):
+            is_late = row >= late.index(1)
+            loaded = [jnp.where(is_late, *pair) for pair in zip(loaded[1:], loaded)]
+        eights.append(loaded)
+    lines = [jnp.concatenate(x, axis=0) for x in zip(*eights)]
+    row = jax.lax.broadcasted_iota(jnp.int32, (PAGE, LINE), 0)
+    planes = _planes(*lines, extra * row & (LINE - 1))
+    return jnp.concatenate([p.astype(jnp.bfloat16) for p in planes], axis=1)
 
 
 def _keys_of_group(lines_ref, first: int) -> jax.Array:

@@ -27,12 +27,15 @@ BLOCK_ENTRIES = 512
 _LOWEST = -1e30
 
 
-def attention(q, window, entries, indices, sink, positions, first, *, ratio: int, scale: float):
+def attention(
+    q, window, entries, indices, sink, positions, first, written=None, *, ratio: int, scale: float
+):
     """See `ops.py`. `indices` [B, T, K] selects entries; None attends to every visible one."""
     if indices is not None and not indices.shape[2]:  # nothing to gather
         entries, indices = window[:, :0], None
     if isinstance(entries, Pages):  # which have no gradient
-        return _forward(q, window, entries, sink, indices, positions, first, ratio, scale)
+        args = (q, window, entries, sink, indices, positions, first, ratio, scale)
+        return _forward(*args, written)
     return _attention(q, window, entries, sink, indices, positions, first, ratio, scale)
 
 
@@ -41,7 +44,7 @@ def _attention(q, window, entries, sink, indices, positions, first, ratio, scale
     return _forward(q, window, entries, sink, indices, positions, first, ratio, scale)
 
 
-def _forward(q, window, entries, sink, indices, positions, first, ratio, scale):
+def _forward(q, window, entries, sink, indices, positions, first, ratio, scale, written=None):
     grid = _Grid(q, window)
     q_p, positions_p, indices_p = map(grid.pad_queries, (q, positions, indices))
     first_p = grid.pad_queries(first)
@@ -59,7 +62,7 @@ def _forward(q, window, entries, sink, indices, positions, first, ratio, scale):
             scores = jnp.where(indices_i[:, :, None] >= 0, scores, _LOWEST)
             state = _Softmax.of(near, _Part(scores, rows, "btsh"))
         elif entries.shape[1]:
-            chunks = _Chunks(entries.shape[1], pos_i, ratio, grid.queries(first_p, i))
+            chunks = _Chunks(entries.shape[1], pos_i, ratio, grid.queries(first_p, i), written)
             state = _visible(near, q_i, entries, chunks, scale, window.dtype)
         else:
             state = _Softmax.of(near)
@@ -255,7 +258,7 @@ class _Grid:
 class _Chunks:
     """Chunks of compressed entries: `begin` .. `count` - 1 are those a query of a block can see."""
 
-    def __init__(self, num_entries, positions_i, ratio, first_i):
+    def __init__(self, num_entries, positions_i, ratio, first_i, written=None):
         self.size = min(BLOCK_ENTRIES, num_entries)
         self.padding = -num_entries % self.size
         self.first, behind = first_i, (positions_i + 1) // ratio  # [B, t]
@@ -265,6 +268,8 @@ class _Chunks:
             self.begin = jnp.minimum(jnp.min(first_i) // self.size, last_chunk)
             behind += first_i
         self.end = jnp.minimum(behind, num_entries)
+        if written is not None:
+            self.end = jnp.minimum(self.end, written[:, None])
         self.count = -(-jnp.max(self.end) // self.size)
 
     @staticmethod

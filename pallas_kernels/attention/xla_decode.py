@@ -78,7 +78,7 @@ def _over_pages(q, window, entries: Pages, sink, positions, *, ratio, scale):
 
 def decode_reference(q, window, entries: Pages | None, indices, sink, positions, *, ratio, scale):
     """See `ops.py`: the ring in the order of time, and one dense softmax."""
-    rows = q[:, :0] if entries is None else _unpacked(entries.contiguous(), q.dtype)
+    rows = q[:, :0] if entries is None else entries.floats(q.dtype)
     window = _unpacked(window, q.dtype)
     size = window.shape[1]
     order = (positions[:, None] - size + jnp.arange(size + 1)) % size

@@ -83,6 +83,11 @@ class Pages:
         """All rows [B, n * 128, W] side by side, in the format of the pool."""
         return self._gather(self.table)
 
+    def floats(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """All rows [B, n * 128, W] side by side: floats as they are, packed in `dtype`."""
+        rows = self.contiguous()
+        return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
+
     def replaced(self, content: Any) -> Rows:
         """The pool with other contents of all pages in the table, as `contiguous` gives them.
 

@@ -34,8 +34,8 @@ def index_topk(
     """The entries each query attends to. No gradient.
 
     A kernel selects as bits, and as indices for one query per sequence in pages (decoding); the others as
-    indices. Pages are read where they lie by "xla" and by the kernel that decodes; the others put them
-    side by side first.
+    indices. Pages are read where they lie by "xla" and by the kernel that decodes; before the kernel of
+    many queries, another puts the visible keys side by side as floats (`formats/tpu_rows.py`).
 
     Args:
       topk: most entries of a query, no more than there are; all that are visible are selected where
@@ -67,9 +67,6 @@ def index_topk(
         raise ValueError(f"first {first.shape} must be {positions.shape}, as positions.")
     implementation = dispatch.choose(implementation, unsupported=_unsupported(q, keys, first))
     lists = implementation in ("tpu", "interpret") and num_queries == 1
-    if isinstance(keys, Pages) and not lists and implementation != "xla":
-        held = keys.contiguous()
-        keys = held if isinstance(held, jax.Array) else held.unpack(q.dtype)
     q, weights = jax.lax.stop_gradient(q), jax.lax.stop_gradient(weights)
     keys = jax.lax.stop_gradient(keys)
     end = (positions + 1) // ratio + (0 if first is None else first)
@@ -79,18 +76,17 @@ def index_topk(
         return Selection.of_indices(indices, num_entries)
     match implementation:
         case "reference":
-            assert isinstance(keys, jax.Array)  # see above
+            keys = keys.floats(q.dtype) if isinstance(keys, Pages) else keys
             indices = reference.index_topk(q, weights, keys, num_visible, topk, first)
         case "xla":
             indices = xla.index_topk(q, weights, keys, num_visible, topk, first)
-        case _ if isinstance(keys, Pages):
+        case _ if lists and isinstance(keys, Pages):
             indices = tpu_decode.index_list(
                 *(q[:, 0], weights[:, 0], keys, num_visible[:, 0]),
                 topk=topk,
                 interpret=implementation == "interpret",
             )[:, None]
         case _:
-            assert isinstance(keys, jax.Array)
             bits = tpu_prefill.index_bits(
                 *(q, weights, keys, num_visible),
                 topk=topk,

@@ -25,6 +25,7 @@ sequence before it searches and lists. Pages past the last visible entry are nei
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,13 @@ def _kernel(
     tau = _threshold(visible, scores, topk=topk, num_entries=num_entries)
     num_blocks = pl.cdiv(visible, LANES * LANES)
     _list(tau, num_blocks, scores, starts, ends, prefixes, indices_ref, topk=topk)
+
+
+def unpacker(pool) -> Callable | None:
+    """What unpacks a page of a pool for `tpu_rows.float_rows`; None if nothing here does."""
+    if not isinstance(pool, PackedKeys) or pool.width != PACKED_WIDTH:
+        return None
+    return lambda keys_ref, page: _unpack(keys_ref, page, 1, jnp.bfloat16).T
 
 
 def _unpack(keys_ref, first, count: int, dtype):

@@ -25,7 +25,7 @@ groups are summed, and each keeps another part of the entries:
     entry s = 4096 w + (4096 / F) g + r  lies in row (4096 / F) w + r, lane group g.
 
 Grid: (batch, query blocks, blocks of 4096 entries). Entries past the last that a block sees are
-neither fetched nor scored.
+neither fetched nor scored. Keys in pages are put side by side first, as far as a query sees them.
 """
 
 import functools
@@ -36,7 +36,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import chips, dispatch
-from pallas_kernels.indexer import block_sizes, threshold
+from pallas_kernels.formats import tpu_rows
+from pallas_kernels.formats.pages import Pages
+from pallas_kernels.indexer import block_sizes, threshold, tpu_decode
 from pallas_kernels.indexer.block_sizes import CHUNK
 from pallas_kernels.indexer.threshold import LANES, MISSING
 from pallas_kernels.selection import ENTRIES_PER_WORD_ROW
@@ -59,7 +61,7 @@ def unsupported(num_heads: int, num_entries: int) -> str | None:
 def index_bits(
     q: jax.Array,  # [B, T, A, I]
     weights: jax.Array,  # [B, T, A] float32
-    keys: jax.Array,  # [B, S, I]
+    keys: jax.Array | Pages,  # [B, S, I]
     num_visible: jax.Array,  # [B, T] int32, at most S
     *,
     topk: int,
@@ -67,7 +69,10 @@ def index_bits(
 ) -> jax.Array:  # [B, T, ceil(S / 4096), 128] uint32
     """Bits of the `topk` visible entries of largest score."""
     batch, num_queries, num_heads, width = q.shape
-    num_entries = keys.shape[1]
+    num_entries, seen = keys.shape[1], jnp.max(num_visible, axis=1)
+    if isinstance(keys, Pages):
+        unpack = tpu_decode.unpacker(keys.pool)
+        keys = tpu_rows.float_rows(keys, seen, unpack, q.dtype, interpret=interpret)
     num_words = -(-num_entries // ENTRIES_PER_WORD_ROW)
     groups = block_sizes.lane_groups(num_entries)
     block = LANES // groups
@@ -89,7 +94,7 @@ def index_bits(
     visible = jnp.tile(visible, (1, 1, groups))[:, :, None]
 
     in_fp8 = keys.dtype == jnp.bfloat16 and FAST_E5M2[dispatch.target_chip()]
-    exact = [_are_e5m2(keys, key_block)] if in_fp8 else []
+    exact = [_are_e5m2(keys, seen, key_block)] if in_fp8 else []
     columns = (num_heads // groups, LANES, width)
 
     def key_index(b, i, k, last, *_):
@@ -135,13 +140,13 @@ def index_bits(
     )(last, *exact, q, weights, visible, keys)
 
 
-def _are_e5m2(keys: jax.Array, block: int) -> jax.Array:
-    """[B, S, I] -> int32 [B, ceil(S / block)]: 1 where all of a block's keys are e5m2 values.
+def _are_e5m2(keys: jax.Array, seen: jax.Array, block: int) -> jax.Array:
+    """[B, S, I] -> int32 [B, ceil(S / block)]: 1 where all of a block's keys below `seen` are e5m2 values.
 
     Normal ones or zero. XLA drops a conversion to e5m2 and back, but not `reduce_precision`.
     """
     exact = jax.lax.reduce_precision(keys, exponent_bits=5, mantissa_bits=2) == keys
-    exact = jnp.all(exact, axis=-1)
+    exact = jnp.all(exact, axis=-1) | (jnp.arange(keys.shape[1]) >= seen[:, None])
     exact = jnp.pad(exact, [(0, 0), (0, -exact.shape[1] % block)], constant_values=True)
     return jnp.all(exact.reshape(keys.shape[0], -1, block), axis=-1).astype(jnp.int32)
 

@@ -17,7 +17,7 @@ from pallas_kernels.attention import (
     tpu,
     tpu_decode,
 )
-from pallas_kernels.formats import packed_append
+from pallas_kernels.formats import packed_append, tpu_rows
 from pallas_kernels.formats.packed_rows import PackedKeys
 from pallas_kernels.formats.pages import Pages
 from pallas_kernels.formats.quantize import round_fp4
@@ -118,6 +118,17 @@ def test_decoding_over_blocks_of_pages(monkeypatch, capfd):
     assert FOUND not in capfd.readouterr().out
     expected = decode_attention(*args, positions, implementation="xla", **static)
     assert_close(out, expected, FLOAT32)
+
+
+def test_pages_side_by_side(monkeypatch, capfd):
+    """Blocks of two pages: more than are held, none, and a part of one."""
+    monkeypatch.setattr(tpu_rows, "BLOCK", 256)
+    pages, wanted = paged(normal(2, 3, 1200, H)), jnp.array([1190, 0, 130], jnp.int32)
+    found = tpu_rows.float_rows(pages, wanted, None, jnp.float32, interpret=RACES)
+    assert FOUND not in capfd.readouterr().out
+    rows = pages.floats(jnp.float32)
+    for b, count in enumerate([1190, 0, 130]):
+        np.testing.assert_array_equal(found[b, :count], rows[b, :count])
 
 
 def test_the_decoding_indexer(monkeypatch, capfd):

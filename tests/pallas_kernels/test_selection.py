@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.selection import Selection
+from pallas_kernels.selection import Selection, num_reached
 
 
 def random_mask(num_queries: int, num_entries: int, topk: int) -> np.ndarray:
@@ -69,3 +69,11 @@ def test_indices_keep_their_order():
 def test_other_shapes_are_refused(make):
     with pytest.raises(ValueError, match=r"must be \[B, T, [KS]\]"):
         make(jnp.zeros((2, 3), jnp.int32), 4)
+
+
+def test_how_many_entries_are_reached():
+    """The last selected is in any word row, bit and lane, or there is none."""
+    mask = np.zeros((4, 3, 9000), bool)
+    mask[0, 1, [5, 4095]] = mask[1, 2, [8999, 0]] = mask[2, 0, 4096 + 130] = True
+    bits = Selection.of_mask(jnp.asarray(mask), 2).bits
+    np.testing.assert_array_equal(num_reached(bits), [4096, 9000, 4227, 0])

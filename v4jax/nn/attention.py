@@ -160,10 +160,17 @@ class Attention(nnx.Module):
             out = self._attend_decode(q, new, selection, chunk.positions)
         else:
             window = window_rows(cache.window, kv, chunk)
+            written = None
+            if new.entries is not None:
+                written = (chunk.whole_start + chunk.whole_counts) // self.spec.ratio
             if selection is None:
-                out, _ = self._attend_dense(q, window, new.entries, chunk.positions)
+                out, _ = self._attend_dense(
+                    q, window, new.entries, chunk.positions, written=written
+                )
             else:
-                out, _ = self._attend_selected(q, window, new.entries, selection, chunk.positions)
+                out, _ = self._attend_selected(
+                    q, window, new.entries, selection, chunk.positions, written=written
+                )
         return self._output(out, chunk.positions), new
 
     @property
@@ -189,7 +196,7 @@ class Attention(nnx.Module):
         """Compressed rows [B, S, H] as the cache holds them."""
         return self.numerics.round_kv(rows, self.cfg.nope_head_dim)
 
-    def _attend_dense(self, q, window, entries, positions, first=None):
+    def _attend_dense(self, q, window, entries, positions, first=None, written=None):
         if entries is None:
             entries = jnp.zeros((q.shape[0], 0, q.shape[-1]), q.dtype)
         with jax.named_scope("hca" if self.compressor else "swa"):
@@ -199,12 +206,13 @@ class Attention(nnx.Module):
                 self.sink[...],
                 positions,
                 first,
+                written,
                 ratio=max(self.spec.ratio, 1),
                 scale=self._scale,
                 implementation=self.numerics.implementation,
             )
 
-    def _attend_selected(self, q, window, entries, selection, positions, first=None):
+    def _attend_selected(self, q, window, entries, selection, positions, first=None, written=None):
         with jax.named_scope("csa"):
             return selected_attention(
                 q,
@@ -213,6 +221,7 @@ class Attention(nnx.Module):
                 self.sink[...],
                 positions,
                 first,
+                written,
                 scale=self._scale,
                 implementation=self.numerics.implementation,
             )

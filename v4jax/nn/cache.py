@@ -324,19 +324,14 @@ def append_entries(
     return entries
 
 
-def unpacked(rows: Rows | Pages, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rows [B, S, W] as floats: themselves, or in `dtype` where they are packed."""
-    rows = rows.contiguous() if isinstance(rows, Pages) else rows
-    return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
-
-
 @jax.named_scope("cache/window")
 def window_rows(ring: jax.Array | PackedColumns, kv: jax.Array, chunk: Chunk) -> jax.Array:
     """The C rows before a chunk, oldest first, then the chunk's own: [B, C + T, H]."""
     size = ring.shape[1]
     before = collectives.halo(kv, size, "seq")  # of other devices' parts of the chunk
     order = (chunk.start[:, None] + jnp.arange(size)) % size
-    old = jnp.take_along_axis(unpacked(ring, kv.dtype), order[..., None], axis=1)
+    rows = ring if isinstance(ring, jax.Array) else ring.unpack(kv.dtype)
+    old = jnp.take_along_axis(rows, order[..., None], axis=1)
     in_ring = jnp.arange(size) < size - collectives.axis_index("seq") * kv.shape[1]
     return jnp.concatenate([jnp.where(in_ring[:, None], old, before), kv], axis=1)
 

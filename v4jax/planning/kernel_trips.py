@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import tpu_decode
 from pallas_kernels.chips import CHIPS
+from pallas_kernels.formats import tpu_rows
 from pallas_kernels.formats.pages import PAGE
 from pallas_kernels.formats.tpu_pages import HELD, UNROLL
 from pallas_kernels.grouped_matmul import block_sizes as product_sizes
@@ -47,6 +48,9 @@ def trips(
         table, queries = kernel.operands[2][1], kernel.operands[3][1]
         is_packed = kernel.operands[-1][0] == "u32"
         found = decode_stream_trips(chip, queries[0], table[0] // queries[0], is_packed)
+    elif kernel.name == "float_rows":
+        table, rows = kernel.operands[1][1], kernel.results[0][1]
+        found = float_rows_trips(chip, rows[0], table[0] // rows[0])
     return found if found is not None and len(found) == schedule.num_loops else None
 
 
@@ -103,6 +107,17 @@ def decode_stream_trips(chip: str, batch: int, pages: int, is_packed: bool) -> T
     block = min(tpu_decode.BLOCK_ENTRIES[chip] // PAGE, pages)
     cleared = -pages % block / -(-pages // block)
     return stream_trips(chip, batch, pages, block, (cleared,), None if is_packed else True)
+
+
+def float_rows_trips(chip: str, batch: int, pages: int) -> Trips:
+    """Of `float_rows`: all pages of a sequence put side by side as floats."""
+    block = min(tpu_rows.BLOCK // PAGE, pages)
+    blocks = -(-pages // block)
+    loops: Trips = (block,) if block > 1 else ()  # a loop of one turn is none
+    stream = stream_trips(
+        chip, batch, pages, block, (*loops, -pages % block / blocks), copies_behind=None
+    )
+    return (*stream, min(blocks, tpu_rows.IN_FLIGHT))
 
 
 def stream_trips(
