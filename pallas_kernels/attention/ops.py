@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
-from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
+from pallas_kernels.formats.packed_rows import PackedColumns
 from pallas_kernels.formats.pages import Pages
 from pallas_kernels.selection import Selection
 
@@ -202,12 +202,11 @@ def visible_mass(
     return jnp.sum(jnp.where(visible[:, :, None], p, 0.0), axis=2)
 
 
-def _unsupported(q, window, entries, first) -> str | None:
+def _unsupported(q, window, entries: jax.Array | Pages, first) -> str | None:
     if first is not None:
         return "the kernel takes rows of one document, without `first`"
     held = entries.pool if isinstance(entries, Pages) else entries
-    is_packed = isinstance(held, PackedRows | PackedColumns)
-    return tpu.unsupported(q, window, q.dtype if is_packed else held.dtype)
+    return tpu.unsupported(q, window, getattr(held, "dtype", q.dtype))  # packed ones have none
 
 
 def _check(q, window, entries, sink, positions, first, written):

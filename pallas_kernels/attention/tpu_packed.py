@@ -78,24 +78,20 @@ def _rows_of_page(lines_ref, page) -> jax.Array:
     """
     extra = WORDS - LINE
     eights = []  # of 8 rows: the lines they begin in, and those one and two further
-    for first in range(0, PAGE, _SUBLANES):
-        begin = WORDS * first // LINE
-        late = [WORDS * (first + i) // LINE - begin - i for i in range(_SUBLANES)]
-        row = jax.lax.broadcasted_iota(jnp.int32, (_SUBLANES, LINE), 0)
-
-        def load(line):
-            # The page's last rows lie in two lines each: what their third is does not matter.
-            at = page * WORDS + min(line, WORDS - _SUBLANES)
-            return lines_ref[pl.ds(at, _SUBLANES)]
-
-        loaded = [load(begin + i) for i in range(COPIED + max(late))]
+    for row in range(0, PAGE, _SUBLANES):
+        begin = WORDS * row // LINE
+        late = [WORDS * (row + i) // LINE - begin - i for i in range(_SUBLANES)]
+        # The page's last rows lie in two lines each: what their third is does not matter.
+        found = [min(begin + i, WORDS - _SUBLANES) for i in range(COPIED + max(late))]
+        loaded = [lines_ref[pl.ds(page * WORDS + line, _SUBLANES)] for line in found]
         if any(late):
-            is_late = row >= late.index(1)
+            of_eight = jax.lax.broadcasted_iota(jnp.int32, (_SUBLANES, LINE), 0)
+            is_late = of_eight >= late.index(1)
             loaded = [jnp.where(is_late, *pair) for pair in zip(loaded[1:], loaded)]
         eights.append(loaded)
-    lines = [jnp.concatenate(x, axis=0) for x in zip(*eights)]
-    row = jax.lax.broadcasted_iota(jnp.int32, (PAGE, LINE), 0)
-    planes = _planes(*lines, extra * row & (LINE - 1))
+    first, second, third = (jnp.concatenate(x, axis=0) for x in zip(*eights))
+    rows = jax.lax.broadcasted_iota(jnp.int32, (PAGE, LINE), 0)
+    planes = _planes(first, second, third, extra * rows & (LINE - 1))
     return jnp.concatenate([p.astype(jnp.bfloat16) for p in planes], axis=1)
 
 

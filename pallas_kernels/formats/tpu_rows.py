@@ -64,7 +64,7 @@ def float_rows(
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
-                pltpu.VMEM((IN_FLIGHT, block, width), dtype),
+                pltpu.VMEM((IN_FLIGHT, block, width), jnp.dtype(dtype)),
                 pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
                 *tpu_pages.scratch(block_pages, lines, pool, interpret),
             ],
