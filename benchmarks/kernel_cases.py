@@ -8,6 +8,7 @@ from benchmarks.case import Case
 MODULES = (
     "attention",
     "decode_attention",
+    "float_rows",
     "gated_pool",
     "grouped_matmul",
     "hyper_connections",
