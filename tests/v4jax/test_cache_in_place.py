@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.hlo import largest_of_xla
-from pallas_kernels.attention import decode_attention
+from pallas_kernels.attention import decode_attention, selected_attention, window_attention
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.indexer import index_topk
@@ -127,6 +127,35 @@ def moves(text: str, shape: tuple[int, ...]) -> list[str]:
 def test_copies_are_found():
     text = "%c = u32[8,4352,128]{2,1,0:T(8,128)S(1)} copy(%x)\n%d = u32[8,4352]{1,0} copy(%y)"
     assert moves(text, (8, 4352, 128)) == ["copy"] and moves(text, (8, 37376, 128)) == []
+
+
+@pytest.mark.parametrize("kind", ["CSA", "HCA"])
+def test_a_chunk_of_a_prompt_unpacks_its_history_in_kernels(kind):
+    """XLA makes no array of its size."""
+    cache, num_queries = layer_of(kind, 1), 16
+
+    def attend(cache: LayerCache, q, window, index_q, start):
+        positions, entries = start[:, None] + jnp.arange(num_queries), cache.entries
+        sink = jnp.zeros(CFG.num_heads)
+        if kind == "HCA":
+            out = window_attention(q, window, entries, sink, positions, ratio=128, scale=0.1)
+            return cache, out
+        weights = jnp.ones(index_q.shape[:3])
+        topk = CFG.indexer.topk
+        picked = index_topk(index_q, weights, cache.index_keys, positions, topk=topk, ratio=4)
+        return cache, selected_attention(q, window, entries, picked, sink, positions, scale=0.1)
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct((1, *sizes), jnp.bfloat16)
+
+    rows = shape(CFG.window + num_queries, CFG.head_dim)
+    queries = shape(num_queries, CFG.num_heads, CFG.head_dim)
+    index_queries = shape(num_queries, CFG.indexer.num_heads, CFG.indexer.head_dim)
+    start = jax.ShapeDtypeStruct((1,), jnp.int32)
+    compiled = compiled_step("v6e", attend, cache, queries, rows, index_queries, start)
+    text = compiled.as_text()
+    assert len(re.findall(r"%float_rows\S* =", text)) == (2 if kind == "CSA" else 1)
+    assert largest_of_xla(text) < 2**15  # an HCA layer's 1,024 rows are 598,016 bytes
 
 
 @pytest.mark.parametrize("kind", ["CSA", "HCA"])
