@@ -6,7 +6,8 @@ then either its selected entries (gathered, [block, K, H]) or all visible entrie
 Queries of several documents in a row see entries from the `first` of their own on.
 
 Entries in pages stay there: what a step of these loops takes is looked up and, if packed, unpacked in
-it. So memory is that of a block, whatever the table has room for.
+it. So memory is that of a block, whatever the table has room for. Packed rows to pick from are unpacked
+beforehand where they are no more than the rows that one block picks, which takes no more memory.
 
 The backward pass saves only `out` and the log-sum-exp, and recomputes probabilities block by block
 (FlashAttention, arXiv 2205.14135). Keys are values, so both gradients of a row go to one buffer.
@@ -34,6 +35,9 @@ def attention(
     if indices is not None and not indices.shape[2]:  # nothing to gather
         entries, indices = window[:, :0], None
     if isinstance(entries, Pages):  # which have no gradient
+        if indices is not None and not isinstance(entries.pool, jax.Array):
+            if entries.shape[1] <= min(BLOCK_QUERIES, q.shape[1]) * indices.shape[2]:
+                entries = Pages.of(entries.floats(window.dtype))
         args = (q, window, entries, sink, indices, positions, first, ratio, scale)
         return _forward(*args, written)
     return _attention(q, window, entries, sink, indices, positions, first, ratio, scale)
