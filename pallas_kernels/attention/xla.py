@@ -35,9 +35,10 @@ def attention(
     if indices is not None and not indices.shape[2]:  # nothing to gather
         entries, indices = window[:, :0], None
     if isinstance(entries, Pages):  # which have no gradient
-        if indices is not None and not isinstance(entries.pool, jax.Array):
-            if entries.shape[1] <= min(BLOCK_QUERIES, q.shape[1]) * indices.shape[2]:
-                entries = Pages.of(entries.floats(window.dtype))
+        is_packed = not isinstance(entries.pool, jax.Array)
+        picked = 0 if indices is None else min(BLOCK_QUERIES, q.shape[1]) * indices.shape[2]
+        if is_packed and entries.shape[1] <= picked:
+            entries = Pages.of(entries.floats(window.dtype))
         args = (q, window, entries, sink, indices, positions, first, ratio, scale)
         return _forward(*args, written)
     return _attention(q, window, entries, sink, indices, positions, first, ratio, scale)
