@@ -22,6 +22,9 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels import signatures
+
+signatures.enable()
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 NANO = ROOT / "v4jax" / "assets" / "nano"

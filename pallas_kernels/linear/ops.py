@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
 from pallas_kernels import compact
 from pallas_kernels.dispatch import Implementation, choose, operation, target_chip
@@ -19,12 +20,12 @@ from pallas_kernels.linear import tpu
 
 @operation
 def linear(
-    x: jax.Array,  # [..., groups * in]
-    w: jax.Array | QuantizedArray,  # [in, groups * out]
+    x: Float[jax.Array, "*rows inputs"],
+    w: Float[jax.Array, "group_inputs outputs"] | QuantizedArray,
     *,
     groups: int = 1,
     implementation: Implementation = None,
-) -> jax.Array:  # [..., groups * out] float32
+) -> Float32[jax.Array, "*rows outputs"]:
     """Each group of inputs times its own columns of w. Differentiable in x, and in w if it is float.
 
     Sums are float32. bfloat16 factors are multiplied as they are (their products are exact in
