@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
 from benchmarks.grouped_matmul import BYTES, weight
-from pallas_kernels.linear import linear, tpu
+from pallas_kernels.linear import linear, tpu, tpu_gradient
 
 SHAPES = {  # inputs and outputs of a group, groups
     "Flash query": (1024, 32768, 1),
@@ -26,7 +26,40 @@ SHAPES = {  # inputs and outputs of a group, groups
 
 
 def cases() -> list[Case]:
-    return [_case(name, rows) for rows in (8, 4096) for name in SHAPES]
+    forward = [_case(name, rows) for rows in (8, 4096) for name in SHAPES]
+    return [*forward, *[_gradient_case(name, 4096) for name in SHAPES]]
+
+
+def _gradient_case(name: str, rows: int) -> Case:
+    """Of the rows alone, as where packed weights are frozen."""
+    num_inputs, num_outputs, groups = SHAPES[name]
+    count = groups * num_inputs * num_outputs
+
+    def make():
+        x = jnp.ones((rows, groups * num_inputs), jnp.bfloat16)
+        return x, weight("FP8", num_inputs, groups * num_outputs)
+
+    def run(x, w, implementation=None):
+        product = functools.partial(linear, w=w, groups=groups, implementation=implementation)
+        d_out = jnp.ones((rows, groups * num_outputs), jnp.bfloat16).astype(jnp.float32)
+        return jax.vjp(product, x)[1](d_out)[0]
+
+    def trips(chip: str) -> Trips:
+        blocks = [
+            width // tpu_gradient.largest_block(width, 128) for width in (num_inputs, num_outputs)
+        ]
+        turns = groups * blocks[0] * -(-rows // tpu_gradient.ROWS) * blocks[1]
+        return {"transpose_jvp_linear_row_gradient": (turns,)}  # as jax names it
+
+    return Case(
+        op="linear",
+        shape=f"{name}, {rows} rows, gradient",
+        run=run,
+        make=make,
+        flops=2 * rows * count,
+        bytes=count * BYTES["FP8"] + rows * groups * (2 * num_inputs + 2 * num_outputs),
+        trips=trips,
+    )
 
 
 def _case(name: str, rows: int) -> Case:

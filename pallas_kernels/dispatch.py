@@ -21,7 +21,7 @@ from typing import TypeVar, cast
 
 import jax
 
-from pallas_kernels import chips
+from pallas_kernels import chips, signatures
 
 IMPLEMENTATIONS = ("tpu", "interpret", "xla", "reference")
 
@@ -32,8 +32,12 @@ _registered: dict[str, dict[str, Callable]] = {}  # name -> operation -> functio
 
 
 def operation(function: _Operation) -> _Operation:
-    """Makes an operation of this package one that `register` can give other implementations."""
+    """Makes an operation of this package one that `register` can give other implementations.
 
+    Tests check every call against the signature (`signatures.py`), also of such implementations.
+    """
+
+    @signatures.shaped
     @functools.wraps(function)
     def call(*args, implementation: Implementation = None, **options):
         names = implementation if isinstance(implementation, tuple) else (implementation,)

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Bool, Float
 
 from pallas_kernels import dispatch
 
@@ -79,10 +80,10 @@ class Pool:
 
 @dispatch.operation
 def pool_windows(
-    value: jax.Array,  # [B, S, R, F]
-    gate: jax.Array,  # [B, S, R, F]
-    bias: jax.Array,  # [R, F] added to the gates of each window
-    valid: jax.Array | None = None,  # [B, S, R] bool; rows that count (default: all)
+    value: Float[jax.Array, "B S R F"],
+    gate: Float[jax.Array, "B S R F"],
+    bias: Float[jax.Array, "R F"],  # added to the gates of each window
+    valid: Bool[jax.Array, "B S R"] | None = None,  # rows that count (default: all)
     *,
     implementation: dispatch.Implementation = None,
 ) -> Pool:  # of [B, S, F]

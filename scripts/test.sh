@@ -10,4 +10,9 @@ venv=${V4JAX_VENV:-.venv}
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
+if [ $# -eq 0 ]; then
+    # Parity is of programs as users compile them, the rest of such as compile faster (tests/conftest.py).
+    V4JAX_TEST_EMITTERS=1 "$venv/bin/python" -m pytest -n 2 --dist worksteal tests/v4jax/test_parity.py
+    set -- --ignore=tests/v4jax/test_parity.py
+fi
 exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int32
 
 from sharding import collectives
 
@@ -38,11 +39,11 @@ Experts = Callable[[object, jax.Array, jax.Array, jax.Array], jax.Array]
 def apply_experts(
     experts_fn: Experts,
     params,  # of this device's experts, leading axis E_local
-    x: jax.Array,  # [T, D] this device's tokens
-    experts: jax.Array,  # [T, K] int32 of all E
-    weights: jax.Array,  # [T, K] float32
+    x: Float[jax.Array, "T D"],  # this device's tokens
+    experts: Int32[jax.Array, "T K"],  # of all E
+    weights: Float32[jax.Array, "T K"],
     num_local: int,
-) -> jax.Array:  # [T, D] float32
+) -> Float32[jax.Array, "T D"]:
     """The weighted sum of each token's experts. Differentiable in params, x and weights.
 
     Tokens are cut over the logical axes "batch" and "seq", experts over "expert". Where an axis cuts

@@ -11,7 +11,7 @@ from flax import nnx
 
 import v4jax
 from tests.conftest import NANO
-from v4jax import Transformer
+from v4jax import Transformer, V4Config, tiny
 
 
 def random_model(cfg, *args, seed: int = 0, **options) -> Transformer:
@@ -21,6 +21,12 @@ def random_model(cfg, *args, seed: int = 0, **options) -> Transformer:
         return Transformer(cfg, *args, **options, rngs=nnx.Rngs(key))
 
     return jax.jit(make)(jax.random.key(seed))
+
+
+def one_of_each() -> V4Config:
+    """`tiny()` with a layer of each kind: about half of its code to compile."""
+    window, _, hca, csa, *_ = tiny().layers
+    return dataclasses.replace(tiny(), layers=(window, csa, hca), mtp_layers=())
 
 
 @functools.cache

@@ -10,11 +10,11 @@ from tests.conftest import ROOT
 
 # Third-party packages and packages of this repository that each package may import.
 ALLOWED = {
-    "pallas_kernels": {"jax", "numpy"},
-    "sharding": {"jax", "numpy"},
+    "pallas_kernels": {"jax", "jaxtyping", "numpy"},
+    "sharding": {"jax", "jaxtyping", "numpy"},
     "v4jax": {
         *("jax", "numpy", "ml_dtypes", "flax", "optax", "orbax", "tokenizers", "tqdm", "treescope"),
-        "fsspec",
+        *("fsspec", "jaxtyping"),
         *("pallas_kernels", "sharding"),
     },
     "scripts": {"jax", "numpy", "ml_dtypes", "flax", "matplotlib", "playwright", "v4jax"},

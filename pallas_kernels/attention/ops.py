@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int32
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
@@ -33,18 +34,18 @@ from pallas_kernels.selection import Selection
 
 @dispatch.operation
 def window_attention(
-    q: jax.Array,  # [B, T, N, H]
-    window: jax.Array,  # [B, C + T, H]: the C rows before the first query, then those of the T
-    entries: jax.Array | Pages,  # [B, S, H]; S may be 0
-    sink: jax.Array,  # [N] float32
-    positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
-    first: jax.Array | None = None,  # [B, T] int32: see above
-    written: jax.Array | None = None,  # [B] int32: see above
+    q: Float[jax.Array, "B T N H"],
+    window: Float[jax.Array, "B CT H"],  # the C rows before the first query, then those of the T
+    entries: Float[jax.Array, "B S H"] | Pages,  # S may be 0
+    sink: Float[jax.Array, " N"],
+    positions: Int32[jax.Array, "B T"],  # consecutive in each row, which begins anywhere
+    first: Int32[jax.Array, "B T"] | None = None,  # see above
+    written: Int32[jax.Array, " B"] | None = None,  # see above
     *,
     ratio: int,
     scale: float,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, "B T N H"], Float32[jax.Array, "B T N"]]:
     """Attends to the last C tokens (the query's own included) and all visible entries.
 
     Differentiable in q, window, entries (not in pages) and sink.
@@ -74,18 +75,18 @@ def window_attention(
 
 @dispatch.operation
 def selected_attention(
-    q: jax.Array,  # [B, T, N, H]
-    window: jax.Array,  # [B, C + T, H]
-    entries: jax.Array | Pages,  # [B, S, H]
+    q: Float[jax.Array, "B T N H"],
+    window: Float[jax.Array, "B CT H"],
+    entries: Float[jax.Array, "B S H"] | Pages,
     selection: Selection,  # of S entries, for [B, T] queries
-    sink: jax.Array,  # [N] float32
-    positions: jax.Array,  # [B, T] int32: consecutive in each row, which begins anywhere
-    first: jax.Array | None = None,  # [B, T] int32: see above; entries are those of `selection`
-    written: jax.Array | None = None,  # [B] int32: see above
+    sink: Float[jax.Array, " N"],
+    positions: Int32[jax.Array, "B T"],  # consecutive in each row, which begins anywhere
+    first: Int32[jax.Array, "B T"] | None = None,  # see above; entries are those of `selection`
+    written: Int32[jax.Array, " B"] | None = None,  # see above
     *,
     scale: float,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, "B T N H"], Float32[jax.Array, "B T N"]]:
     """Attends to the last C tokens and to the selected entries of each query.
 
     Differentiable in q, window, entries (not in pages) and sink.
@@ -120,18 +121,18 @@ def selected_attention(
 
 @dispatch.operation
 def decode_attention(
-    q: jax.Array,  # [B, N, H]: one query per sequence
-    window: jax.Array
-    | PackedColumns,  # [B, C, H] ring: token t in row t mod C, the query's included
+    q: Float[jax.Array, "B N H"],  # one query per sequence
+    window: Float[jax.Array, "B C H"]
+    | PackedColumns,  # ring: token t in row t mod C, the query's too
     entries: Pages | None,  # [B, S, H]
-    indices: jax.Array | None,  # [B, K] int32, distinct (-1: none); None: every visible entry
-    sink: jax.Array,  # [N] float32
-    positions: jax.Array,  # [B] int32
+    indices: Int32[jax.Array, "B K"] | None,  # distinct (-1: none); None: every visible entry
+    sink: Float[jax.Array, " N"],
+    positions: Int32[jax.Array, " B"],
     *,
     ratio: int,
     scale: float,
     implementation: dispatch.Implementation = None,
-) -> jax.Array:  # [B, N, H]
+) -> Float[jax.Array, "B N H"]:
     """One decoding step over a ring of window rows and pages of entries. Not differentiable.
 
     Args:
@@ -173,26 +174,26 @@ def _check_decode(q, window, entries, indices, sink, positions):
 
 
 def selected_mass(
-    q: jax.Array,  # [B, T, N, H]
-    entries: jax.Array,  # [B, S, H]
-    indices: jax.Array,  # [B, T, K] int32 (-1: none)
-    log_denominator: jax.Array,  # [B, T, N] as returned by selected_attention
+    q: Float[jax.Array, "B T N H"],
+    entries: Float[jax.Array, "B S H"],
+    indices: Int32[jax.Array, "B T K"],  # -1: none
+    log_denominator: Float[jax.Array, "B T N"],  # as returned by selected_attention
     *,
     scale: float,
-) -> jax.Array:  # [B, T, K] float32
+) -> Float32[jax.Array, "B T K"]:
     """Attention probability of each selected entry, summed over heads: the indexer's teacher."""
     checks.check_indices(indices, entries.shape[1])
     return xla.selected_mass(q, entries, indices, log_denominator, scale=scale)
 
 
 def visible_mass(
-    q: jax.Array,  # [B, T, N, H]
-    entries: jax.Array,  # [B, S, H]
-    visible: jax.Array,  # [B, T, S] bool, as `visible_entries` says
-    log_denominator: jax.Array,  # [B, T, N] as returned by window_attention
+    q: Float[jax.Array, "B T N H"],
+    entries: Float[jax.Array, "B S H"],
+    visible: Bool[jax.Array, "B T S"],  # as `visible_entries` says
+    log_denominator: Float[jax.Array, "B T N"],  # as returned by window_attention
     *,
     scale: float,
-) -> jax.Array:  # [B, T, S] float32
+) -> Float32[jax.Array, "B T S"]:
     """Attention probability of each visible entry, summed over heads: the teacher of a dense stage.
 
     Holds [B, T, N, S] float32: give it a block of queries.

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float
 
 from pallas_kernels import compact, dispatch
 from pallas_kernels.formats import quantize
@@ -49,12 +50,12 @@ _FORMATS = {
 
 @dispatch.operation
 def round_rows(
-    x: jax.Array,  # [..., D] float32 or bfloat16
+    x: Float[jax.Array, "*rows D"],  # float32 or bfloat16
     fmt: str,
     block: int,
     *,
     implementation: dispatch.Implementation = None,
-) -> jax.Array:  # [..., D]
+) -> Float[jax.Array, "*rows D"]:
     """`x` rounded to a format with a scale per `block` channels. Gradient of the identity.
 
     Args:
@@ -76,7 +77,7 @@ def round_rows(
 
 
 def quantize_rows(
-    x: jax.Array,  # [..., D] float32 or bfloat16
+    x: Float[jax.Array, "*rows D"],  # float32 or bfloat16
     fmt: str,
     block: int,
     *,
@@ -112,7 +113,7 @@ def dequantize_rows(
     fmt: str,
     block: int,
     dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:  # [..., D]
+) -> Float[jax.Array, "*rows D"]:
     """Inverse of `quantize_rows`; exact in float32 and bfloat16.
 
     Raises:

@@ -9,6 +9,7 @@ Source: report section 2.4; clamp and place of the routing weight as in the rele
 """
 
 import jax
+from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose, operation
@@ -19,13 +20,13 @@ from pallas_kernels.grouped_matmul import reference, vjp, xla
 
 @operation
 def grouped_matmul(
-    x: jax.Array,  # [P, in], rows sorted by expert
-    w: jax.Array | QuantizedArray,  # [E, in, out]
-    group_sizes: jax.Array,  # [E] int32, sum P
+    x: Float[jax.Array, "P inputs"],  # rows sorted by expert
+    w: Float[jax.Array, "E inputs outputs"] | QuantizedArray,
+    group_sizes: Int32[jax.Array, " E"],  # sum P
     *,
     in_fp8: bool = False,
     implementation: Implementation = None,
-) -> jax.Array:  # [P, out] in the dtype of x
+) -> Float[jax.Array, "P outputs"]:  # in the dtype of x
     """Each row times its expert's matrix. Differentiable in x, and in w if it is float.
 
     Args:
@@ -48,16 +49,16 @@ def grouped_matmul(
 
 @operation
 def grouped_swiglu(
-    x: jax.Array,  # [P, in], rows sorted by expert
-    w_gate: jax.Array | QuantizedArray,  # [E, in, hidden]
-    w_up: jax.Array | QuantizedArray,  # [E, in, hidden]
-    group_sizes: jax.Array,  # [E] int32, sum P
-    row_weights: jax.Array,  # [P] float32: routing weight of each row
+    x: Float[jax.Array, "P inputs"],  # rows sorted by expert
+    w_gate: Float[jax.Array, "E inputs hidden"] | QuantizedArray,
+    w_up: Float[jax.Array, "E inputs hidden"] | QuantizedArray,
+    group_sizes: Int32[jax.Array, " E"],  # sum P
+    row_weights: Float32[jax.Array, " P"],  # routing weight of each row
     *,
     limit: float,
     in_fp8: bool = False,
     implementation: Implementation = None,
-) -> jax.Array:  # [P, hidden] in the dtype of x
+) -> Float[jax.Array, "P hidden"]:  # in the dtype of x
     """First half of an expert: row_weight * silu(min(gate, limit)) * clip(up, -limit, limit).
 
     Differentiable in x and row_weights, and in the weights if they are float.

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
 from pallas_kernels import dispatch
 from pallas_kernels.hyper_connections import block_sizes, reference, tpu, tpu_sinkhorn, xla
@@ -26,17 +27,17 @@ from pallas_kernels.hyper_connections.phases import Static
 
 @dispatch.operation
 def hc_pre(
-    streams: jax.Array,  # [B, T, M * D]
-    fn: jax.Array,  # [M * D, (2 + M) * M] float32: columns pre, post, comb (row-major)
-    base: jax.Array,  # [(2 + M) * M] float32
-    scale: jax.Array,  # [3] float32: pre, post, comb
+    streams: Float[jax.Array, "B T MD"],
+    fn: Float[jax.Array, "MD W"],  # W = (2 + M) * M columns: pre, post, comb (row-major)
+    base: Float[jax.Array, " W"],
+    scale: Float[jax.Array, " 3"],  # pre, post, comb
     *,
     num_streams: int,
     sinkhorn_iters: int,
     eps: float,
     norm_eps: float,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[jax.Array, "B T D"], Float32[jax.Array, "B T M"], Float32[jax.Array, "B T M M"]]:
     """Coefficients of one site, and the input they collapse the streams to.
 
     Returns:
@@ -62,13 +63,13 @@ def hc_pre(
 
 @dispatch.operation
 def hc_post(
-    f: jax.Array,  # [B, T, D] output of the sub-layer
-    streams: jax.Array,  # [B, T, M * D]
-    post: jax.Array,  # [B, T, M] float32
-    comb: jax.Array,  # [B, T, M, M] float32
+    f: Float[jax.Array, "B T D"],  # output of the sub-layer
+    streams: Float[jax.Array, "B T MD"],
+    post: Float32[jax.Array, "B T M"],
+    comb: Float32[jax.Array, "B T M M"],
     *,
     implementation: dispatch.Implementation = None,
-) -> jax.Array:  # [B, T, M * D]
+) -> Float[jax.Array, "B T MD"]:
     """Mixes the streams and adds the output of the sub-layer to each.
 
     Raises:
@@ -88,20 +89,25 @@ def hc_post(
 
 @dispatch.operation
 def hc_post_pre(
-    f: jax.Array,  # [B, T, D] output of a sub-layer
-    streams: jax.Array,  # [B, T, M * D]
-    post: jax.Array,  # [B, T, M] float32, of its site
-    comb: jax.Array,  # [B, T, M, M] float32, of its site
-    fn: jax.Array,  # [M * D, (2 + M) * M] float32, of the next site
-    base: jax.Array,  # [(2 + M) * M] float32, of the next site
-    scale: jax.Array,  # [3] float32, of the next site
+    f: Float[jax.Array, "B T D"],  # output of a sub-layer
+    streams: Float[jax.Array, "B T MD"],
+    post: Float32[jax.Array, "B T M"],  # of its site
+    comb: Float32[jax.Array, "B T M M"],  # of its site
+    fn: Float[jax.Array, "MD W"],  # of the next site
+    base: Float[jax.Array, " W"],  # of the next site
+    scale: Float[jax.Array, " 3"],  # of the next site
     *,
     num_streams: int,
     sinkhorn_iters: int,
     eps: float,
     norm_eps: float,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[
+    Float[jax.Array, "B T MD"],
+    Float[jax.Array, "B T D"],
+    Float32[jax.Array, "B T M"],
+    Float32[jax.Array, "B T M M"],
+]:
     """`hc_post` of one site, then `hc_pre` of the next, without reading the streams again.
 
     Returns:
@@ -134,15 +140,15 @@ def hc_post_pre(
 
 @dispatch.operation
 def hc_head(
-    streams: jax.Array,  # [B, T, M * D]
-    fn: jax.Array,  # [M * D, M] float32
-    base: jax.Array,  # [M] float32
-    scale: jax.Array,  # [1] float32
+    streams: Float[jax.Array, "B T MD"],
+    fn: Float[jax.Array, "MD M"],
+    base: Float[jax.Array, " M"],
+    scale: Float[jax.Array, " 1"],
     *,
     eps: float,
     norm_eps: float,
     implementation: dispatch.Implementation = None,
-) -> jax.Array:  # [B, T, D]
+) -> Float[jax.Array, "B T D"]:
     """The final collapse: a sigmoid-weighted sum of the streams, without Sinkhorn.
 
     Raises:

@@ -12,6 +12,7 @@ Source: report section 2.3.1 (eqs. 15-17); released `inference/model.py` (Indexe
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int32
 
 from pallas_kernels import checks, dispatch
 from pallas_kernels.formats.pages import Pages
@@ -21,11 +22,11 @@ from pallas_kernels.selection import Selection
 
 @dispatch.operation
 def index_topk(
-    q: jax.Array,  # [B, T, A, I]
-    weights: jax.Array,  # [B, T, A] float32, may be negative
-    keys: jax.Array | Pages,  # [B, S, I]
-    positions: jax.Array,  # [B, T] int32
-    first: jax.Array | None = None,  # [B, T] int32: the first entry of each query's document
+    q: Float[jax.Array, "B T A I"],
+    weights: Float32[jax.Array, "B T A"],  # may be negative
+    keys: Float[jax.Array, "B S I"] | Pages,
+    positions: Int32[jax.Array, "B T"],
+    first: Int32[jax.Array, "B T"] | None = None,  # the first entry of each query's document
     *,
     topk: int,
     ratio: int,
@@ -97,22 +98,22 @@ def index_topk(
 
 
 def selected_scores(
-    q: jax.Array,  # [B, T, A, I]
-    weights: jax.Array,  # [B, T, A] float32
-    keys: jax.Array,  # [B, S, I]
-    indices: jax.Array,  # [B, T, K] int32 (-1: none)
-) -> jax.Array:  # [B, T, K] float32, -inf where the index is -1
+    q: Float[jax.Array, "B T A I"],
+    weights: Float32[jax.Array, "B T A"],
+    keys: Float[jax.Array, "B S I"],
+    indices: Int32[jax.Array, "B T K"],  # -1: none
+) -> Float32[jax.Array, "B T K"]:  # -inf where the index is -1
     """Scores of the selected entries, differentiable: what the indexer is trained through."""
     checks.check_indices(indices, keys.shape[1])
     return xla.selected_scores(q, weights, keys, indices)
 
 
 def visible_scores(
-    q: jax.Array,  # [B, T, A, I]
-    weights: jax.Array,  # [B, T, A] float32
-    keys: jax.Array,  # [B, S, I]
-    visible: jax.Array,  # [B, T, S] bool
-) -> jax.Array:  # [B, T, S] float32, -inf where an entry is not visible
+    q: Float[jax.Array, "B T A I"],
+    weights: Float32[jax.Array, "B T A"],
+    keys: Float[jax.Array, "B S I"],
+    visible: Bool[jax.Array, "B T S"],
+) -> Float32[jax.Array, "B T S"]:  # -inf where an entry is not visible
     """Scores of all visible entries, differentiable: what the indexer is trained through in a dense stage.
 
     Holds [B, T, A, S] float32: give it a block of queries.

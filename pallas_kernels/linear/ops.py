@@ -3,28 +3,30 @@
 A packed weight comes to VMEM in its own bytes, from where it lies, and is unpacked there (`tpu.py`).
 XLA on a TPU unpacks it in HBM first, at 4 bytes a weight: 8192 x 4096 in FP8 times 8 rows takes
 790,000 cycles on v6e instead of the 37,000 that reading the weight takes
-(docs/measurements/kernels.md).
+(docs/measurements/kernels.md). The gradient of the rows reads it packed, too
+(`tpu_gradient.py`).
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
 from pallas_kernels import compact
 from pallas_kernels.dispatch import Implementation, choose, operation, target_chip
 from pallas_kernels.formats.quantize import QuantizedArray
-from pallas_kernels.linear import tpu
+from pallas_kernels.linear import tpu, tpu_gradient
 
 
 @operation
 def linear(
-    x: jax.Array,  # [..., groups * in]
-    w: jax.Array | QuantizedArray,  # [in, groups * out]
+    x: Float[jax.Array, "*rows inputs"],
+    w: Float[jax.Array, "group_inputs outputs"] | QuantizedArray,
     *,
     groups: int = 1,
     implementation: Implementation = None,
-) -> jax.Array:  # [..., groups * out] float32
+) -> Float32[jax.Array, "*rows outputs"]:
     """Each group of inputs times its own columns of w. Differentiable in x, and in w if it is float.
 
     Sums are float32. bfloat16 factors are multiplied as they are (their products are exact in
@@ -77,10 +79,11 @@ def _packed_fwd(x, w, groups, interpret):
 
 
 def _packed_bwd(groups, interpret, residuals, d_out):
-    """Of x alone, by XLA: packed weights are frozen."""
+    """Of x alone: packed weights are frozen."""
     x, w = residuals
-    (d_x,) = jax.vjp(lambda x: _xla(x, w.dequantize(x.dtype), groups), x)[1](d_out)
-    return d_x, None
+    d_out = d_out.reshape(-1, w.shape[1]).astype(x.dtype)
+    d_x = tpu_gradient.row_gradient(d_out, w, groups, target_chip(), interpret=interpret)
+    return d_x.reshape(x.shape), None
 
 
 _packed.defvjp(_packed_fwd, _packed_bwd)

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.formats.quantize import FP8_WEIGHT_BLOCK, QuantizedArray
+from pallas_kernels.formats.quantize import QuantizedArray
 from pallas_kernels.grouped_matmul import block_sizes, few_rows, weights
 from pallas_kernels.grouped_matmul.block_sizes import BlockSizes
 from pallas_kernels.grouped_matmul.weights import Format
+from pallas_kernels.linear.tpu_gradient import own_scale
 
 LANES = 128
 
@@ -208,13 +209,4 @@ def _repeat(times, body) -> None:
 def _own_scale(fmt: Format, scale_ref, num_columns: int, block) -> jax.Array:
     """float32 [in / group, columns]: the scales of a block's columns."""
     scale = scale_ref[...].astype(jnp.float32)
-    if fmt.kind != "fp8":
-        return scale
-    # One of a register's lanes for 128 columns; which one is known at run time.
-    first = block * (num_columns // FP8_WEIGHT_BLOCK[1])
-    lane = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1)
-    parts = []
-    for i in range(num_columns // FP8_WEIGHT_BLOCK[1]):
-        own = jnp.sum(jnp.where(lane == first + i, scale, 0.0), axis=1, keepdims=True)
-        parts.append(jnp.broadcast_to(own, (scale.shape[0], FP8_WEIGHT_BLOCK[1])))
-    return jnp.concatenate(parts, axis=1)
+    return own_scale(scale, num_columns, block) if fmt.kind == "fp8" else scale

@@ -81,18 +81,27 @@ def test_other_formats(kind, rows):
     assert_close(out, _expected(x, w, 2), FLOAT32)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_gradient_of_the_rows(groups):
-    x, w = _make(9, 128, 256, groups, jnp.float32)
-    d_out = jax.random.normal(jax.random.key(1), (9, 256))
+@pytest.mark.parametrize("groups, kind, dtype", [(1, "fp8", jnp.bfloat16), (2, "fp4", jnp.float32)])
+def test_gradient_of_the_rows(groups, kind, dtype):
+    """The kernel reads packed weights on the way back, too; rows have leading axes."""
+    x, w = _make(3 * 47, 256, 512, groups, dtype, kind)
+    x, d_out = x.reshape(3, 47, -1), jax.random.normal(jax.random.key(1), (3, 47, 512))
+    d_out = d_out.astype(dtype).astype(
+        jnp.float32
+    )  # as of a result that is rounded to the rows' dtype
 
     weights = np.asarray(w.dequantize(), np.float64)
     parts = zip(np.split(np.asarray(d_out), groups, -1), np.split(weights, groups, -1))
     expected = np.concatenate([d @ part.T for d, part in parts], axis=-1)
     for implementation in ("interpret", "xla"):
-        run = functools.partial(linear, w=w, groups=groups, implementation=implementation)
-        (found,) = jax.vjp(run, x)[1](d_out)
-        assert_close(found, expected, FLOAT32)
+        run = functools.partial(linear, groups=groups, implementation=implementation)
+        gradient = jax.jit(lambda x, w, d, run=run: jax.vjp(lambda x: run(x, w), x)[1](d)[0])
+        found = gradient(x, w, d_out)
+        assert found.dtype == dtype
+        assert_close(found, expected, FLOAT32 if dtype == jnp.float32 else BFLOAT16)
+    kernel = functools.partial(linear, w=w, groups=groups, implementation="interpret")
+    jaxpr = str(jax.make_jaxpr(lambda x: jax.vjp(kernel, x)[1](d_out))(x))
+    assert "linear_row_gradient" in jaxpr
 
 
 def test_float_weights_and_leading_axes():

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import NANO, ROOT
-from tests.models import random_model
+from tests.models import one_of_each, random_model
 from tests.v4jax import killed_job
 from v4jax import tiny
 from v4jax.inference.batch import (
@@ -515,7 +515,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def engine(tokenizer) -> Engine:
     """Random weights, float32 and no rounding: a row does not depend on its batch."""
-    cfg = dataclasses.replace(tiny(), vocab_size=tokenizer.vocab_size, max_length=512)
+    cfg = dataclasses.replace(one_of_each(), vocab_size=tokenizer.vocab_size, max_length=512)
     model = random_model(cfg, scan_layers=False, seed=1)
     return Engine(model, tokenizer, slots=2, chunks=(128,))
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.models import random_model
+from tests.models import one_of_each, random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, tiny
 from v4jax.inference.completions import Completion
@@ -20,7 +20,7 @@ CHUNKS = (128, 256)
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return random_model(tiny(), scan_layers=False, seed=1)
+    return random_model(one_of_each(), scan_layers=False, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_session_compiles_few_programs(model, prompts, compilations):
         engine.generate([prompts[1][:length]], request, stop_ids=range(length % 8))
     engine.generate([*prompts, [5]], sampled(4, min_p=0.1), stop_ids=[7])
     assert compilations() == before
-    other = Engine(random_model(tiny(), scan_layers=False, seed=2), slots=3, chunks=CHUNKS)
+    other = Engine(random_model(one_of_each(), scan_layers=False, seed=2), slots=3, chunks=CHUNKS)
     before = compilations()
     other.generate(prompts, Sampling(max_new_tokens=2), stop_ids=[])
     assert compilations() == before

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.models import extend, random_model
+from tests.models import extend, one_of_each, random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, flash, plain, pro, released, tiny
 from v4jax.config import csa_layer, hca_layer, window_layer
@@ -26,7 +26,7 @@ CAPACITY = 512
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return random_model(tiny(), scan_layers=False)
+    return random_model(one_of_each(), scan_layers=False)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ MILLION = 1 << 20
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return models.random_model(tiny(), released(), scan_layers=False)
+    return models.random_model(models.one_of_each(), released(), scan_layers=False)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import v4jax
-from tests.models import random_model
-from v4jax import Engine, Sampling, Transformer, tiny
+from tests.models import one_of_each, random_model
+from v4jax import Engine, Sampling, Transformer
 from v4jax.inference.ledger import Ledger
 from v4jax.inference.prefix import (
     PIECE,
@@ -48,8 +48,8 @@ ONE_MODEL = pytest.mark.parametrize("model", ["plain float32"], indirect=True)
 @pytest.fixture(scope="module", params=["plain float32", "released bfloat16"])
 def model(request) -> Transformer:
     if request.param == "plain float32":
-        return random_model(tiny(), scan_layers=False, seed=1)
-    return random_model(tiny(), v4jax.released("bfloat16"), scan_layers=False, seed=1)
+        return random_model(one_of_each(), scan_layers=False, seed=1)
+    return random_model(one_of_each(), v4jax.released("bfloat16"), scan_layers=False, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_a_prefix_in_a_file(model, alone, tmp_path):
     other.run_until_idle()
     assert request.cached_tokens == 1024
     check([request], alone[5:])
-    wrong = random_model(tiny(), model.numerics, scan_layers=False, seed=2)
+    wrong = random_model(one_of_each(), model.numerics, scan_layers=False, seed=2)
     with pytest.raises(ValueError, match="was saved by an engine with another model"):
         Engine(wrong, slots=3, chunks=CHUNKS).load_prefix(path)
     path.write_bytes(path.read_bytes()[:-300])

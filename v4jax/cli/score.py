@@ -37,7 +37,9 @@ def parse_args() -> argparse.Namespace:
     add_checkpoint_option(parser)
     add_adapter_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--tokens", type=local_folder, help=".npy, integers [B, T]")
+    what.add_argument(
+        "--tokens", type=local_folder, help=".npy, integers [B, T], or [T] of one sequence"
+    )
     what.add_argument("--text", type=local_folder, help="print the perplexity of this file")
     parser.add_argument("--out", type=local_folder, help=".npz to write (with --tokens)")
     parser.add_argument(
@@ -59,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_tokens(path: pathlib.Path) -> np.ndarray:
-    """The array of a `.npy` file.
+    """The sequences [B, T] of a `.npy` file; [T] is one.
 
     Raises:
       ValueError: it is another kind of file.
@@ -70,7 +72,7 @@ def read_tokens(path: pathlib.Path) -> np.ndarray:
         raise ValueError(f"{path} is not a .npy file of integers [B, T].") from error
     if not hasattr(tokens, "ndim"):  # an .npz file
         raise ValueError(f"{path} holds several arrays: expected a .npy file of integers [B, T].")
-    return tokens
+    return tokens[None] if tokens.ndim == 1 else tokens
 
 
 def main() -> None:

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt32
 
+from pallas_kernels import signatures
 from v4jax.text.format import shown
 
 # Below this a draw is the most likely token in any case; float32 holds logits divided by it.
@@ -153,8 +155,11 @@ class SamplingRows:
         )
 
 
-def penalised(logits: jax.Array, counts: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Logits [B, V] with bias and penalties, for answers in which tokens occur `counts` [B, V] times."""
+@signatures.shaped
+def penalised(
+    logits: Float32[jax.Array, "B V"], counts: Int32[jax.Array, "B V"], rows: SamplingRows
+) -> Float32[jax.Array, "B V"]:
+    """Logits with bias and penalties, for answers in which tokens occur `counts` times."""
 
     def changed() -> jax.Array:
         new = logits + rows.bias
@@ -178,8 +183,12 @@ def num_words(vocab: int) -> int:
     return -(-vocab // 32)
 
 
-def masked(logits: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Logits [B, V], -inf where `allowed` [B, ceil(V / 32)] uint32 has no bit: i % 32 of word i // 32.
+@signatures.shaped
+def masked(
+    logits: Float32[jax.Array, "B V"],
+    allowed: UInt32[jax.Array, "B words"],  # of 32 tokens each
+) -> Float32[jax.Array, "B V"]:
+    """Logits, -inf where `allowed` has no bit: of token i, bit i % 32 of word i // 32.
 
     Nothing is computed where every row allows everything.
     """
@@ -192,10 +201,13 @@ def masked(logits: jax.Array, allowed: jax.Array) -> jax.Array:
     return jax.lax.cond(jnp.any(allowed != EVERYTHING), some, lambda: logits)
 
 
+@signatures.shaped
 def log_probabilities(
-    logits: jax.Array, tokens: jax.Array, wanted: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of tokens [B] under logits [B, V]: [B], and the `TOP` likeliest ids [B, TOP] with theirs.
+    logits: Float32[jax.Array, "B V"],
+    tokens: Int32[jax.Array, " B"],
+    wanted: Bool[jax.Array, " B"],
+) -> tuple[Float32[jax.Array, " B"], Int32[jax.Array, "B top"], Float32[jax.Array, "B top"]]:
+    """Of the tokens, and the `TOP` likeliest ids with theirs.
 
     Zeros where no row wants any.
     """
@@ -214,8 +226,11 @@ def log_probabilities(
     return jax.lax.cond(jnp.any(wanted), some, none)
 
 
-def sample(logits: jax.Array, keys: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Logits [B, V] float32 and a random key a row -> token ids [B] int32.
+@signatures.shaped
+def sample(
+    logits: Float32[jax.Array, "B V"], keys: jax.Array, rows: SamplingRows
+) -> Int32[jax.Array, " B"]:
+    """Token ids, drawn with a random key a row.
 
     The lowest id wins among equals where a row is greedy. Rows are sorted only if one of them
     restricts the tokens it draws from.

@@ -2,29 +2,33 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Int32
 
+from pallas_kernels import signatures
 from sharding import collectives
 from v4jax.nn.model import Transformer
 
 
+@signatures.shaped
 def cross_entropy(
     model: Transformer,
-    hidden: jax.Array,  # [B, T, D]
-    targets: jax.Array,  # [B, T] int32
+    hidden: Float[jax.Array, "B T D"],
+    targets: Int32[jax.Array, "B T"],
     *,
     chunk: int = 1024,
-) -> jax.Array:  # [B, T] float32
+) -> Float32[jax.Array, "B T"]:
     """-log p(target) per token. Logits are formed for `chunk` tokens at a time, twice."""
     return cross_entropy_and_normalizer(model, hidden, targets, chunk=chunk)[0]
 
 
+@signatures.shaped
 def cross_entropy_and_normalizer(
     model: Transformer,
-    hidden: jax.Array,  # [B, T, D]
-    targets: jax.Array,  # [B, T] int32
+    hidden: Float[jax.Array, "B T D"],
+    targets: Int32[jax.Array, "B T"],
     *,
     chunk: int = 1024,
-) -> tuple[jax.Array, jax.Array]:  # [B, T] float32 each
+) -> tuple[Float32[jax.Array, "B T"], Float32[jax.Array, "B T"]]:
     """`cross_entropy`, and log of the sum of exp(logits) over the vocabulary, per token."""
     shape = targets.shape
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)

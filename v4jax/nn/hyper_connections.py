@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Float32
 
 from pallas_kernels import hyper_connections as ops
+from pallas_kernels import signatures
 from v4jax.nn.layers import ModelContext
 
 # Initial values for training from scratch; the released ones are unpublished. `scale` as in the
@@ -34,7 +36,12 @@ class HyperConnection(nnx.Module):
         self.scale = context.param((3,), (None,), stored="f32", init=init_scale)
         self.cfg, self.numerics = cfg, context.numerics
 
-    def pre(self, streams: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    @signatures.shaped
+    def pre(
+        self, streams: Float[jax.Array, "B T MD"]
+    ) -> tuple[
+        Float[jax.Array, "B T D"], Float32[jax.Array, "B T M"], Float32[jax.Array, "B T M M"]
+    ]:
         """[B, T, M * D] -> the sub-layer's input [B, T, D], and post and comb for `post`."""
         with jax.named_scope("hc/pre"):
             return ops.hc_pre(streams, *self._site(), **self._options())
@@ -83,7 +90,8 @@ class HyperHead(nnx.Module):
         self.scale = context.param((1,), (None,), stored="f32", init=init_scale)
         self.cfg, self.numerics = cfg, context.numerics
 
-    def __call__(self, streams: jax.Array) -> jax.Array:
+    @signatures.shaped
+    def __call__(self, streams: Float[jax.Array, "B T MD"]) -> Float[jax.Array, "B T D"]:
         """[B, T, M * D] -> [B, T, D]"""
         with jax.named_scope("hc/head"):
             return ops.hc_head(

@@ -15,7 +15,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Float32, Int32
 
+from pallas_kernels import signatures
 from pallas_kernels.attention import visible_entries, visible_mass
 from pallas_kernels.formats.pages import Pages
 from pallas_kernels.indexer import index_topk, selected_scores, visible_scores
@@ -44,14 +46,15 @@ class Indexer(nnx.Module):
         self.compressor = Compressor(context, compressor, width)
         self.cfg, self.spec, self.numerics = cfg, spec, numerics
 
+    @signatures.shaped
     @jax.named_scope("indexer/queries")
     def queries(
         self,
-        x: jax.Array,  # [B, T, D]
-        latent: jax.Array,  # [B, T, q_lora_rank]
-        positions: jax.Array,  # [B, T]
-    ) -> tuple[jax.Array, jax.Array]:
-        """Queries [B, T, A, I] and the weights of their heads [B, T, A] in float32."""
+        x: Float[jax.Array, "B T D"],
+        latent: Float[jax.Array, "B T q_lora_rank"],
+        positions: Int32[jax.Array, "B T"],
+    ) -> tuple[Float[jax.Array, "B T A I"], Float32[jax.Array, "B T A"]]:
+        """Queries and the weights of their heads."""
         heads, width = self.spec.num_heads, self.spec.head_dim
         q = self.wq_b(latent).reshape(*latent.shape[:2], heads, width)
         q = rotate(q, positions, rope_frequencies(self.cfg, compressed=True))
@@ -85,12 +88,12 @@ class Indexer(nnx.Module):
 
 
 def indexer_loss(
-    queries: jax.Array,  # [B, T, A, I]
-    weights: jax.Array,  # [B, T, A]
-    keys: jax.Array,  # [B, S, I]
-    indices: jax.Array,  # [B, T, K]
-    mass: jax.Array,  # [B, T, K] attention on the selected entries, summed over heads
-    valid: jax.Array | None = None,  # [B, T] bool: queries that are tokens, not padding
+    queries: Float[jax.Array, "B T A I"],
+    weights: Float[jax.Array, "B T A"],
+    keys: Float[jax.Array, "B S I"],
+    indices: Int32[jax.Array, "B T K"],
+    mass: Float[jax.Array, "B T K"],  # attention on the selected entries, summed over heads
+    valid: Bool[jax.Array, "B T"] | None = None,  # queries that are tokens, not padding
 ) -> jax.Array:
     """Mean over queries of KL(attention mass || softmax of scores), both over the selected set.
 
@@ -102,15 +105,15 @@ def indexer_loss(
 
 
 def dense_indexer_loss(
-    queries: jax.Array,  # [B, T, A, I]
-    weights: jax.Array,  # [B, T, A]
-    keys: jax.Array,  # [B, S, I]
-    q: jax.Array,  # [B, T, N, H] of attention, this device's heads
-    entries: jax.Array,  # [B, S, H]
-    log_denominator: jax.Array,  # [B, T, N] of attention to all visible entries
-    positions: jax.Array,  # [B, T]
-    first: jax.Array | None = None,  # [B, T] the first entry of each query's document
-    valid: jax.Array | None = None,  # [B, T] bool: queries that are tokens, not padding
+    queries: Float[jax.Array, "B T A I"],
+    weights: Float[jax.Array, "B T A"],
+    keys: Float[jax.Array, "B S I"],
+    q: Float[jax.Array, "B T N H"],  # of attention, this device's heads
+    entries: Float[jax.Array, "B S H"],
+    log_denominator: Float[jax.Array, "B T N"],  # of attention to all visible entries
+    positions: Int32[jax.Array, "B T"],
+    first: Int32[jax.Array, "B T"] | None = None,  # the first entry of each query's document
+    valid: Bool[jax.Array, "B T"] | None = None,  # queries that are tokens, not padding
     *,
     ratio: int,
     scale: float,

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Float32, Int32
 
+from pallas_kernels import signatures
 from pallas_kernels.formats.quantize import cast
 from sharding import AxisRules, ambient, collectives, summed_axis
 from v4jax.config import RopeConfig, V4Config
@@ -96,7 +98,8 @@ class RMSNorm(nnx.Module):
         self.eps = context.cfg.norm_eps
 
     @jax.named_scope("norm")
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @signatures.shaped
+    def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
         """[..., D] -> [..., D] in the dtype of x."""
         return cast(self.weight[...].astype(jnp.float32) * rms_normalize(x, self.eps), x.dtype)
 
@@ -137,7 +140,8 @@ class Linear(Matrix):
     ):
         super().__init__(context, (in_dim, out_dim), axes, stored="fp8")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @signatures.shaped
+    def __call__(self, x: Float[jax.Array, "*rows in"]) -> Float[jax.Array, "*rows out"]:
         """[..., in] -> [..., out]"""
         summed = summed_axis(self.kernel.axes)
         return self._adapted(x, self.numerics.linear(x, self.kernel[...], summed=summed))
@@ -156,7 +160,8 @@ class WideLinear(Matrix):
         axes = ("embed", None)
         super().__init__(context, (in_dim, out_dim), axes, stored="bf16", parts=parts)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @signatures.shaped
+    def __call__(self, x: Float[jax.Array, "*rows in"]) -> Float32[jax.Array, "*rows out"]:
         """[..., in] -> [..., out] float32"""
         return self._adapted(x, self.numerics.product(x, self.kernel[...]))
 
@@ -206,13 +211,14 @@ def _yarn(frequencies: np.ndarray, rope: RopeConfig, dim: int, theta: float) -> 
     )
 
 
+@signatures.shaped
 def rotate(
-    x: jax.Array,  # [B, T, ..., H]
-    positions: jax.Array,  # [B, T] int32
+    x: Float[jax.Array, "B T *rows H"],
+    positions: Int32[jax.Array, "B T"],
     frequencies: np.ndarray,  # [rope_head_dim / 2]
     *,
     inverse: bool = False,
-) -> jax.Array:
+) -> Float[jax.Array, "B T *rows H"]:
     """Rotates the last `rope_head_dim` channels, in interleaved pairs; float32 inside."""
     dim = 2 * len(frequencies)
     angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, dim / 2]

@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Float32, Int, Int32
 
+from pallas_kernels import signatures
 from sharding import DECODE, AxisRules, collectives
 from v4jax.config import LayerSpec, V4Config
 from v4jax.nn.attention import Attention
@@ -322,7 +324,8 @@ class Transformer(nnx.Module):
             "model.variant(cfg) gives one with the same weights."
         )
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    @signatures.shaped
+    def __call__(self, tokens: Int[jax.Array | np.ndarray, "B T"]) -> Float32[jax.Array, "B T V"]:
         """Token ids [B, T] -> logits [B, T, V] in float32, whole sequences from position 0.
 
         A model that lies on a mesh computes there. Its axes have to divide B and T.
@@ -338,7 +341,7 @@ class Transformer(nnx.Module):
                 return self._over_mesh(jnp.asarray(tokens))
         arrays = (tokens, self.embed.table[...])
         if any(isinstance(array, jax.core.Tracer) for array in arrays):
-            return self._logits_of(tokens)
+            return self._logits_of(jnp.asarray(tokens))
         return _compiled(self, jnp.asarray(tokens))
 
     def _logits_of(self, tokens: jax.Array) -> jax.Array:
@@ -369,14 +372,15 @@ class Transformer(nnx.Module):
 
         return rendering_parts.text(repr(self))
 
+    @signatures.shaped
     def trunk(
         self,
-        tokens: jax.Array,
+        tokens: Int[jax.Array, "B T"],
         documents: Documents | None = None,
         choices: Choices = Choices(),
         *,
         remat: bool = False,
-    ) -> tuple[jax.Array, tuple[tuple[BlockStats, ...], ...]]:
+    ) -> tuple[Float[jax.Array, "B T MD"], tuple[tuple[BlockStats, ...], ...]]:
         """All layers: streams [B, T, M * D] and per stage and block the stats [repeats, ...].
 
         Args:
@@ -396,7 +400,10 @@ class Transformer(nnx.Module):
             stats.append(one)
         return streams, tuple(stats)
 
-    def extend(self, tokens: jax.Array, counts: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    @signatures.shaped
+    def extend(
+        self, tokens: Int[jax.Array, "B T"], counts: Int32[jax.Array, " B"], cache: Cache
+    ) -> tuple[Float[jax.Array, "B T MD"], Cache]:
         """Feeds a chunk of tokens after what the cache holds.
 
         Args:
@@ -499,38 +506,44 @@ class Transformer(nnx.Module):
         parts = num_batch_parts(DECODE)
         return init_cache(self.cfg, self.numerics, batch, capacity, format, parts=parts)
 
-    def embedding(self, tokens: jax.Array) -> jax.Array:
-        """[B, T] -> [B, T, D]"""
+    @signatures.shaped
+    def embedding(self, tokens: Int[jax.Array, "B T"]) -> Float[jax.Array, "B T D"]:
+        """The rows of token ids."""
         rows = self.embed.rows(tokens)
         if self.as_released:
             rows = rounded(rows, self.embed.table.stored)
         return rows.astype(self.numerics.dtype)
 
-    def streams(self, x: jax.Array) -> jax.Array:
+    @signatures.shaped
+    def streams(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T MD"]:
         """[B, T, D] -> [B, T, M * D]: every stream starts as the embedding."""
         return jnp.tile(x, (1, 1, self.cfg.num_streams))
 
-    def hidden(self, streams: jax.Array) -> jax.Array:
+    @signatures.shaped
+    def hidden(self, streams: Float[jax.Array, "B T MD"]) -> Float[jax.Array, "B T D"]:
         """Streams [B, T, M * D] of the last layer -> normalised hidden states [B, T, D]."""
         norm = gathered(self.norm, streams.dtype, as_released=self.as_released)
         return norm(self.hc_head(streams))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [B, T, D] -> logits [B, T, V] in float32."""
+    @signatures.shaped
+    def logits(self, hidden: Float[jax.Array, "*rows D"]) -> Float32[jax.Array, "*rows V"]:
+        """Hidden states -> logits."""
         return collectives.all_gather(self.local_logits(hidden), "vocab", axis=-1)
 
-    def local_logits(self, hidden: jax.Array) -> jax.Array:
+    @signatures.shaped
+    def local_logits(self, hidden: Float[jax.Array, "*rows D"]) -> Float32[jax.Array, "*rows V"]:
         """`logits` of this device's part of the vocabulary."""
         with jax.named_scope("head"):
             return self.head.products(hidden, as_released=self.as_released)
 
+    @signatures.shaped
     def mtp_hidden(
         self,
-        streams: jax.Array,
-        next_tokens: jax.Array,
+        streams: Float[jax.Array, "B T MD"],
+        next_tokens: Int[jax.Array, "B T"],
         depth: int = 0,
         documents: Documents | None = None,
-    ) -> tuple[jax.Array, BlockStats]:
+    ) -> tuple[Float[jax.Array, "B T D"], BlockStats]:
         """Hidden states [B, T, D] that predict the token after `next_tokens` [B, T]."""
         if not 0 <= depth < len(self.mtp):
             raise ValueError(f"depth={depth}: this model has {len(self.mtp)} MTP blocks.")

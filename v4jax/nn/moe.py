@@ -17,7 +17,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Float32, Int32
 
+from pallas_kernels import signatures
 from pallas_kernels.formats.quantize import cast
 from pallas_kernels.grouped_matmul import swiglu
 from sharding import collectives
@@ -74,14 +76,15 @@ class Router(nnx.Module):
         self.table = table() if spec.hash_routed else None
         self.moe, self.align = moe, alignment(cfg)
 
+    @signatures.shaped
     def __call__(
         self,
-        x: jax.Array,  # [B, T, D]
-        tokens: jax.Array,  # [B, T] int32
+        x: Float[jax.Array, "B T D"],
+        tokens: Int32[jax.Array, "B T"],
         documents: Documents | None = None,
-        chosen: jax.Array | None = None,  # [B, T, K] int32, see `Choices`
-    ) -> tuple[jax.Array, jax.Array, RouterStats]:
-        """Experts [B, T, K] int32, weights [B, T, K] float32, and statistics."""
+        chosen: Int32[jax.Array, "B T K"] | None = None,  # see `Choices`
+    ) -> tuple[Int32[jax.Array, "B T K"], Float32[jax.Array, "B T K"], RouterStats]:
+        """Experts, their weights, and statistics."""
         scores = self.scores(x)
         if self.table is not None:
             experts = jnp.take(self.table[...], tokens, axis=0)
@@ -164,14 +167,15 @@ class MoE(nnx.Module):
         self.shared = SharedExpert(context)
         self.limit, self.numerics = moe.swiglu_limit, context.numerics
 
+    @signatures.shaped
     def __call__(
         self,
-        x: jax.Array,
-        tokens: jax.Array,
+        x: Float[jax.Array, "B T D"],
+        tokens: Int32[jax.Array, "B T"],  # for hash routing
         documents: Documents | None = None,
-        chosen: jax.Array | None = None,
-    ) -> tuple[jax.Array, RouterStats]:
-        """x [B, T, D] and token ids [B, T] (for hash routing); `chosen` [B, T, K] of `Choices`."""
+        chosen: Int32[jax.Array, "B T K"] | None = None,  # see `Choices`
+    ) -> tuple[Float[jax.Array, "B T D"], RouterStats]:
+        """The sum of each token's experts and of the shared one."""
         with jax.named_scope("moe/route"):
             experts, weights, stats = self.router(x, tokens, documents, chosen)
         with jax.named_scope("moe/experts"):
@@ -228,7 +232,8 @@ class SharedExpert(nnx.Module):
         self.w3 = Linear(context, dim, hidden, up)
         self.limit = context.cfg.moe.swiglu_limit
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @signatures.shaped
+    def __call__(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
         """[B, T, D] -> [B, T, D]"""
         x = collectives.copy_to(x, "expert_dim")
         return self.w2(cast(swiglu(self.w1(x), self.w3(x), self.limit), x.dtype))

@@ -14,7 +14,9 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float32, Int32
 
+from pallas_kernels import signatures
 from sharding import collectives
 from v4jax.config import V4Config
 from v4jax.nn.choices import Choices
@@ -127,20 +129,21 @@ def shifted(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
 
 
+@signatures.shaped
 def training_loss(
     model: Transformer,
-    inputs: jax.Array,  # [B, T] int32
-    following: jax.Array,  # [B, T] the tokens after them
-    after: jax.Array,  # [B, T] and those after these
+    inputs: Int32[jax.Array, "B T"],
+    following: Int32[jax.Array, "B T"],  # the tokens after them
+    after: Int32[jax.Array, "B T"],  # and those after these
     weights: LossWeights = LossWeights(),
     *,
     remat: bool = True,
-    loss_weights: jax.Array | None = None,  # [B, T] float32, of `following`
-    after_weights: jax.Array | None = None,  # [B, T] float32, of `after`
+    loss_weights: Float32[jax.Array, "B T"] | None = None,  # of `following`
+    after_weights: Float32[jax.Array, "B T"] | None = None,  # of `after`
     documents: Documents | None = None,
     choices: Choices = Choices(),
     shares: Counts | None = None,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[Float32[jax.Array, ""], Metrics]:
     """Loss of predicting the following tokens and, by MTP, those after them.
 
     Cross entropies are weighted means over all targets. A target of -100 (`IGNORED`) has weight 0; MTP,
