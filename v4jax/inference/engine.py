@@ -28,11 +28,13 @@ from v4jax.inference import prefix_files
 from v4jax.inference.ahead import CompiledAhead
 from v4jax.inference.completions import Completions, Prompt
 from v4jax.inference.grammar import Grammar, GrammarError, Matchers
+from v4jax.inference.holdings import Holdings
 from v4jax.inference.ledger import Ledger
 from v4jax.inference.prefix import PIECE, Prefixes
+from v4jax.inference.programs import Programs
 from v4jax.inference.requests import AdapterRow, EngineFullError, Request
 from v4jax.inference.sampling import Sampling
-from v4jax.inference.scheduler import Programs, Scheduler
+from v4jax.inference.scheduler import Scheduler
 from v4jax.inference.steps import (
     MOST_STEPS,
     STOP_SLOTS,
@@ -154,18 +156,19 @@ class Engine(Completions):
             empty = functools.partial(empty_slots, model, slots, pages, cache)
             made = jax.jit(empty, out_shardings=self._rows)()
         ledger = Ledger(pages, parts)
-        scheduler = Scheduler(
-            self._programs(),
-            made,
-            ledger,
-            Prefixes(ledger, prefixes),
+        is_shared = jax.process_count() > 1
+        self._holdings = Holdings(
+            *(self._programs(), made, ledger, Prefixes(ledger, prefixes)),
             parts=parts,
+            max_length=self.cfg.max_length,
+            host_bytes=0 if is_shared else host_bytes,
+        )
+        scheduler = Scheduler(
+            self._holdings,
             chunks=self.chunks,
             budget=self.chunks[-1],
             steps_per_call=steps_per_call,
-            max_length=self.cfg.max_length,
-            host_bytes=host_bytes,
-            is_shared=jax.process_count() > 1,
+            is_shared=is_shared,
         )
         super().__init__(scheduler)
         self._numbers = itertools.count()
@@ -312,14 +315,14 @@ class Engine(Completions):
           RuntimeError: the engine's thread has failed.
         """
         self._require_working()
-        scheduler = self._scheduler
+        scheduler, held = self._scheduler, self._holdings
         return EngineStats(
             queued=len(self._inbox) + len(scheduler.waiting),
-            running=sum(request is not None for request in scheduler.in_slot),
-            slots=len(scheduler.in_slot),
-            pages=scheduler.ledger.total,
-            pages_used=scheduler.ledger.used,
-            prefixes=len(scheduler.prefixes),
+            running=sum(request is not None for request in held.in_slot),
+            slots=len(held.in_slot),
+            pages=held.ledger.total,
+            pages_used=held.ledger.used,
+            prefixes=len(held.prefixes),
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
             generated_tokens=scheduler.generated_tokens,
@@ -352,13 +355,13 @@ class Engine(Completions):
                 f"the prompt has {request.prompt_length} tokens: expected {PIECE + 1} or more."
             )
         self.run_until_idle()
-        scheduler = self._scheduler
-        found = (scheduler.find_prefix(part, request) for part in range(scheduler.parts))
+        held = self._holdings
+        found = (held.find_prefix(part, request) for part in range(held.parts))
         part, prefix = max(enumerate(found), key=lambda one: one[1].length if one[1] else 0)
         if prefix is None:
             raise ValueError("this engine keeps no prefixes: expected prefixes=1 or more.")
         digest = request._digests[prefix.length // PIECE - 1]
-        prefix_files.write(path, scheduler.store(part, prefix), digest, self._model_digest())
+        prefix_files.write(path, held.store(part, prefix), digest, self._model_digest())
         return prefix.length
 
     def load_prefix(self, path: str | os.PathLike) -> int:
@@ -372,13 +375,13 @@ class Engine(Completions):
           OSError: it cannot be read.
         """
         self._require_own_loop()
-        scheduler = self._scheduler
-        cache = scheduler.slots.cache
+        held = self._holdings
+        cache = held.slots.cache
         tree = jax.tree.structure((cache.states, cache.pools))
         stored, digest = prefix_files.read(path, tree, self._model_digest())
         self._grow_for(stored.length)
-        for part in range(scheduler.parts):
-            if scheduler.bring_back(part, digest, stored) is None:
+        for part in range(held.parts):
+            if held.bring_back(part, digest, stored) is None:
                 raise ValueError(f"the cache has no room for the {stored.length} tokens of {path}.")
         return stored.length
 
@@ -405,25 +408,25 @@ class Engine(Completions):
         if self._channel is not None:
             raise ValueError("prefixes of an engine that leads others cannot be forgotten.")
         with self._turn:
-            self._scheduler.prefixes.clear()
+            self._holdings.prefixes.clear()
 
     def _grow_for(self, needed: int) -> None:
         """Larger pools, if so many tokens of one request are more than they have room for."""
-        scheduler = self._scheduler
+        held = self._holdings
         if not self._grows or needed <= self._cache_tokens:
             return
         while self._cache_tokens < needed:
             self._cache_tokens *= 2
         pages = pool_pages(self.cfg, self._cache_tokens, self._sequences)
-        count, parts = len(scheduler.in_slot), scheduler.parts
+        count, parts = len(held.in_slot), held.parts
         shape = count, pages, dict[int, jax.Array](), self.cfg.max_length, self._format
 
         def grown(slots: Slots) -> Slots:
             return _filled(slots, empty_cache(self.cfg, self._numerics, *shape, parts=parts))
 
         with self._on_mesh():
-            scheduler.slots = jax.jit(grown, out_shardings=self._rows)(scheduler.slots)
-        scheduler.ledger.grow(pages)
+            held.slots = jax.jit(grown, out_shardings=self._rows)(held.slots)
+        held.ledger.grow(pages)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return on_mesh(self._mesh)
