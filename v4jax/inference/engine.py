@@ -19,7 +19,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 
 from sharding import DECODE, PREFILL
@@ -30,6 +29,7 @@ from v4jax.inference.completions import Completions, Prompt
 from v4jax.inference.grammar import Grammar, GrammarError, Matchers
 from v4jax.inference.holdings import Holdings
 from v4jax.inference.ledger import Ledger
+from v4jax.inference.parts import place, spread
 from v4jax.inference.prefix import PIECE, Prefixes
 from v4jax.inference.programs import Programs
 from v4jax.inference.requests import AdapterRow, EngineFullError, Request
@@ -92,7 +92,7 @@ class Engine(Completions):
       steps_per_call: tokens that a slot generates between two looks of the host, where nobody waits.
       queue: requests that may wait; None: any number.
       prefixes: that are kept for requests which begin with the same tokens; 0: none.
-      host_bytes: host memory for prefixes that had to leave the devices.
+      host_bytes: host memory for prefixes that had to leave the devices, of every process alike.
       adapters: by name, folders of LoRA adapters that requests may have (`v4jax.checkpoint.adapters`).
         All are on the devices, and a step computes every row with its own (`v4jax.nn.adapter_rows`).
 
@@ -156,19 +156,17 @@ class Engine(Completions):
             empty = functools.partial(empty_slots, model, slots, pages, cache)
             made = jax.jit(empty, out_shardings=self._rows)()
         ledger = Ledger(pages, parts)
-        is_shared = jax.process_count() > 1
         self._holdings = Holdings(
-            *(self._programs(), made, ledger, Prefixes(ledger, prefixes)),
+            *(self._programs(parts), made, ledger, Prefixes(ledger, prefixes)),
             parts=parts,
             max_length=self.cfg.max_length,
-            host_bytes=0 if is_shared else host_bytes,
+            host_bytes=host_bytes,
         )
         scheduler = Scheduler(
             self._holdings,
             chunks=self.chunks,
             budget=self.chunks[-1],
             steps_per_call=steps_per_call,
-            is_shared=is_shared,
         )
         super().__init__(scheduler)
         self._numbers = itertools.count()
@@ -190,7 +188,7 @@ class Engine(Completions):
         if len(self.chunks) > 2:
             raise ValueError(f"chunks={self.chunks}: expected one or two sizes.")
 
-    def _programs(self) -> Programs:
+    def _programs(self, parts: int) -> Programs:
         """The steps, on the mesh and with the model's arrays."""
 
         def bound(step: Callable, *first) -> Callable:
@@ -200,11 +198,7 @@ class Engine(Completions):
 
             return call
 
-        def placed(array: np.ndarray) -> jax.Array:
-            # A copy: on a CPU jax may read the array itself, which the scheduler goes on to change.
-            return jax.device_put(np.array(array), self._rows)
-
-        steps, is_one = self._slot_steps, jax.process_count() == 1
+        steps, rows = self._slot_steps, self._rows
         return Programs(
             prefill=bound(self._prefill, self.leaves),
             decode=CompiledAhead(self._decode, self._on_mesh, self.leaves),
@@ -216,8 +210,8 @@ class Engine(Completions):
             put_rows=bound(steps.put_rows),
             read_pages=bound(steps.read_pages),
             write_pages=bound(steps.write_pages),
-            place=placed if is_one else np.asarray,
-            fetch=jax.device_get,
+            place=functools.partial(place, rows=rows),
+            spread=functools.partial(spread, parts=parts, rows=rows),
         )
 
     # Requests -------------------------------------------------------------------------------------

@@ -9,12 +9,11 @@ Which request enters, and which has to leave, is the scheduler's affair.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
 from v4jax.inference.ledger import Held, Ledger
+from v4jax.inference.parts import fetch_row
 from v4jax.inference.prefix import EVERY, PIECE, HostPrefixes, Prefix, Prefixes, Stored
 from v4jax.inference.programs import Programs
 from v4jax.inference.requests import Request, Stage
@@ -112,7 +111,7 @@ class Holdings:
                 self.leave(request)
                 return False
             width, *held = request._held
-            rows, pages = self.for_all(held)
+            rows, pages = self.run.spread(held)
             self.slots = self.run.write_pages(self.slots, self._tables.of_width(width), one, pages)
             self.slots = self.run.put_rows(self.slots, one, rows)
             request._held, request._stage = None, Stage.DECODING
@@ -143,7 +142,7 @@ class Holdings:
             width = self._tables.width(len(request.prompt) + len(request.tokens))
             pages = self.run.read_pages(self.slots, self._tables.of_width(width), slot)
             rows = self.run.take_rows(self.slots, slot)
-            request._held = width, *self._own(self.part(request._slot), (rows, pages))
+            request._held = width, *fetch_row((rows, pages), self.part(request._slot))
         self.leave(request)
 
     def leave(self, request: Request) -> None:
@@ -259,7 +258,7 @@ class Holdings:
         """A copy of a part's prefix in host memory."""
         tables, slot = self._tables_of_pages(part, prefix.pages, prefix.length)
         pages = self.run.read_pages(self.slots, tables, slot)
-        return Stored(prefix.length, prefix.wide, *self._own(part, (prefix.state, pages)))
+        return Stored(prefix.length, prefix.wide, *fetch_row((prefix.state, pages), part))
 
     def bring_back(self, part: int, digest: bytes, stored: Stored) -> Prefix | None:
         """The inverse: a prefix of a part again; None if there are no pages for it."""
@@ -268,7 +267,7 @@ class Holdings:
         if pages is None:
             return None
         tables, slot = self._tables_of_pages(part, pages, stored.length)
-        state, content = self.for_all((stored.state, stored.pages))
+        state, content = self.run.spread((stored.state, stored.pages))
         self.slots = self.run.write_pages(self.slots, tables, slot, content)
         prefix = Prefix(stored.length, stored.wide, pages, state)
         self.prefixes.add(part, digest, prefix)
@@ -279,13 +278,3 @@ class Holdings:
         """Tables with these pages in the first slot of a part, and that slot."""
         slot = part * self._per_part
         return self._tables.of_pages(slot, pages, length), self.one_each([slot])
-
-    # Host memory ----------------------------------------------------------------------------------
-
-    def _own(self, part: int, arrays: Any) -> Any:
-        """A part's rows of arrays [G, ...], in host memory: [1, ...]."""
-        return jax.tree.map(lambda x: x[part : part + 1], self.run.fetch(arrays))
-
-    def for_all(self, arrays: Any) -> Any:
-        """The inverse, for steps that take the row of whichever part they write to."""
-        return jax.tree.map(lambda x: np.repeat(x, self.parts, axis=0), arrays)

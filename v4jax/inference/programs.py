@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from v4jax.inference.ahead import CompiledAhead
@@ -24,5 +25,5 @@ class Programs:
     put_rows: Callable[..., Slots]
     read_pages: Callable[..., Any]
     write_pages: Callable[..., Slots]
-    place: Callable[[np.ndarray], Any]  # an array with a row a slot, on the devices
-    fetch: Callable[[Any], Any]  # arrays of the devices as NumPy
+    place: Callable[[np.ndarray], jax.Array]  # an array with a row a slot, on the devices
+    spread: Callable[[Any], Any]  # rows [1, ...] in host memory as arrays [G, ...]

@@ -22,6 +22,7 @@ import dataclasses
 import time
 from collections.abc import Collection, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from v4jax.inference.grammar import GrammarError
@@ -49,7 +50,6 @@ class Scheduler:
       chunks: tokens of the compiled prefill chunks, the narrow and the wide ones, or one for both.
       budget: tokens of prompts that a step feeds.
       steps_per_call: tokens a slot that a call of decode generates at most where nobody waits.
-      is_shared: whether several processes run these steps, so that nothing can be copied to a host.
     """
 
     def __init__(
@@ -59,14 +59,13 @@ class Scheduler:
         chunks: Sequence[int],
         budget: int,
         steps_per_call: int,
-        is_shared: bool = False,
     ):
         self.holdings, self.run = holdings, holdings.run
         self.waiting: list[Request] = []
         self.preemptions = self.steps = self.row_steps = 0
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self._chunks, self._budget = chunks, budget
-        self._steps_per_call, self._is_shared = steps_per_call, is_shared
+        self._steps_per_call = steps_per_call
         slots, self._vocab = holdings.slots.logits.shape
         self._cancelled = np.zeros(slots, bool)
         self._everything = np.full((slots, num_words(self._vocab)), EVERYTHING)
@@ -134,8 +133,6 @@ class Scheduler:
         Only a request of lower priority, and where it is of use: without all of those in its part there
         are the pages.
         """
-        if self._is_shared:
-            return False
         tokens = self._first_tokens(request)
         useful = [part for part in parts if self.holdings.would_fit(request, part, tokens)]
         lower = [r for r in self.holdings.in_parts(useful) if r.priority < request.priority]
@@ -147,16 +144,12 @@ class Scheduler:
         self._put_out(max(lower, key=lambda r: r._order), events)
         return True
 
-    def _needed(self, request: Request, tokens: int) -> int:
-        """Tokens to have pages for: all at once where nobody can leave its slot later."""
-        return request._most if self._is_shared else min(tokens, request._most)
-
     def _first_tokens(self, request: Request) -> int:
         """Tokens to have pages for when it enters a slot."""
         if request._held is None:
-            return self._needed(request, len(request.prompt) + 1)
+            return min(len(request.prompt) + 1, request._most)
         tokens = len(request.prompt) + len(request.tokens)
-        return self._needed(request, tokens + self._steps_per_call)
+        return min(tokens + self._steps_per_call, request._most)
 
     def _decode(self, events: dict[int, Request]) -> bool:
         """A call for all slots that decode; False if there are none."""
@@ -175,7 +168,7 @@ class Scheduler:
         for request in rows:
             if request._stage is not Stage.DECODING:
                 continue  # it had to leave for another one
-            while not self.holdings.reserve(request, self._needed(request, _reach(request, count))):
+            while not self.holdings.reserve(request, _reach(request, count)):
                 self._make_room(request, events)
                 if request._stage is not Stage.DECODING:
                     break
@@ -184,7 +177,7 @@ class Scheduler:
         if not rows:
             return False
         held = self.holdings
-        tables = held.tables_for(rows, lambda r: min(_reach(r, count), r._most))
+        tables = held.tables_for(rows, lambda r: _reach(r, count))
         output, held.slots = self.run.decode(
             held.slots, tables, np.int32(count), self._cancelled.copy(), allowed
         )
@@ -269,7 +262,7 @@ class Scheduler:
     def _prepare_decode(self, requests: Sequence[Request]) -> None:
         """Compiles decode for what is being fed, unless it has been, while prefill is compiled and runs."""
         held = self.holdings
-        width = held.width(max(min(_reach(r, 1), r._most) for r in requests))
+        width = held.width(max(_reach(r, 1) for r in requests))
         if width in self._prepared:
             return
         self._prepared.add(width)
@@ -301,7 +294,7 @@ class Scheduler:
             held.slots.requests.stop_ids.shape[1],
         )
         slot = held.one_each([request._slot])
-        held.slots = self.run.start(held.slots, slot, held.for_all(rows))
+        held.slots = self.run.start(held.slots, slot, self.run.spread(rows))
         self._cancelled[request._slot] = False
         request._stage, request._calls = Stage.DECODING, 0
 
@@ -311,7 +304,7 @@ class Scheduler:
             call = self._calls.popleft()
             tokens = np.asarray(call.output.tokens)
             wanted = [r for r in call.requests.values() if r.sampling.logprobs is not None]
-            logprobs = self.run.fetch(call.output) if wanted else None
+            logprobs = jax.device_get(call.output) if wanted else None
             self.row_steps += len(self._cancelled) * call.count
             for slot, request in call.requests.items():
                 request._in_flight -= call.count
@@ -356,4 +349,5 @@ class Scheduler:
 
 def _reach(request: Request, count: int) -> int:
     """Tokens that it may have in the cache after a call of so many steps."""
-    return len(request.prompt) + len(request.tokens) + request._in_flight + count
+    has = len(request.prompt) + len(request.tokens) + request._in_flight
+    return min(has + count, request._most)
