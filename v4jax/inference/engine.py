@@ -370,8 +370,7 @@ class Engine(Completions):
         """
         self._require_own_loop()
         held = self._holdings
-        cache = held.slots.cache
-        tree = jax.tree.structure((cache.states, cache.pools))
+        tree = jax.tree.structure((held.slots.states, held.slots.cache.pools))
         stored, digest = prefix_files.read(path, tree, self._model_digest())
         self._grow_for(stored.length)
         for part in range(held.parts):
