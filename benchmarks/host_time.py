@@ -7,13 +7,15 @@ The arguments are those of the engine's decode step for Flash's 43 layers in nan
 as released: weights, slots and tables. The program takes them all, computes new lengths and gives the
 slots back, so what is left is the host: flattening arguments and handing buffers to every device. Beside them
 what weights alone and slots alone take, and the slots with every sum of an open window in an array of its
-own. Of the time on the clock, and of the processor time of the calling thread and of the whole process, the
-least of so many calls: other work on the machine adds to all of them. The devices are idle.
+own. The devices are idle. Of time on the clock the median and the least of so many calls, and the least of the
+processor time of the calling thread and of the whole process: other work on the machine adds to all of them,
+and calls of all rows take turns.
 """
 
 import argparse
 import dataclasses
 import os
+import statistics
 import time
 
 
@@ -59,17 +61,14 @@ def main() -> None:
 
     clocks = (time.perf_counter, time.thread_time, time.process_time)
 
-    def least(call) -> list[float]:
-        """Milliseconds of a call by each clock; the process's time is up to the call's end."""
-        times = []
-        for _ in range(args.calls):
-            started = [clock() for clock in clocks]
-            result = call()
-            taken = [clock() - begin for clock, begin in zip(clocks, started)]
-            jax.block_until_ready(result)
-            taken[2] = time.process_time() - started[2]
-            times.append(taken)
-        return [min(column) * 1e3 for column in zip(*times)]
+    def timed(call) -> list[float]:
+        """Seconds by each of `clocks`; the process's are up to the end of the call's program."""
+        started = [clock() for clock in clocks]
+        result = call()
+        taken = [clock() - begin for clock, begin in zip(clocks, started)]
+        jax.block_until_ready(result)
+        taken[2] = time.process_time() - started[2]
+        return taken
 
     with jax.set_mesh(mesh):
         step = jax.jit(whole, donate_argnums=(1,), keep_unused=True)
@@ -97,19 +96,23 @@ def main() -> None:
         apart = jax.jit(states_apart)(slots)
         copies = [jax.tree.map(jnp.copy, tree) for tree in (slots, apart)]  # each is donated
         print(f"{len(layers)} layers, {args.devices} devices")
-        print("| what | arrays | ms a call | of its thread | of all threads |")
-        print("|---|---|---|---|---|")
-        for name, tree, call in (
+        print("| what | arrays | ms a call, median | least | of its thread | of all threads |")
+        print("|---|---|---|---|---|---|")
+        rows = (
             ("weights, slots and tables", (leaves, slots, rest), whole_of(slots)),
             ("the same, sums of windows apart", (leaves, apart, rest), whole_of(apart)),
             ("slots alone, given back", slots, slots_of(copies[0])),
             ("the same, sums of windows apart", apart, slots_of(copies[1])),
             ("weights alone", leaves, lambda: read(leaves)),
-        ):
-            count = len(jax.tree.leaves(tree))
+        )
+        counts = [len(jax.tree.leaves(tree)) for _, tree, _ in rows]
+        for _, _, call in rows:  # compiles
             call()
-            times = " | ".join(f"{ms:.2f}" for ms in least(call))
-            print(f"| {name} | {count} | {times} |", flush=True)
+        times = [[timed(call) for _, _, call in rows] for _ in range(args.calls)]
+        for (name, *_), count, taken in zip(rows, counts, zip(*times)):
+            found = [statistics.median(one[0] for one in taken), *map(min, zip(*taken))]
+            shown = " | ".join(f"{seconds * 1e3:.2f}" for seconds in found)
+            print(f"| {name} | {count} | {shown} |")
 
 
 if __name__ == "__main__":

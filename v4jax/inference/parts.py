@@ -6,6 +6,7 @@ the row can go back into any part.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,10 +25,10 @@ def fetch_row(arrays: Any, part: int) -> Any:
       arrays: a tree of them; all lie on devices of the same processes, which call this together.
     """
     leaves, tree = jax.tree.flatten(arrays)
-    own = [_own_row(leaf, part) for leaf in leaves]
-    if leaves and not all(leaf.is_fully_addressable for leaf in leaves):
-        own = _from_owner(leaves, own, part)
-    return jax.tree.unflatten(tree, own)
+    rows: Sequence[np.ndarray | None] = [_own_row(leaf, part) for leaf in leaves]
+    if not all(leaf.is_fully_addressable for leaf in leaves):
+        rows = _from_owner(leaves, rows, part)
+    return jax.tree.unflatten(tree, rows)
 
 
 def spread(arrays: Any, parts: int, rows: jax.sharding.Sharding | None) -> Any:
@@ -66,7 +67,7 @@ def _own_row(array: jax.Array, part: int) -> np.ndarray | None:
 
 
 def _from_owner(
-    leaves: list[jax.Array], own: list[np.ndarray | None], part: int
+    leaves: Sequence[jax.Array], own: Sequence[np.ndarray | None], part: int
 ) -> list[np.ndarray]:
     """The rows, from the process of the first device that has them."""
     shapes = [(1, *leaf.shape[1:]) for leaf in leaves]
@@ -87,5 +88,5 @@ def _from_owner(
 
 def _owner(array: jax.Array, part: int) -> int:
     """The process whose row it is: the same answer on all of them."""
-    places = array.sharding.devices_indices_map(array.shape)
+    places: dict[Any, Any] = dict(array.sharding.devices_indices_map(array.shape))
     return next(device.process_index for device, at in places.items() if (at[0].start or 0) == part)
