@@ -34,7 +34,7 @@ def main() -> None:
     model = v4jax.load("nano", v4jax.released())
     most = args.room or max(args.lengths) + DECODED + 1
     engine = Engine(model, slots=1, cache_tokens=most + 1024, prefixes=0)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._scheduler.slots.cache.pools))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._holdings.slots.cache.pools))
     print(f"{model.cfg.name}, room for {most} tokens: {held / 2**20:.0f} MiB of pages")
     print("| tokens | prompt s | tokens/s | ms a decoded token | peak memory GiB |")
     print("|---|---|---|---|---|")
@@ -51,7 +51,7 @@ def main() -> None:
         started = time.monotonic()
         while engine.slots[0].state != "decode":
             engine.step()
-        jax.block_until_ready(engine._scheduler.slots.logits)
+        jax.block_until_ready(engine._holdings.slots.logits)
         prompt = time.monotonic() - started
         engine.run_until_idle()
         token = (request.finished_at - request.first_token_at) / (len(request.tokens) - 1)

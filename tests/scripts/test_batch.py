@@ -3,16 +3,19 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
+import types
 
 import jax
 import pytest
 
-from tests.conftest import free_port
+from tests.conftest import GOLDEN, NANO, free_port
 from tests.models import small_nano
 from tests.scripts.test_scripts import run, start
+from tests.v4jax.killed_job import SlowEngine
 from v4jax import checkpoint
 from v4jax.cli import batch
 
@@ -199,6 +202,71 @@ def test_the_recipe_reaches_the_model(requests, tmp_path, monkeypatch):
         batch.main()
 
     assert [n.recipe for n in numerics] == ["bf16"]
+
+
+def two_adapters(folder) -> list[str]:
+    """Options for two adapters that differ in their scale."""
+    for name, alpha in (("emma", 4), ("box", 8)):
+        shutil.copytree(GOLDEN / "hf_adapter", folder / name)
+        config = json.loads((folder / name / "adapter_config.json").read_text())
+        text = json.dumps({**config, "lora_alpha": alpha})
+        (folder / name / "adapter_config.json").write_text(text)
+    return [f"--adapter=emma={folder / 'emma'}", f"--adapter=box={folder / 'box'}"]
+
+
+def test_lines_choose_among_adapters(tmp_path, monkeypatch, capsys):
+    """An unknown name costs its line alone; other adapters, or no names, are another job."""
+    requests, output, given = tmp_path / "in.jsonl", tmp_path / "out.jsonl", []
+    models = ("emma", None, "jane", "nano", "box")
+    lines = [{"prompt": "Emma", "model": model, "seed": 1} for model in models]
+    requests.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    class Engine(SlowEngine):
+        def __init__(self, model, tokenizer, *, adapters, **_):
+            super().__init__(pause=0.0)
+            given.append((model, adapters))
+
+        def stats(self):
+            return types.SimpleNamespace(useful_row_steps=1.0)
+
+    def run_with(*options):
+        given.clear()
+        files = ("--checkpoint", NANO, "--input", requests, "--output", output)
+        monkeypatch.setattr(sys, "argv", ["batch", *map(str, (*files, *options))])
+        batch.main()
+
+    monkeypatch.setattr(batch, "load_for_serving", lambda *_, adapter, **__: adapter)
+    monkeypatch.setattr(batch, "Engine", Engine)
+    named = two_adapters(tmp_path)
+    run_with(*named, "--max-new-tokens", 3)
+
+    assert given == [(None, {name: str(tmp_path / name) for name in ("emma", "box")})]
+    results, errors = ([json.loads(x) for x in text.splitlines()] for text in contents(output))
+    assert [r["line"] for r in results] == [1, 2, 4, 5]
+    emma, none, own, box = (r["text"] for r in results)
+    assert none == own and len({emma, none, box}) == 3
+    assert [(r["line"], r["error"]) for r in errors] == [
+        (3, "model='jane': expected one of nano, emma, box.")
+    ]
+    whole = contents(output)
+    output.write_bytes(whole[0].partition(b"\n")[2])
+    run_with(*named, "--max-new-tokens", 3)
+    assert contents(output) == whole
+
+    for options, message in (
+        ((*named[::-1], "--max-new-tokens", 3), "adapters was .*, is .*"),
+        (("--max-new-tokens", 3), "adapters was .*, is None"),
+        (("--adapter", tmp_path / "box", *named), "box without a name beside another one"),
+        (("--adapter", f"nano={tmp_path / 'box'}"), "the model, or another adapter, has that name"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_with(*options)
+    output = tmp_path / "other.jsonl"
+    folder = tmp_path / "lr=1"
+    shutil.copytree(tmp_path / "box", folder)
+    run_with("--adapter", folder)  # a path, not a name
+    assert given == [(folder, {})]
+    assert "malformed lines: 1, 3, 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

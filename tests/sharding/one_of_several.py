@@ -46,8 +46,20 @@ def _led(engine: Engine) -> list:
         engine.step()
     endless.cancel()
     engine.run_until_idle()
+    requests += _leaving(engine, drawn)
     engine.end()
-    return [[r.tokens, r.finish_reason] for r in requests] + [endless.finish_reason]
+    found = [[r.tokens, r.finish_reason, r.cached_tokens] for r in requests]
+    return [*found, endless.finish_reason, engine.stats().preemptions]
+
+
+def _leaving(engine: Engine, drawn: Sampling) -> list:
+    """Requests that leave their slots for others, and a prefix that left for host memory."""
+    low = [engine.submit([9] * n, drawn, stop_ids=(0,)) for n in (3, 140, 5, 7)]  # all slots
+    while not all(request.tokens for request in low):
+        engine.step()
+    high = [engine.submit([8] * n, drawn, stop_ids=(0,), priority=1) for n in (140, 4)]
+    engine.run_until_idle()
+    return low + high
 
 
 def main() -> None:
@@ -82,11 +94,12 @@ def main() -> None:
         result["restored"], result["step"] = _loss(trainer, restored, stream), step
 
         engine_model = checkpoint.load(CHECKPOINT)
-        engine = Engine(engine_model, chunks=(128,))
+        engine = Engine(engine_model, chunks=(128,), slots=4)
         greedy = Sampling(temperature=0, max_new_tokens=5)
         completions = engine.generate([[5, 6, 7] * 9, [8] * 12], greedy, stop_ids=(0,))
         result["tokens"] = [list(c.tokens) for c in completions]
-        engine = Engine(engine_model, chunks=(128,))
+        # A second prefix puts the first into host memory.
+        engine = Engine(engine_model, chunks=(128,), slots=4, prefixes=1, host_bytes=2**30)
         if NUMBER:
             engine.follow()
         else:

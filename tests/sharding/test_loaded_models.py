@@ -49,7 +49,7 @@ def test_a_step_moves_no_weights(folder, alone, shape):
 
     with engine._on_mesh():
         _, *others = decode_shapes(model, 8, 4096)
-        step = engine._decode.lower(engine.leaves, engine._scheduler.slots, *others)
+        step = engine._decode.lower(engine.leaves, engine._holdings.slots, *others)
         text = step.compile().as_text()
     largest = max(leaf.nbytes for leaf in engine.leaves)
     sent = [found.sent_bytes for found in collectives(text)]
@@ -61,19 +61,19 @@ def test_requests_move_between_the_parts_of_a_mesh(folder, alone, shape):
     """Put out while they decode, they come back into any part; prefixes are of one part each."""
     model = v4jax.load(folder, v4jax.plain(), mesh=make_mesh(**shape))
     engine = Engine(model, chunks=(256,), steps_per_call=1, host_bytes=1 << 30)
-    scheduler = engine._scheduler
+    holdings = engine._holdings
     requests = [engine.submit(prompt, GREEDY, stop_ids=[]) for prompt in PROMPTS * 6]
     for _ in range(200):
         engine.step()
-        decoding = [r for r in scheduler.in_slot if r is not None and r.tokens]
+        decoding = [r for r in holdings.in_slot if r is not None and r.tokens]
         if decoding:
-            scheduler._make_room(decoding[-1], {})
+            engine._scheduler._make_room(decoding[-1], {})
         if not engine.has_work:
             break
     assert engine.stats().preemptions > 3
     for request, expected in zip(requests, alone[0] * 6, strict=True):
         assert tuple(request.tokens) == expected.tokens
-    while any(scheduler.prefixes.evict(part) for part in range(scheduler.parts)):
+    while any(holdings.prefixes.evict(part) for part in range(holdings.parts)):
         pass
     again = engine.submit(PROMPTS[0], GREEDY, stop_ids=[])
     engine.run_until_idle()

@@ -186,6 +186,23 @@ def test_a_number_that_is_none_is_refused_with_the_id_of_its_line(number):
         assert error.value.id == "mine"
 
 
+def test_a_line_chooses_the_model_or_an_adapter_of_it():
+    """As requests of a server do: the model's own name is the model alone."""
+    models = ("nano", "emma", "box")
+    for model, adapter in ((None, None), ("nano", None), ("emma", "emma"), ("box", "box")):
+        line = json.dumps({"prompt": "x", "model": model}).encode()
+        assert parse_request(line, 1, Settings(), models=models).adapter == adapter
+    for model, known, message in (
+        ("jane", models, "model='jane': expected one of nano, emma, box"),
+        (["emma"], models, r"model=\['emma'\]: expected one of nano"),
+        ("nano", (), "model='nano': expected none, since the job names no models"),
+    ):
+        line = json.dumps({"prompt": "x", "id": "mine", "model": model}).encode()
+        with pytest.raises(RequestError, match=message) as error:
+            parse_request(line, 1, Settings(), models=known)
+        assert error.value.id == "mine"
+
+
 def test_a_rendered_prompt_gets_no_second_beginning():
     prompt = encode_messages([USER], "chat")
 
@@ -652,7 +669,14 @@ def test_another_input_is_refused(requests, engine, tokenizer, tmp_path):
 def test_killed_at_any_moment_the_files_are_the_same(tmp_path):
     """Twenty times at a random moment, reading, generating, writing or merging."""
     path, whole, broken = (tmp_path / name for name in ("in", "whole", "broken"))
-    lines = [{"prompt": f"{n} times", "max_new_tokens": 1 + n % 7} for n in range(60)]
+    lines = [
+        {
+            "prompt": f"{n} times",
+            "max_new_tokens": 1 + n % 7,
+            "model": [*killed_job.MODELS, None][n % 4],
+        }
+        for n in range(60)
+    ]
     write(path, *lines[:30], "broken", *lines[30:])
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.v4jax.killed_job"])
@@ -694,8 +718,9 @@ class Scripted:
     def __init__(self, tokens):
         self.tokens, self.running = tokens, []
 
-    def submit(self, prompt, sampling, *, stop_ids, grammar):
-        self.running.append(EngineRequest(len(self.running), prompt, sampling, stop_ids))
+    def submit(self, prompt, sampling, *, stop_ids, grammar, adapter):
+        number = len(self.running)
+        self.running.append(EngineRequest(number, prompt, sampling, stop_ids, adapter=adapter))
         return self.running[-1]
 
     def step(self):

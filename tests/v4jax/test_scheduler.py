@@ -99,7 +99,7 @@ def test_one_by_one_while_others_run(model, alone):
 
 def scarce(engine: Engine, left: dict[int, int]) -> None:
     """Takes all but so many free pages away for good."""
-    ledger = engine._scheduler.ledger
+    ledger = engine._holdings.ledger
     free = {ratio: len(pages) for ratio, pages in ledger._free[0].items()}
     assert ledger.allocate(0, {ratio: free[ratio] - left[ratio] for ratio in left}) is not None
     ledger.pages = {ratio: count + 1 for ratio, count in left.items()}
@@ -169,7 +169,7 @@ def test_prefixes_of_prefixes_and_their_end(model, alone, cached_engine):
         engine.run_until_idle()
     assert request.cached_tokens == 640
     check([request], alone[5:])
-    prefixes, held = engine._scheduler.prefixes, engine.stats().pages_used
+    prefixes, held = engine._holdings.prefixes, engine.stats().pages_used
     assert len(prefixes) >= 4
     while prefixes.evict(0):
         assert engine.stats().pages_used <= held
@@ -204,11 +204,11 @@ def test_which_tokens_go_in_wide_chunks(length, wide):
 
 def test_a_prefix_that_left_for_host_memory_comes_back(model, alone):
     engine = Engine(model, slots=3, chunks=CHUNKS, host_bytes=1 << 30)
-    scheduler = engine._scheduler
+    holdings = engine._holdings
     engine.generate([PROMPTS[5]], Sampling(max_new_tokens=2), stop_ids=[])
-    while scheduler.prefixes.evict(0):
+    while holdings.prefixes.evict(0):
         pass
-    assert engine.stats().pages_used == 0 and scheduler.host.nbytes > 0
+    assert engine.stats().pages_used == 0 and holdings.host.nbytes > 0
     request = engine.submit(PROMPTS[5], SAMPLINGS[5], stop_ids=[])
     engine.run_until_idle()
     assert request.cached_tokens == 1024

@@ -2,7 +2,8 @@
 
     v4jax batch --checkpoint nano --input requests.jsonl --output results.jsonl
 
-A request is a JSON object with `messages` or `prompt`; docs/batch.md lists its keys. Lines that are
+A request is a JSON object with `messages` or `prompt`; docs/batch.md lists its keys. With
+--adapter NAME=FOLDER its key `model` may name that adapter. Lines that are
 no requests are reported in results.jsonl.errors, by number. On several hosts that see one file
 system every process takes a share: give --coordinator, --num-processes and --process-id, or
 --distributed where jax finds these out by itself (TPU pods, Slurm). With a --mesh of all their devices
@@ -11,8 +12,10 @@ they hold one model together.
 
 import argparse
 import dataclasses
+import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,8 +24,8 @@ from tqdm import tqdm
 from v4jax import Numerics, checkpoint, stores
 from v4jax.checkpoint.folders import weight_files
 from v4jax.cli.options import (
-    add_adapter_option,
     add_checkpoint_option,
+    add_named_adapters_option,
     add_numerics_options,
     add_sampling_options,
     command_parser,
@@ -36,7 +39,7 @@ from v4jax.cli.pod import (
     start_processes,
 )
 from v4jax.cli.profiling import add_profile_option, profiled
-from v4jax.cli.serving import load_for_serving
+from v4jax.cli.serving import load_for_serving, named_adapters
 from v4jax.inference.batch import Job, JobError, Settings, merge_files
 from v4jax.inference.batch.files import errors_path, fingerprint
 from v4jax.inference.engine import Engine
@@ -51,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = command_parser("batch", __doc__)
     add_checkpoint_option(parser, required=False)
-    add_adapter_option(parser)
+    add_named_adapters_option(parser, may_be_alone=True)
     parser.add_argument("--input", type=local_folder, metavar="FILE", help="requests, JSON lines")
     parser.add_argument(
         "--output", type=local_folder, metavar="FILE", required=True, help="results, JSON lines"
@@ -79,6 +82,20 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def _adapters(
+    given: Sequence[tuple[str | None, pathlib.Path | str]], model: str
+) -> tuple[pathlib.Path | str | None, dict[str, checkpoint.Adapter]]:
+    """The folder of all requests' adapter, or adapters by the names that lines choose them by."""
+    named = [(name, folder) for name, folder in given if name is not None]
+    alone = [folder for name, folder in given if name is None]
+    if len(alone) > 1 or (alone and named):
+        raise ValueError(
+            f"--adapter {alone[0]} without a name beside another one: expected one FOLDER for all "
+            "requests, or NAME=FOLDER each for lines to choose from."
+        )
+    return alone[0] if alone else None, named_adapters(named, model)
+
+
 def run(args: argparse.Namespace, process: int, count: int) -> int:
     """Does this process's share and returns the number of requests that are still to do."""
     files = [stores.join(args.checkpoint, name) for name in ("config.json", "tokenizer.json")]
@@ -91,8 +108,12 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         "cache": args.cache,
         "mesh": args.mesh,
     }
-    if args.adapter is not None:
-        identity["adapter"] = checkpoint.Adapter(args.adapter).digest.hex()
+    model_name = checkpoint.Checkpoint(args.checkpoint).config.name
+    alone, adapters = _adapters(args.adapter, model_name)
+    if alone is not None:
+        identity["adapter"] = checkpoint.Adapter(alone).digest.hex()
+    if adapters:  # their order too: it decides how the factors lie
+        identity["adapters"] = [[name, one.digest.hex()] for name, one in adapters.items()]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     together: dict[str, Any] = {}
     leads, devices = True, jax.local_devices()
@@ -105,6 +126,7 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         batch_size=args.batch_size,
         identity=identity,
         release=release_of(args.checkpoint),
+        models=(model_name, *adapters),
         process=process,
         count=count,
         **together,
@@ -136,9 +158,15 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
                     context=CONTEXT,
                     batch=args.batch_size,
                     devices=devices,
-                    adapter=args.adapter,
+                    adapter=alone,
                 )
-                engine = Engine(model, tokenizer, slots=args.batch_size, cache=args.cache)
+                engine = Engine(
+                    model,
+                    tokenizer,
+                    slots=args.batch_size,
+                    cache=args.cache,
+                    adapters={name: one.path for name, one in adapters.items()},
+                )
                 started = time.monotonic()
                 with profiled(engine, args.profile):
                     for progress in job.run(engine, tokenizer):

@@ -1,6 +1,7 @@
 """What commands share: how their help looks, and options with one spelling, default and text."""
 
 import argparse
+import functools
 import pathlib
 
 from v4jax import stores
@@ -79,6 +80,35 @@ def add_adapter_option(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a LoRA that the model has, in PEFT's files, or its URL",
     )
+
+
+def add_named_adapters_option(
+    parser: argparse.ArgumentParser, *, may_be_alone: bool = False
+) -> None:
+    """--adapter NAME=FOLDER, several times: [(name, folder), ...].
+
+    Args:
+      may_be_alone: FOLDER without a name is taken too, as (None, folder).
+    """
+    alone = ". FOLDER alone: a LoRA of all requests" if may_be_alone else ""
+    parser.add_argument(
+        "--adapter",
+        type=functools.partial(_adapter, may_be_alone=may_be_alone),
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER" if may_be_alone else "NAME=FOLDER",
+        help="a LoRA that requests ask for by this name, in PEFT's files; may be given several "
+        f"times{alone}",
+    )
+
+
+def _adapter(text: str, *, may_be_alone: bool) -> tuple[str | None, pathlib.Path | str]:
+    name, is_named, folder = text.partition("=")
+    if may_be_alone and (not is_named or "/" in name):  # a path may have the sign too
+        return None, checkpoint_folder(text)
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FOLDER.")
+    return name, checkpoint_folder(folder)
 
 
 def add_numerics_options(

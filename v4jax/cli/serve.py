@@ -5,9 +5,9 @@
     v4jax serve --checkpoint DIR --adapter emma=runs/a/adapter --adapter box=runs/b/adapter
 
 It answers at /v1/chat/completions and /v1/completions, says how it is at /health and /metrics, and
-shows the page at /. docs/serving.md lists the fields. Requests name an adapter in the field `model`. With an API key (--api-key, or better the
-environment variable V4JAX_API_KEY) everything under /v1 asks for it. SIGTERM and Ctrl-C let requests
-finish for --grace seconds.
+shows the page at /. docs/serving.md lists the fields. Requests name an adapter in the field `model`. With
+an API key (--api-key, or better the environment variable V4JAX_API_KEY) everything under /v1 asks for it.
+SIGTERM and Ctrl-C let requests finish for --grace seconds.
 
 On several hosts the same command runs on each, with one mesh over all their devices (docs/tpu_pod.md):
 
@@ -16,46 +16,30 @@ On several hosts the same command runs on each, with one mesh over all their dev
 Process 0 listens, and the others do its steps until it ends.
 """
 
-import argparse
 import os
-import pathlib
 import sys
 
 from v4jax import Numerics, checkpoint
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
     add_checkpoint_option,
+    add_named_adapters_option,
     add_numerics_options,
-    checkpoint_folder,
     command_parser,
 )
 from v4jax.cli.pod import add_pod_arguments, parse_pod_args, start_processes
 from v4jax.cli.profiling import add_profile_option, profiled
-from v4jax.cli.serving import load_for_serving
+from v4jax.cli.serving import load_for_serving, named_adapters
 from v4jax.inference.engine import Engine
 from v4jax.text.format import MODES, resolve_mode
 from v4jax.text.tokenizer import Tokenizer
-
-
-def _named_folder(text: str) -> tuple[str, pathlib.Path | str]:
-    name, is_named, folder = text.partition("=")
-    if not is_named or not name or not folder:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FOLDER.")
-    return name, checkpoint_folder(folder)
 
 
 def main() -> None:
     """Loads the model and serves until a signal comes."""
     parser = command_parser("serve", __doc__)
     add_checkpoint_option(parser)
-    parser.add_argument(
-        "--adapter",
-        type=_named_folder,
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="a LoRA that requests ask for by this name, in PEFT's files; may be given several times",
-    )
+    add_named_adapters_option(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0: all of this machine")
     group.add_argument("--port", type=int, default=8000, help="0: any that is free")
@@ -98,14 +82,7 @@ def main() -> None:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(args, name)}: expected {least} or more.")
     model_name = args.served_name or checkpoint.Checkpoint(args.checkpoint).config.name
-    names = [model_name]
-    for name, folder in args.adapter:  # fails before the model is loaded
-        if name in names:
-            raise ValueError(
-                f"--adapter {name}={folder}: the model, or another adapter, has that name."
-            )
-        names.append(name)
-        checkpoint.Adapter(folder)
+    adapters = named_adapters(args.adapter, model_name)
     settings = ServerSettings(
         model=model_name,
         api_key=args.api_key or os.environ.get("V4JAX_API_KEY"),
@@ -127,7 +104,7 @@ def main() -> None:
         cache=args.cache,
         cache_tokens=args.cache_tokens,
         queue=args.queue,
-        adapters=dict(args.adapter),
+        adapters={name: one.path for name, one in adapters.items()},
     )
     if sock is None:
         engine.follow()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -77,6 +78,29 @@ def load_for_serving(
     _say("cache", args.cache or "packed where it is exact, else float")
     _say("programs", _kept_programs())
     return model
+
+
+def named_adapters(
+    given: Sequence[tuple[str, pathlib.Path | str]], model: str
+) -> dict[str, checkpoint.Adapter]:
+    """Adapters by the names that requests choose them by, opened before anything is loaded.
+
+    Args:
+      given: names and folders, in order.
+      model: the model's own name.
+
+    Raises:
+      ValueError: a name twice, or the model's.
+      FileNotFoundError, CheckpointError: see `checkpoint.Adapter`.
+    """
+    adapters: dict[str, checkpoint.Adapter] = {}
+    for name, folder in given:
+        if name == model or name in adapters:
+            raise ValueError(
+                f"--adapter {name}={folder}: the model, or another adapter, has that name."
+            )
+        adapters[name] = checkpoint.Adapter(folder)
+    return adapters
 
 
 def _kept_programs() -> str:

@@ -19,7 +19,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 
 from sharding import DECODE, PREFILL
@@ -28,11 +27,14 @@ from v4jax.inference import prefix_files
 from v4jax.inference.ahead import CompiledAhead
 from v4jax.inference.completions import Completions, Prompt
 from v4jax.inference.grammar import Grammar, GrammarError, Matchers
+from v4jax.inference.holdings import Holdings
 from v4jax.inference.ledger import Ledger
+from v4jax.inference.parts import place, spread
 from v4jax.inference.prefix import PIECE, Prefixes
+from v4jax.inference.programs import Programs
 from v4jax.inference.requests import AdapterRow, EngineFullError, Request
 from v4jax.inference.sampling import Sampling
-from v4jax.inference.scheduler import Programs, Scheduler
+from v4jax.inference.scheduler import Scheduler
 from v4jax.inference.steps import (
     MOST_STEPS,
     STOP_SLOTS,
@@ -90,7 +92,7 @@ class Engine(Completions):
       steps_per_call: tokens that a slot generates between two looks of the host, where nobody waits.
       queue: requests that may wait; None: any number.
       prefixes: that are kept for requests which begin with the same tokens; 0: none.
-      host_bytes: host memory for prefixes that had to leave the devices.
+      host_bytes: host memory for prefixes that had to leave the devices, of every process alike.
       adapters: by name, folders of LoRA adapters that requests may have (`v4jax.checkpoint.adapters`).
         All are on the devices, and a step computes every row with its own (`v4jax.nn.adapter_rows`).
 
@@ -154,18 +156,17 @@ class Engine(Completions):
             empty = functools.partial(empty_slots, model, slots, pages, cache)
             made = jax.jit(empty, out_shardings=self._rows)()
         ledger = Ledger(pages, parts)
-        scheduler = Scheduler(
-            self._programs(),
-            made,
-            ledger,
-            Prefixes(ledger, prefixes),
+        self._holdings = Holdings(
+            *(self._programs(parts), made, ledger, Prefixes(ledger, prefixes)),
             parts=parts,
+            max_length=self.cfg.max_length,
+            host_bytes=host_bytes,
+        )
+        scheduler = Scheduler(
+            self._holdings,
             chunks=self.chunks,
             budget=self.chunks[-1],
             steps_per_call=steps_per_call,
-            max_length=self.cfg.max_length,
-            host_bytes=host_bytes,
-            is_shared=jax.process_count() > 1,
         )
         super().__init__(scheduler)
         self._numbers = itertools.count()
@@ -187,7 +188,7 @@ class Engine(Completions):
         if len(self.chunks) > 2:
             raise ValueError(f"chunks={self.chunks}: expected one or two sizes.")
 
-    def _programs(self) -> Programs:
+    def _programs(self, parts: int) -> Programs:
         """The steps, on the mesh and with the model's arrays."""
 
         def bound(step: Callable, *first) -> Callable:
@@ -197,11 +198,7 @@ class Engine(Completions):
 
             return call
 
-        def placed(array: np.ndarray) -> jax.Array:
-            # A copy: on a CPU jax may read the array itself, which the scheduler goes on to change.
-            return jax.device_put(np.array(array), self._rows)
-
-        steps, is_one = self._slot_steps, jax.process_count() == 1
+        steps, rows = self._slot_steps, self._rows
         return Programs(
             prefill=bound(self._prefill, self.leaves),
             decode=CompiledAhead(self._decode, self._on_mesh, self.leaves),
@@ -213,8 +210,8 @@ class Engine(Completions):
             put_rows=bound(steps.put_rows),
             read_pages=bound(steps.read_pages),
             write_pages=bound(steps.write_pages),
-            place=placed if is_one else np.asarray,
-            fetch=jax.device_get,
+            place=functools.partial(place, rows=rows),
+            spread=functools.partial(spread, parts=parts, rows=rows),
         )
 
     # Requests -------------------------------------------------------------------------------------
@@ -312,14 +309,14 @@ class Engine(Completions):
           RuntimeError: the engine's thread has failed.
         """
         self._require_working()
-        scheduler = self._scheduler
+        scheduler, held = self._scheduler, self._holdings
         return EngineStats(
             queued=len(self._inbox) + len(scheduler.waiting),
-            running=sum(request is not None for request in scheduler.in_slot),
-            slots=len(scheduler.in_slot),
-            pages=scheduler.ledger.total,
-            pages_used=scheduler.ledger.used,
-            prefixes=len(scheduler.prefixes),
+            running=sum(request is not None for request in held.in_slot),
+            slots=len(held.in_slot),
+            pages=held.ledger.total,
+            pages_used=held.ledger.used,
+            prefixes=len(held.prefixes),
             prompt_tokens=scheduler.prompt_tokens,
             cached_tokens=scheduler.cached_tokens,
             generated_tokens=scheduler.generated_tokens,
@@ -352,13 +349,13 @@ class Engine(Completions):
                 f"the prompt has {request.prompt_length} tokens: expected {PIECE + 1} or more."
             )
         self.run_until_idle()
-        scheduler = self._scheduler
-        found = (scheduler.find_prefix(part, request) for part in range(scheduler.parts))
+        held = self._holdings
+        found = (held.find_prefix(part, request) for part in range(held.parts))
         part, prefix = max(enumerate(found), key=lambda one: one[1].length if one[1] else 0)
         if prefix is None:
             raise ValueError("this engine keeps no prefixes: expected prefixes=1 or more.")
         digest = request._digests[prefix.length // PIECE - 1]
-        prefix_files.write(path, scheduler.store(part, prefix), digest, self._model_digest())
+        prefix_files.write(path, held.store(part, prefix), digest, self._model_digest())
         return prefix.length
 
     def load_prefix(self, path: str | os.PathLike) -> int:
@@ -372,13 +369,12 @@ class Engine(Completions):
           OSError: it cannot be read.
         """
         self._require_own_loop()
-        scheduler = self._scheduler
-        cache = scheduler.slots.cache
-        tree = jax.tree.structure((cache.states, cache.pools))
+        held = self._holdings
+        tree = jax.tree.structure((held.slots.states, held.slots.cache.pools))
         stored, digest = prefix_files.read(path, tree, self._model_digest())
         self._grow_for(stored.length)
-        for part in range(scheduler.parts):
-            if scheduler.bring_back(part, digest, stored) is None:
+        for part in range(held.parts):
+            if held.bring_back(part, digest, stored) is None:
                 raise ValueError(f"the cache has no room for the {stored.length} tokens of {path}.")
         return stored.length
 
@@ -405,25 +401,25 @@ class Engine(Completions):
         if self._channel is not None:
             raise ValueError("prefixes of an engine that leads others cannot be forgotten.")
         with self._turn:
-            self._scheduler.prefixes.clear()
+            self._holdings.prefixes.clear()
 
     def _grow_for(self, needed: int) -> None:
         """Larger pools, if so many tokens of one request are more than they have room for."""
-        scheduler = self._scheduler
+        held = self._holdings
         if not self._grows or needed <= self._cache_tokens:
             return
         while self._cache_tokens < needed:
             self._cache_tokens *= 2
         pages = pool_pages(self.cfg, self._cache_tokens, self._sequences)
-        count, parts = len(scheduler.in_slot), scheduler.parts
+        count, parts = len(held.in_slot), held.parts
         shape = count, pages, dict[int, jax.Array](), self.cfg.max_length, self._format
 
         def grown(slots: Slots) -> Slots:
             return _filled(slots, empty_cache(self.cfg, self._numerics, *shape, parts=parts))
 
         with self._on_mesh():
-            scheduler.slots = jax.jit(grown, out_shardings=self._rows)(scheduler.slots)
-        scheduler.ledger.grow(pages)
+            held.slots = jax.jit(grown, out_shardings=self._rows)(held.slots)
+        held.ledger.grow(pages)
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return on_mesh(self._mesh)

@@ -128,7 +128,7 @@ class RequestLoop:
     def slots(self) -> tuple[SlotView, ...]:
         """What each slot does now; waits for the step that runs."""
         with self._turn:
-            return tuple(map(SlotView.of, self._scheduler.in_slot))
+            return tuple(map(SlotView.of, self._scheduler.holdings.in_slot))
 
     def run_until_idle(self) -> None:
         """Steps until every request has ended."""
@@ -241,5 +241,5 @@ class RequestLoop:
         return [*self._inbox, *self._in_scheduler()]
 
     def _in_scheduler(self) -> list[Request]:
-        running = [request for request in self._scheduler.in_slot if request is not None]
+        running = [request for request in self._scheduler.holdings.in_slot if request is not None]
         return [*self._scheduler.waiting, *running]

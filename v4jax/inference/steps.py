@@ -27,6 +27,7 @@ from flax import nnx
 from pallas_kernels.dispatch import target_platform
 from pallas_kernels.formats.pages import Pages
 from sharding import DECODE, PREFILL, AxisRules, collectives
+from v4jax.inference.packing import PackedStates
 from v4jax.inference.sampling import (
     TOP,
     Sampling,
@@ -41,7 +42,6 @@ from v4jax.nn.adapter_rows import choosing
 from v4jax.nn.cache import (
     Cache,
     CacheFormat,
-    LayerCache,
     empty_cache,
     pages_of,
     ratios_of,
@@ -93,9 +93,13 @@ class RequestRows:
 @_pytree
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """S sequences that are being served. The cache is without tables: steps are given these."""
+    """S sequences that are being served.
+
+    The cache is without tables, which steps are given, and without states, which lie packed.
+    """
 
     cache: Cache
+    states: PackedStates  # of the cache's layers
     logits: jax.Array  # [S, V] float32 of the next token
     steps: jax.Array  # [S] int32 tokens generated so far
     done: jax.Array  # [S] bool: nothing is decoded
@@ -134,7 +138,8 @@ def empty_slots(
     nobody = [Sampling()] * count
     requests = RequestRows.of(nobody, [()] * count, vocab, (), stop_width)
     return Slots(
-        cache,
+        dataclasses.replace(cache, states=()),
+        PackedStates.of(cache.states),
         jnp.zeros((count, vocab), jnp.float32),
         jnp.zeros(count, jnp.int32),
         jnp.ones(count, bool),
@@ -176,20 +181,20 @@ def _prefill_step(parts: "_Parts") -> Callable:
         pick, put = _row(slot)
         one = dataclasses.replace(
             cache,
-            states=jax.tree.map(pick, cache.states),
+            states=jax.tree.map(pick, slots.states).apart(),
             tables=jax.tree.map(pick, tables),
             lengths=pick(cache.lengths),
         )
         counts = jnp.where(slot >= 0, counts, 0)
         model = choosing(parts.merged(leaves), pick(slots.adapters))
         logits, one = _chunk(model, tokens, counts, one, pick(slots.logits))
-        cache = dataclasses.replace(
-            cache,
-            states=jax.tree.map(put, cache.states, one.states),
-            pools=one.pools,
-            lengths=put(cache.lengths, one.lengths),
+        lengths = put(cache.lengths, one.lengths)
+        return dataclasses.replace(
+            slots,
+            cache=dataclasses.replace(cache, pools=one.pools, lengths=lengths),
+            states=jax.tree.map(put, slots.states, PackedStates.of(one.states)),
+            logits=put(slots.logits, logits),
         )
-        return dataclasses.replace(slots, cache=cache, logits=put(slots.logits, logits))
 
     step = parts.per_device(on_device, (rows, rows, rules.tokens, rows, rows), rows)
     return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
@@ -264,16 +269,17 @@ def _decode_one(
     steps = slots.steps + ~slots.done
     is_stop = jnp.any(tokens[:, None] == requests.stop_ids, axis=-1)
     done = slots.done | is_stop | (steps >= requests.limits)
-    cache = dataclasses.replace(slots.cache, tables=tables)
+    cache = dataclasses.replace(slots.cache, tables=tables, states=slots.states.apart())
     streams, cache = model.extend(
         jnp.maximum(tokens, 0)[:, None], jnp.where(done, 0, 1).astype(jnp.int32), cache
     )
     logits = model.logits(model.hidden(streams))[:, 0]
-    cache = dataclasses.replace(cache, tables={})
+    states = PackedStates.of(cache.states)
+    cache = dataclasses.replace(cache, tables={}, states=())
     # What has ended keeps its logits: a slot whose prompt is being fed has those of its last chunk.
     logits = jnp.where(done[:, None], slots.logits, logits)
     new = dataclasses.replace(
-        slots, cache=cache, logits=logits, steps=steps, done=done, counts=counts
+        slots, cache=cache, states=states, logits=logits, steps=steps, done=done, counts=counts
     )
     return output, new
 
@@ -335,22 +341,22 @@ def _start(slots: Slots, slot: jax.Array, rows: RequestRows) -> Slots:
     )
 
 
-def _snapshot(slots: Slots, slot: jax.Array) -> tuple[LayerCache, ...]:
+def _snapshot(slots: Slots, slot: jax.Array) -> PackedStates:
     """What a slot has that does not grow."""
-    return jax.tree.map(_row(slot)[0], slots.cache.states)
+    return jax.tree.map(_row(slot)[0], slots.states)
 
 
 def _restore(
-    slots: Slots, slot: jax.Array, states, lengths: jax.Array, adapters: jax.Array
+    slots: Slots, slot: jax.Array, states: PackedStates, lengths: jax.Array, adapters: jax.Array
 ) -> Slots:
     """A slot with such a state after so many tokens, that such an adapter has computed."""
     _, put = _row(slot)
-    cache = dataclasses.replace(
-        slots.cache,
-        states=jax.tree.map(put, slots.cache.states, states),
-        lengths=put(slots.cache.lengths, lengths),
+    return dataclasses.replace(
+        slots,
+        cache=dataclasses.replace(slots.cache, lengths=put(slots.cache.lengths, lengths)),
+        states=jax.tree.map(put, slots.states, states),
+        adapters=put(slots.adapters, adapters),
     )
-    return dataclasses.replace(slots, cache=cache, adapters=put(slots.adapters, adapters))
 
 
 def _copy_pages(slots: Slots, source: Tables, target: Tables) -> Slots:

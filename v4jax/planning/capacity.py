@@ -137,7 +137,7 @@ class StateSizes:
         whole = nbytes(many, some)
         slot = (nbytes(2 * many, some) - whole) / many
         page = {r: (nbytes(many, {**some, r: 2 * many}) - whole) / many for r in ratios}
-        snapshot = _nbytes(_shapes(model, many, some, format).cache.states) / many
+        snapshot = _nbytes(_shapes(model, many, some, format).states) / many
         return StateSizes(slot, page, snapshot)
 
     def nbytes(self, slots: int, pages: dict[int, int]) -> float:

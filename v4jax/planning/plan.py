@@ -183,7 +183,7 @@ def _decode(model, job, mesh):
     slots, tables, by_slot = jax.tree.map(
         lambda x: _placed(x, rows, mesh), (slots, tables, by_slot)
     )
-    held = {"parameters": leaves, "cache": slots.cache}
+    held = {"parameters": leaves, "cache": (slots.cache, slots.states)}
     arguments = (leaves, slots, tables, _placed(count, jax.P(), mesh), *by_slot)
     return decode_step(model, job.rules), arguments, held
 
@@ -330,7 +330,8 @@ def _cache_bytes(model: Transformer, job: Job) -> tuple[float, float]:
     cache = jax.eval_shape(lambda: _cache_and_logits(model, one)[0]).nbytes
     if job.kind != "decode":
         return cache, 0.0
-    return cache, decode_shapes(model, 1, job.context, job.cache)[0].cache.nbytes - cache
+    slots = decode_shapes(model, 1, job.context, job.cache)[0]
+    return cache, slots.cache.nbytes + slots.states.nbytes - cache
 
 
 def _estimate(

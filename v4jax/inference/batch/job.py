@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -59,6 +59,7 @@ class Job:
       batch_size: slots of the engine, which decide the last bits of results.
       identity: what else decides the results, such as the checkpoint; JSON values.
       release: whose prompts to render; `Tokenizer.release` of the checkpoint.
+      models: that lines may name: the model's own name, then those of the engine's adapters.
       leads: false for the processes that follow.
       agree: gives every one of the processes that compute together the leader's array.
 
@@ -80,6 +81,7 @@ class Job:
         batch_size: int,
         identity: Mapping[str, object],
         release: str = "april",
+        models: Sequence[str] = (),
         process: int = 0,
         count: int = 1,
         leads: bool = True,
@@ -99,7 +101,7 @@ class Job:
                 self._sidecar = Sidecar(self.output)
                 # Before the first pass over the input: others' passes take as long.
                 self._sidecar.lock_share(process, count)
-                self.plan = Plan(input, settings, release)
+                self.plan = Plan(input, settings, release, models)
                 self._sidecar.claim(self._header(identity), process, count)
                 done = self._open_files(process, count)
         except BaseException:
@@ -110,7 +112,7 @@ class Job:
         if size < 0:
             raise JobError(f"the process that leads this one could not open {self.output}.")
         if not leads:
-            self.plan, done = Plan(input, settings, release), bytearray(size)
+            self.plan, done = Plan(input, settings, release, models), bytearray(size)
         self._done = bytearray(agree(np.frombuffer(done, np.uint8)))
         share = range(process, self.plan.requests, count)
         self._open = [place for place in share if not self._done[self.plan.line(place)]]
@@ -209,6 +211,7 @@ class Job:
                 request.settings.sampling,
                 stop_ids=tokenizer.stop_ids,
                 grammar=request.settings.grammar,
+                adapter=request.adapter,
             )
         except GrammarError as error:
             return None, str(error)

@@ -3,6 +3,7 @@
 import array
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class Plan:
       path: JSON lines; blank ones are skipped.
       settings: for lines that do not say otherwise.
       release: whose prompts to render, see `v4jax.text.prompt.render`.
+      models: that lines may name, see `parse_request`.
 
     Attributes:
       requests: their number; they have places 0 .. requests - 1.
@@ -48,9 +50,11 @@ class Plan:
         path: str | os.PathLike,
         settings: Settings,
         release: str = "april",
+        models: Sequence[str] = (),
     ):
         resolve_mode(settings.mode, release)
         self.path, self.settings, self.release = path, settings, release
+        self._models = models
         self.malformed: list[dict[str, Any]] = []
         lines, offsets, limits, lengths, marks = (array.array(code) for code in "qqqqQ")
         ids: set[str] = set()
@@ -64,7 +68,7 @@ class Plan:
                 sha.update(text)
                 if line_text(text):
                     try:
-                        request = parse_request(text, line, settings, release)
+                        request = self._parsed(text, line)
                         if request.id in ids:
                             raise RequestError("an earlier line has this id.", request.id)
                         ids.add(request.id)
@@ -112,7 +116,10 @@ class Plan:
                 "another one now. Put the old input back, and the same command goes on; or start "
                 "a job with the new one and another output."
             )
-        return parse_request(text, self.line(place), self.settings, self.release)
+        return self._parsed(text, self.line(place))
+
+    def _parsed(self, text: bytes, line: int) -> Request:
+        return parse_request(text, line, self.settings, self.release, self._models)
 
 
 def _mark(text: bytes) -> int:

@@ -77,7 +77,7 @@ class Settings:
 
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
-KEYS = ("id", "messages", "tools", "prompt", *SETTINGS)
+KEYS = ("id", "messages", "tools", "prompt", "model", *SETTINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Request:
     prompt: str  # the text fed to the model, special tokens included
     thinking_mode: str | None  # of `v4jax.text.format`; None: a raw prompt
     settings: Settings  # `seed` is the request's own
+    adapter: str | None = None  # name of the one that computes it; None: the model alone
 
 
 def line_text(line: bytes) -> bytes:
@@ -96,10 +97,19 @@ def line_text(line: bytes) -> bytes:
     return line.strip().removeprefix(_MARK).strip()
 
 
-def parse_request(text: bytes, line: int, defaults: Settings, release: str = "april") -> Request:
+def parse_request(
+    text: bytes,
+    line: int,
+    defaults: Settings,
+    release: str = "april",
+    models: Sequence[str] = (),
+) -> Request:
     """The request on a line.
 
     A key whose value is null or an empty list is as good as not given. Clients send such keys.
+
+    Args:
+      models: names that the key `model` may have: the model's own, then those of its adapters.
 
     Raises:
       RequestError: not JSON, an unknown key, a wrong value, or messages that cannot be rendered.
@@ -119,7 +129,7 @@ def parse_request(text: bytes, line: int, defaults: Settings, release: str = "ap
     try:
         if faults:
             raise ValueError(faults[0])
-        return _request(fields, id, line, defaults, release)
+        return _request(fields, id, line, defaults, release, models)
     except (ValueError, RecursionError) as error:
         raise RequestError(str(error), id) from error
 
@@ -153,7 +163,12 @@ def _read_json(text: bytes) -> tuple[object, list[str]]:
 
 
 def _request(
-    fields: Mapping[str, Any], id: str, line: int, defaults: Settings, release: str
+    fields: Mapping[str, Any],
+    id: str,
+    line: int,
+    defaults: Settings,
+    release: str,
+    models: Sequence[str],
 ) -> Request:
     if unknown := sorted(set(fields) - set(KEYS)):
         names = ", ".join(key if key.isidentifier() else shown(key) for key in unknown)
@@ -184,7 +199,18 @@ def _request(
         text, thinking_mode = with_bos(fields["prompt"]), None
     if not _is_unicode(text):
         raise ValueError("half of a surrogate pair in the text: it has no UTF-8 form.")
-    return Request(line, id, text, thinking_mode, settings)
+    adapter = _adapter(fields.get("model"), models)
+    return Request(line, id, text, thinking_mode, settings, adapter)
+
+
+def _adapter(model: object, models: Sequence[str]) -> str | None:
+    """The adapter that a line's `model` names."""
+    if model is None or model in models[:1]:
+        return None
+    if not isinstance(model, str) or model not in models:
+        have = f"one of {', '.join(models)}" if models else "none, since the job names no models"
+        raise ValueError(f"model={shown(model)}: expected {have}.")
+    return model
 
 
 def _require(settings: Settings, name: str, holds: bool, expected: str) -> None:
