@@ -8,8 +8,10 @@ from benchmarks.case import Case
 MODULES = (
     "attention",
     "decode_attention",
+    "decode_step",
     "gated_pool",
     "grouped_matmul",
+    "head_rows",
     "hyper_connections",
     "indexer",
     "linear",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import compact
 from pallas_kernels.dispatch import Implementation, choose, operation, target_chip
-from pallas_kernels.formats.quantize import QuantizedArray
+from pallas_kernels.formats.quantize import QuantizedArray, cast
 from pallas_kernels.linear import tpu
 
 
@@ -23,8 +23,9 @@ def linear(
     w: jax.Array | QuantizedArray,  # [in, groups * out]
     *,
     groups: int = 1,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: Implementation = None,
-) -> jax.Array:  # [..., groups * out] float32
+) -> jax.Array:  # [..., groups * out] in `out_dtype`
     """Each group of inputs times its own columns of w. Differentiable in x, and in w if it is float.
 
     Sums are float32. bfloat16 factors are multiplied as they are (their products are exact in
@@ -32,6 +33,7 @@ def linear(
 
     Args:
       groups: how many parts inputs and outputs have.
+      out_dtype: what sums are rounded to; float32 or bfloat16.
       implementation: see `pallas_kernels.dispatch`; of packed weights, float ones are XLA's.
 
     Raises:
@@ -43,12 +45,12 @@ def linear(
             f"groups={groups}."
         )
     if not isinstance(w, QuantizedArray):
-        return _xla(x, w, groups)
+        return cast(_xla(x, w, groups), out_dtype)
     match choose(implementation, unsupported=tpu.unsupported(x, w, groups, target_chip())):
         case "tpu" | "interpret" as kernel:
-            return _packed(x, w, groups, kernel == "interpret")
+            return _packed(x, w, groups, jnp.dtype(out_dtype), kernel == "interpret")
         case _:
-            return _xla(x, w.dequantize(x.dtype), groups)
+            return cast(_xla(x, w.dequantize(x.dtype), groups), out_dtype)
 
 
 def _xla(x: jax.Array, w: jax.Array, groups: int) -> jax.Array:
@@ -65,21 +67,22 @@ def _xla(x: jax.Array, w: jax.Array, groups: int) -> jax.Array:
     return out.reshape(*out.shape[:-2], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _packed(x, w, groups, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _packed(x, w, groups, out_dtype, interpret):
     rows = x.reshape(-1, x.shape[-1])
-    out = tpu.linear(rows, w, groups, target_chip(), interpret=interpret)
+    out = tpu.linear(rows, w, groups, target_chip(), out_dtype, interpret=interpret)
     return out.reshape(*x.shape[:-1], w.shape[1])
 
 
-def _packed_fwd(x, w, groups, interpret):
-    return _packed(x, w, groups, interpret), (x, w)
+def _packed_fwd(x, w, groups, out_dtype, interpret):
+    return _packed(x, w, groups, out_dtype, interpret), (x, w)
 
 
-def _packed_bwd(groups, interpret, residuals, d_out):
+def _packed_bwd(groups, out_dtype, interpret, residuals, d_out):
     """Of x alone, by XLA: packed weights are frozen."""
     x, w = residuals
-    (d_x,) = jax.vjp(lambda x: _xla(x, w.dequantize(x.dtype), groups), x)[1](d_out)
+    _, vjp = jax.vjp(lambda x: _xla(x, w.dequantize(x.dtype), groups), x)
+    (d_x,) = vjp(d_out.astype(jnp.float32))
     return d_x, None
 
 
