@@ -8,9 +8,11 @@ from benchmarks.case import Case
 MODULES = (
     "attention",
     "decode_attention",
+    "decode_step",
     "float_rows",
     "gated_pool",
     "grouped_matmul",
+    "head_rows",
     "hyper_connections",
     "indexer",
     "linear",

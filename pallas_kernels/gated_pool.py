@@ -38,7 +38,7 @@ TILED_CHANNELS = 512
 STRIDED_CHANNELS = 128  # loads with a stride need arrays of one tile's width
 GROUP_WINDOWS = 32  # windows of few rows handled at once
 SUBLANES, LANES = 8, 128
-_LOWEST = -1e30  # finite, so that the difference of two empty windows is not NaN
+LOWEST = -1e30  # finite, so that the difference of two empty windows is not NaN
 
 
 @functools.partial(
@@ -56,26 +56,35 @@ class Pool:
     def empty(shape: tuple[int, ...]) -> "Pool":
         """The partial sums of no rows."""
         # Three buffers: a cache is donated, and a buffer can be donated once.
-        peak = jnp.full(shape, _LOWEST, jnp.float32)
+        peak = jnp.full(shape, LOWEST, jnp.float32)
         return Pool(peak, jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
     def join(self, other: "Pool") -> "Pool":
         """The partial sums of the rows of both."""
-        peak = jnp.maximum(self.peak, other.peak)
-        if dispatch.target_platform() == "cpu":  # the same numbers; an exp is much code there
-            is_mine, less = self.peak >= other.peak, jnp.exp(-jnp.abs(self.peak - other.peak))
-            mine, theirs = jnp.where(is_mine, 1.0, less), jnp.where(is_mine, less, 1.0)
-        else:
-            mine, theirs = jnp.exp(self.peak - peak), jnp.exp(other.peak - peak)
-        return Pool(
-            peak,
-            mine * self.weight + theirs * other.weight,
-            mine * self.total + theirs * other.total,
-        )
+        if dispatch.target_platform() != "cpu":
+            return joined(self, other)
+        # The same numbers; an exp is much code there.
+        is_mine, less = self.peak >= other.peak, jnp.exp(-jnp.abs(self.peak - other.peak))
+        mine, theirs = jnp.where(is_mine, 1.0, less), jnp.where(is_mine, less, 1.0)
+        return _added(self, other, mine, theirs)
 
     def mean(self) -> jax.Array:
         """The pooled value; zero where no row was seen."""
         return self.total / jnp.where(self.weight == 0, 1.0, self.weight)
+
+
+def joined(one: Pool, other: Pool) -> Pool:
+    """`Pool.join`, in kernels too."""
+    peak = jnp.maximum(one.peak, other.peak)
+    return _added(one, other, jnp.exp(one.peak - peak), jnp.exp(other.peak - peak))
+
+
+def _added(one: Pool, other: Pool, factor: jax.Array, other_factor: jax.Array) -> Pool:
+    return Pool(
+        jnp.maximum(one.peak, other.peak),
+        factor * one.weight + other_factor * other.weight,
+        factor * one.total + other_factor * other.total,
+    )
 
 
 @dispatch.operation
@@ -111,7 +120,7 @@ def pool_windows(
 def _pool_xla(value, gate, bias, valid):
     gate = gate.astype(jnp.float32) + bias
     if valid is not None:
-        gate = jnp.where(valid[..., None], gate, _LOWEST)
+        gate = jnp.where(valid[..., None], gate, LOWEST)
     peak = jnp.max(gate, axis=2)
     weights = jnp.exp(gate - peak[:, :, None])
     if valid is not None:  # a window without any valid row has exp(0) everywhere
@@ -196,7 +205,7 @@ def _strided_kernel(value_ref, gate_ref, bias_ref, *refs, masked):
             gates.append(gate + bias_ref[pl.ds(r, 1)])
             if masked:
                 valid.append(valid_ref[here, r : r + 1])
-                gates[r] = jnp.where(valid[r] > 0, gates[r], _LOWEST)
+                gates[r] = jnp.where(valid[r] > 0, gates[r], LOWEST)
         peak = functools.reduce(jnp.maximum, gates)
         weight = total = jnp.zeros_like(peak)
         for r in range(num_rows):
@@ -218,7 +227,7 @@ def _tiled_kernel(value_ref, gate_ref, bias_ref, *refs, masked):
         gate = gate_ref[rows] + bias_ref[...]
         if masked:
             valid = valid_ref[:, i : i + 1]
-            gate = jnp.where(valid > 0, gate, _LOWEST)
+            gate = jnp.where(valid > 0, gate, LOWEST)
         peak = jnp.max(gate, axis=0, keepdims=True)
         weights = jnp.exp(gate - peak)
         if masked:

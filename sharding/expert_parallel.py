@@ -18,7 +18,7 @@ is kept.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +30,34 @@ CAPACITY_SLACK = 1.25  # of rounds, over an even load
 ROW_MULTIPLE = 8
 EVEN_ROUNDS = 2  # that an even load takes
 UNEVEN_ROUNDS = "uneven_rounds"  # scope of the loop over the others
-COUNT_BLOCK = 256  # rows that are compared with each other to find their order
 
 # (params, rows [P, D], group_sizes [E_local], row_weights [P]) -> [P, D]; rows past the groups: any
 Experts = Callable[[object, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+class Order(Protocol):
+    """Rows sorted by expert."""
+
+    @property
+    def row(self) -> jax.Array:
+        """[R] the row at each position."""
+
+    @property
+    def position(self) -> jax.Array:
+        """[R] the position of each row."""
+
+    @property
+    def sizes(self) -> jax.Array:
+        """[E] rows of each expert."""
+
+
+# (experts [R] int32, E) -> the stable order by expert; rows of E, which is none of them, come last
+Sort = Callable[[jax.Array, int], Order]
+
+
 def apply_experts(
     experts_fn: Experts,
+    sort: Sort,
     params,  # of this device's experts, leading axis E_local
     x: Float[jax.Array, "T D"],  # this device's tokens
     experts: Int32[jax.Array, "T K"],  # of all E
@@ -60,11 +80,11 @@ def apply_experts(
                 f"{token_axes}: expected experts over axes of tokens only, or "
                 'dispatch="gather".'
             )
-        return _all_to_all(experts_fn, exchanged, num_local, params, x, experts, weights)
-    return _gathered(experts_fn, exchanged, shared, params, x, experts, weights, num_local)
+        return _all_to_all(experts_fn, sort, exchanged, num_local, params, x, experts, weights)
+    return _gathered(experts_fn, sort, exchanged, shared, params, x, experts, weights, num_local)
 
 
-def _gathered(experts_fn, exchanged, shared, params, x, experts, weights, num_local):
+def _gathered(experts_fn, sort, exchanged, shared, params, x, experts, weights, num_local):
     x, experts, weights = (
         collectives.all_gather_over(y, exchanged, 0)
         for y in (collectives.copy_to_over(x, shared), experts, weights)
@@ -74,50 +94,23 @@ def _gathered(experts_fn, exchanged, shared, params, x, experts, weights, num_lo
     first = jax.lax.axis_index(axes) * num_local if axes else 0
     local = experts - first
     local = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
-    out = _run(experts_fn, params, x, local, weights, num_local)
+    out = _run(experts_fn, sort, params, x, local, weights, num_local)
     return collectives.psum_scatter_over(collectives.reduce_from_over(out, shared), exchanged, 0)
 
 
-def _run(experts_fn, params, x, local, weights, num_local):
+def _run(experts_fn, sort, params, x, local, weights, num_local):
     """Rows x [T, D] with local experts [T * K] (`num_local`: none of ours) -> sums [T, D] float32."""
     k = local.shape[0] // x.shape[0]
-    order = by_expert(local, num_local)
-    out = experts_fn(params, x[order.row // k], order.sizes, weights.reshape(-1)[order.row])
-    out = jnp.where((jnp.arange(out.shape[0]) < jnp.sum(order.sizes))[:, None], out, 0)
-    out = out[order.position].reshape(-1, k, out.shape[-1])
-    return jnp.sum(out.astype(jnp.float32), axis=1)
+    order = sort(local, num_local)
+    rows, own_weights = _taken(x, order.row // k), _taken(weights.reshape(-1), order.row)
+    out = _taken(experts_fn(params, rows, order.sizes, own_weights), order.position)
+    out = jnp.where((local < num_local)[:, None], out, 0)
+    return jnp.sum(out.reshape(-1, k, out.shape[-1]).astype(jnp.float32), axis=1)
 
 
-class Order(NamedTuple):
-    """Rows sorted by expert."""
-
-    row: jax.Array  # [R] the row at each position
-    position: jax.Array  # [R] the position of each row
-    sizes: jax.Array  # [E] rows of each expert
-
-
-def by_expert(expert: jax.Array, num_experts: int) -> Order:
-    """Stable order of rows by expert [R] int32; rows of `num_experts`, which is none, come last.
-
-    By counting, in blocks of rows: a position is the number of rows of earlier experts, of the same
-    expert in earlier blocks, and of the same expert before it in its block. A sort of this length
-    takes the TPU compiler longer than the rest of a layer.
-    """
-    num_rows, num = expert.shape[0], num_experts + 1
-    padded = jnp.pad(expert, (0, -num_rows % COUNT_BLOCK), constant_values=num)
-    blocks = padded.reshape(-1, COUNT_BLOCK)
-    before = jnp.arange(COUNT_BLOCK)[:, None] > jnp.arange(COUNT_BLOCK)
-    same = blocks[:, :, None] == blocks[:, None, :]
-    within = jnp.sum(same & before, axis=-1, dtype=jnp.int32)
-    chosen = blocks[:, :, None] == jnp.arange(num)
-    counts = jnp.sum(chosen, axis=1, dtype=jnp.int32)  # [blocks, experts]
-    sizes = jnp.sum(counts, axis=0)
-    first = jnp.cumsum(counts, axis=0) - counts + jnp.cumsum(sizes) - sizes
-    position = within + jnp.sum(jnp.where(chosen, first[:, None], 0), axis=-1)
-    position = position.reshape(-1)[:num_rows]
-    rows = jnp.arange(num_rows, dtype=jnp.int32)
-    row = jnp.zeros(num_rows, jnp.int32).at[position].set(rows, unique_indices=True)
-    return Order(row, position, sizes[:num_experts])
+def _taken(x, rows):
+    """Rows that there are: XLA has nothing to check."""
+    return x.at[rows].get(mode="promise_in_bounds")
 
 
 # All-to-all ---------------------------------------------------------------------------------------
@@ -131,9 +124,11 @@ class _Plan(NamedTuple):
     rounds: jax.Array  # []
 
 
-def _plan(experts: jax.Array, axes: tuple[str, ...], num_local: int, capacity: int) -> _Plan:
+def _plan(
+    sort: Sort, experts: jax.Array, axes: tuple[str, ...], num_local: int, capacity: int
+) -> _Plan:
     devices = collectives.size_of_axes(axes)
-    order = by_expert(experts.reshape(-1), devices * num_local)
+    order = sort(experts.reshape(-1), devices * num_local)
     counts = jax.lax.all_gather(order.sizes.reshape(devices, num_local), axes)
     most = jnp.max(jnp.sum(counts, axis=-1))
     return _Plan(order, counts, -(-most // capacity))
@@ -239,23 +234,23 @@ def _in_rounds(plan: _Plan, one: Callable, carry):
         return jax.lax.fori_loop(EVEN_ROUNDS, plan.rounds, one, carry)
 
 
-def _local(experts_fn, num_local, expert, params, rows, weights):
+def _local(experts_fn, sort, num_local, expert, params, rows, weights):
     """Received rows through this device's experts, in the order they came."""
-    order = by_expert(expert, num_local)
+    order = sort(expert, num_local)
     return experts_fn(params, rows[order.row], order.sizes, weights[order.row])[order.position]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _all_to_all(experts_fn, axes, num_local, params, x, experts, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _all_to_all(experts_fn, sort, axes, num_local, params, x, experts, weights):
     k = experts.shape[1]
     capacity = _capacity(experts.size, collectives.size_of_axes(axes))
-    plan = _plan(experts, axes, num_local, capacity)
+    plan = _plan(sort, experts, axes, num_local, capacity)
     rows, row_weights = x[plan.order.row // k], weights.reshape(-1)[plan.order.row]
 
     def one(number, out):
         exchange = _Exchange(plan, axes, capacity, number)
         received, its_weights = exchange.send(rows), exchange.send(row_weights)
-        result = _local(experts_fn, num_local, exchange.expert, params, received, its_weights)
+        result = _local(experts_fn, sort, num_local, exchange.expert, params, received, its_weights)
         return exchange.back(out, result)
 
     out = _in_rounds(plan, one, jnp.zeros_like(rows))
@@ -263,16 +258,16 @@ def _all_to_all(experts_fn, axes, num_local, params, x, experts, weights):
     return jnp.sum(out.astype(jnp.float32), axis=1)
 
 
-def _all_to_all_fwd(experts_fn, axes, num_local, params, x, experts, weights):
-    out = _all_to_all(experts_fn, axes, num_local, params, x, experts, weights)
+def _all_to_all_fwd(experts_fn, sort, axes, num_local, params, x, experts, weights):
+    out = _all_to_all(experts_fn, sort, axes, num_local, params, x, experts, weights)
     return out, (params, x, experts, weights)
 
 
-def _all_to_all_bwd(experts_fn, axes, num_local, residuals, d_out):
+def _all_to_all_bwd(experts_fn, sort, axes, num_local, residuals, d_out):
     params, x, experts, weights = residuals
     k = experts.shape[1]
     capacity = _capacity(experts.size, collectives.size_of_axes(axes))
-    plan = _plan(experts, axes, num_local, capacity)
+    plan = _plan(sort, experts, axes, num_local, capacity)
     token = plan.order.row // k
     rows, row_weights = x[token], weights.reshape(-1)[plan.order.row]
     d_rows = d_out.astype(x.dtype)[token]
@@ -284,7 +279,9 @@ def _all_to_all_bwd(experts_fn, axes, num_local, residuals, d_out):
 
         def local(floats, received, its_weights):
             parts = rebuild(floats)
-            return _local(experts_fn, num_local, exchange.expert, parts, received, its_weights)
+            return _local(
+                experts_fn, sort, num_local, exchange.expert, parts, received, its_weights
+            )
 
         _, vjp = jax.vjp(local, floats, exchange.send(rows), exchange.send(row_weights))
         new, d_received, d_its_weights = vjp(exchange.send(d_rows))

@@ -139,22 +139,22 @@ def _call(data, new, start, counts, table, num_lines, on_lanes, interpret):
         line = jnp.minimum(place * words // LINE, words - num_lines)  # the next page is another's
         first, offset = first + line, place * words - LINE * line
     first = jnp.where(counts > 0, first, 0)
-    padding = -batch % TOGETHER
-    scalars = [jnp.pad(x, (0, padding)) for x in (array, first, offset, counts)]
-    new = jnp.pad(new, ((0, padding), (0, -words % LINE)))[:, None]
+    together = min(TOGETHER, batch)
+    scalars = [jnp.pad(x, (0, -batch % together)) for x in (array, first, offset, counts)]
     return pl.pallas_call(
         functools.partial(_kernel, words=words, merge=_on_lanes if on_lanes else _in_order),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(new.shape[0] // TOGETHER,),
+            grid=(pl.cdiv(batch, together),),
             in_specs=[
-                pl.BlockSpec((TOGETHER, 1, new.shape[2]), lambda i, *_: (i, 0, 0)),
+                pl.BlockSpec((together, words), lambda i, *_: (i, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
-                pltpu.VMEM((TOGETHER, num_lines, LINE), jnp.uint32),
-                pltpu.SemaphoreType.DMA((TOGETHER,)),
+                pltpu.VMEM((together, num_lines, LINE), jnp.uint32),
+                pltpu.VMEM((together, -(-words // LINE) * LINE), jnp.uint32),
+                pltpu.SemaphoreType.DMA((together,)),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(data.shape, data.dtype),
@@ -169,18 +169,19 @@ def _kernel(
     first_ref,  # [B] line
     offset_ref,  # [B] lane, or word
     counts_ref,  # [B]
-    new_ref,  # [8, 1, P]
+    new_ref,  # [8, W]
     _,
     data_ref,  # in HBM
     lines_ref,  # [8, lines, 128]
+    whole_ref,  # [8, P]: `new_ref` in whole lines; what is behind it is not looked at
     arrived,
     *,
     words: int,
     merge,
 ):
     def each(do):
-        for i in range(TOGETHER):
-            b = pl.program_id(0) * TOGETHER + i
+        for i in range(lines_ref.shape[0]):
+            b = pl.program_id(0) * lines_ref.shape[0] + i
             pl.when(counts_ref[b] > 0)(functools.partial(do, i, b))
 
     def here(i, b):
@@ -191,12 +192,13 @@ def _kernel(
 
     def change(i, b):
         pltpu.make_async_copy(here(i, b), lines_ref.at[i], arrived.at[i]).wait()
-        lines_ref[i] = merge(lines_ref[i], new_ref[i], offset_ref[b], words)
+        lines_ref[i] = merge(lines_ref[i], whole_ref[i : i + 1], offset_ref[b], words)
         pltpu.make_async_copy(lines_ref.at[i], here(i, b), arrived.at[i]).start()
 
     def finish(i, b):
         pltpu.make_async_copy(lines_ref.at[i], here(i, b), arrived.at[i]).wait()
 
+    whole_ref[:, :words] = new_ref[...]
     for do in (fetch, change, finish):
         each(do)
 

@@ -50,7 +50,8 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import packed_append
+from pallas_kernels import dispatch
+from pallas_kernels.formats import packed_append, packed_words
 from pallas_kernels.formats.packed_append import LINE
 from pallas_kernels.formats.quantize import join_codes, split_codes
 from pallas_kernels.formats.quantize_rows import dequantize_rows, quantize_rows
@@ -77,7 +78,7 @@ class _Packed:
         """Like these, of other words [..., S, W]."""
         raise NotImplementedError
 
-    def words_of(self, x: jax.Array) -> jax.Array:
+    def words_of(self, x: jax.Array, implementation: dispatch.Implementation = None) -> jax.Array:
         """Rows or keys in this format: [..., n, W] uint32."""
         raise NotImplementedError
 
@@ -175,8 +176,13 @@ class PackedRows(_KeyValueRows):
 
         return self._from_words(jax.vmap(jax.vmap(pick, (None, 0)))(flat, indices), dtype)
 
-    def words_of(self, rows: jax.Array) -> jax.Array:
+    def words_of(self, x: jax.Array, implementation: dispatch.Implementation = None) -> jax.Array:
         """Rows [..., n, H] in this format: [..., n, W] uint32."""
+        return packed_words.words(
+            x, "rows", self.rope_dim, self._words_by_xla, implementation=implementation
+        )
+
+    def _words_by_xla(self, rows: jax.Array) -> jax.Array:
         values, rope, scale = _parts(rows, self.nope_dim, self.rope_dim)
         high, low = (rope >> 8).astype(jnp.uint8), (rope & 0xFF).astype(jnp.uint8)
         sections = (jnp.concatenate([values, high], axis=-1), low, scale)
@@ -263,8 +269,13 @@ class PackedColumns(_KeyValueRows, _OnLanes):
         lines = -(-length // LINE) * row_bytes(nope_dim, rope_dim) // 4
         return cls(_no_words(batch, lines), length, nope_dim, rope_dim)
 
-    def words_of(self, rows: jax.Array) -> jax.Array:
+    def words_of(self, x: jax.Array, implementation: dispatch.Implementation = None) -> jax.Array:
         """Rows [..., n, H] in this format: [..., n, W] uint32."""
+        return packed_words.words(
+            x, "columns", self.rope_dim, self._words_by_xla, implementation=implementation
+        )
+
+    def _words_by_xla(self, rows: jax.Array) -> jax.Array:
         values, rope, scale = _parts(rows, self.nope_dim, self.rope_dim)
         rope = _bitcast(rope, jnp.uint8).reshape(*rope.shape[:-1], -1)
         return _words_of_bytes(jnp.concatenate([values, rope, scale], axis=-1))
@@ -321,8 +332,11 @@ class PackedKeys(_OnLanes):
         lines = -(-length // LINE) * key_words(width)
         return PackedKeys(_no_words(batch, lines), length, width)
 
-    def words_of(self, keys: jax.Array) -> jax.Array:
+    def words_of(self, x: jax.Array, implementation: dispatch.Implementation = None) -> jax.Array:
         """Keys [..., n, I] in this format: [..., n, W] uint32."""
+        return packed_words.words(x, "keys", 0, self._words_by_xla, implementation=implementation)
+
+    def _words_by_xla(self, keys: jax.Array) -> jax.Array:
         codes, scale = quantize_rows(keys, "fp4", KEY_BLOCK)
         codes = jnp.concatenate([codes & 0xF, codes >> 4], axis=-1)
         low, high = jnp.split(codes.reshape(*codes.shape[:-1], -1, 2 * self._half), 2, axis=-1)

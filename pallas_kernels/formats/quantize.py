@@ -239,12 +239,14 @@ def encode_e2m1(values: jax.Array) -> jax.Array:
 
 
 def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """float32 `x` as `dtype` (float32 or bfloat16), with a rounding that stays.
+    """`x` as `dtype` (float32 or bfloat16), with a rounding that stays.
 
     XLA may drop a conversion to bfloat16 whose result is widened again
     (`xla_allow_excess_precision`, on by default). Where the rounding is part of the model, or a
     program is to give the same numbers however it is cut up, it has to be asked for.
     """
+    if x.dtype == jnp.dtype(dtype):
+        return x
     if jnp.dtype(dtype) == jnp.bfloat16:
         x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return x.astype(dtype)
@@ -476,8 +478,16 @@ def hadamard(x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     if width & (width - 1):
         raise ValueError(f"x has {width} channels: the Hadamard transform needs a power of two.")
-    index = jnp.arange(width, dtype=jnp.uint32)
-    parity = jax.lax.population_count(index[:, None] & index[None, :]) & 1
-    matrix = jnp.where(parity == 1, -1.0, 1.0) * width**-0.5
+    matrix = hadamard_matrix(width)
     out = compact.matmul(x.astype(jnp.float32), matrix, precision=jax.lax.Precision.HIGHEST)
     return cast(out, x.dtype)
+
+
+def hadamard_matrix(width: int) -> jax.Array:
+    """The matrix [width, width] of `hadamard`, float32; in kernels, too."""
+    shape = (width, width)
+    common = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    common &= jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    for shift in (16, 8, 4, 2, 1):  # the parity of the bits that both have, in the lowest
+        common ^= common >> shift
+    return jnp.where(common & 1 == 1, -1.0, 1.0) * jnp.float32(width**-0.5)

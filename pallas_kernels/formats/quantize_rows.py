@@ -102,7 +102,7 @@ def quantize_rows(
     scale = (exponent >> 23).astype(jnp.uint8)
     if fmt == "fp8":
         return quantize.encode_e4m3(values), scale
-    codes = _e2m1_codes(values)
+    codes = e2m1_codes(values)
     low, high = codes[..., : width // 2], codes[..., width // 2 :]
     return (low | high << 4).astype(jnp.uint8), scale
 
@@ -190,8 +190,8 @@ def _rounded_blocks(x, fmt, block):
     width = x.shape[-1]
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -width % block)])
     blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block).astype(jnp.float32)
-    exponent = _scale_bits(compact.largest(jnp.abs(blocks))[..., None], fmt)
-    values = _round_to_grid(blocks, exponent, fmt)
+    exponent = scale_bits(compact.largest(jnp.abs(blocks))[..., None], fmt)
+    values = round_to_grid(blocks, exponent, fmt)
     return values.reshape(padded.shape)[..., :width], exponent[..., 0]
 
 
@@ -231,35 +231,35 @@ def _kernel(x_ref, values_ref, *scale_ref, fmt, block, group, transposed):
             tile = pl.ds(start, min(LANES, width - start))
             x = x_ref[rows, tile].astype(jnp.float32)
             if transposed:
-                exponent = _scale_bits(_block_max(jnp.abs(x), block), fmt)
-                spread = _spread(exponent, block)
+                exponent = scale_bits(block_max(jnp.abs(x), block), fmt)
+                bits = over_lanes(exponent, block)
             else:
-                spread = _scale_bits(jnp.max(jnp.abs(x), axis=1, keepdims=True), fmt)
-            values = _round_to_grid(x, spread, fmt)
+                bits = scale_bits(jnp.max(jnp.abs(x), axis=1, keepdims=True), fmt)
+            values = round_to_grid(x, bits, fmt)
             if scale_ref:
                 scales.append(exponent)
             else:
-                values *= jax.lax.bitcast_convert_type(spread, jnp.float32)
+                values *= jax.lax.bitcast_convert_type(bits, jnp.float32)
             values_ref[rows, tile] = values.astype(values_ref.dtype)
         if scale_ref:
             exponents = jnp.concatenate(scales, axis=0) >> 23
             scale_ref[0][rows] = exponents.T.astype(jnp.uint8)
 
 
-def _block_max(magnitude, block):
+def block_max(magnitude, block):
     """[rows, lanes] -> [lanes / block, rows]"""
     rows, width = magnitude.shape
     return jnp.max(magnitude.T.reshape(width // block, block, rows), axis=1)
 
 
-def _spread(exponent, block):
+def over_lanes(exponent, block):
     """[lanes / block, rows] -> [rows, lanes]"""
     num_blocks, rows = exponent.shape
     spread = jnp.broadcast_to(exponent[:, None], (num_blocks, block, rows))
     return spread.reshape(num_blocks * block, rows).T
 
 
-def _scale_bits(amax, fmt):
+def scale_bits(amax, fmt):
     """The scale of blocks with these maxima: a power of two, as the bits of its float32."""
     largest, floor, _, _ = _FORMATS[fmt]
     ratio = jnp.maximum(amax, jnp.float32(floor)) * jnp.float32(1 / largest)
@@ -267,7 +267,7 @@ def _scale_bits(amax, fmt):
     return (bits + 0x7FFFFF) & 0x7F800000  # up to the next power of two
 
 
-def _round_to_grid(x, scale_bits, fmt):
+def round_to_grid(x, scale_bits, fmt):
     """x / scale rounded to the nearest value of the format, as float32."""
     _, _, least_exponent, mantissa_bits = _FORMATS[fmt]
     x *= jax.lax.bitcast_convert_type((254 << 23) - scale_bits, jnp.float32)
@@ -282,7 +282,7 @@ def _round_to_grid(x, scale_bits, fmt):
     return jax.lax.bitcast_convert_type(rounded | sign, jnp.float32)
 
 
-def _e2m1_codes(values):
+def e2m1_codes(values):
     """float32 values of e2m1 -> codes 0..15; zero of either sign is code 0."""
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     magnitude = bits & 0x7FFFFFFF

@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats import tpu_formats
-from pallas_kernels.grouped_matmul import block_sizes
+from pallas_kernels.grouped_matmul import block_sizes, order
 from pallas_kernels.grouped_matmul.block_sizes import BlockSizes
 from pallas_kernels.grouped_matmul.tpu import Product, Weight
 from pallas_kernels.grouped_matmul.visits import Visits
@@ -68,7 +68,7 @@ def grouped_product(
     rows: int,
     chip: str,
     *,
-    row_values: Sequence[jax.Array] = (),  # [P, 1] float32
+    row_values: Sequence[jax.Array] = (),  # [P] float32
     interpret: bool = False,
 ) -> jax.Array:  # [P, out]
     """Runs the kernel; the blocks must exist (`sizes_for`)."""
@@ -79,10 +79,7 @@ def grouped_product(
     assert sizes is not None  # the caller has asked
     depth = block_sizes.MXU_DEPTH[chip]
     padded = _padded(num_rows, rows)
-    row_values = [jnp.broadcast_to(a, (num_rows, 128)) for a in row_values]
-    row_arrays = [
-        jnp.pad(a.astype(jnp.float32), ((0, padded - num_rows), (0, 0))) for a in (x, *row_values)
-    ]
+    row_arrays = [x, *(a.reshape(1, num_rows) for a in row_values)]
 
     def weight_at(n, v, start_row, expert, *_):
         return expert[v], 0, n
@@ -90,14 +87,18 @@ def grouped_product(
     in_specs = [
         pl.BlockSpec(a.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)) for a in row_arrays
     ]
-    arrays, scratch = [], []
+    arrays = []
     for w, fmt in zip(ws, formats):
         for array, height in zip(operands(w), rows_of_operands(fmt, num_inputs)):
             in_specs.append(pl.BlockSpec((None, height, sizes.columns), weight_at))
             arrays.append(array)
     spread_rows = rows * max(parts(fmt, depth) for fmt in formats)
-    scratch.append(pltpu.VMEM((spread_rows, num_inputs), x.dtype))
-    scratch.append(pltpu.VMEM((padded, sizes.columns), jnp.float32))
+    scratch = [
+        pltpu.VMEM((padded, num_inputs), jnp.float32),
+        *[pltpu.VMEM((padded, 128), jnp.float32) for _ in row_values],
+        pltpu.VMEM((spread_rows, num_inputs), x.dtype),
+        pltpu.VMEM((padded, sizes.columns), jnp.float32),
+    ]
     return pl.pallas_call(
         functools.partial(_kernel, product, formats, sizes, depth, len(row_values)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -141,23 +142,31 @@ def spread(x: jax.Array, spread_ref, fmt: Format, rows: int, depth: int) -> None
 
 
 def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values, *all_refs):
-    count, expert, tile, start, end, x_ref, *refs = all_refs
+    count, expert, tile, start, end, given_ref, *refs = all_refs
     del expert, start
-    row_refs, refs = refs[:num_row_values], refs[num_row_values:]
-    *refs, out_ref, spread_ref, sums_ref = refs
+    given_row_refs, refs = refs[:num_row_values], refs[num_row_values:]
     weight_refs = []
     for fmt in formats:
         weight_refs.append(refs[: 1 + fmt.is_packed])
         refs = refs[1 + fmt.is_packed :]
+    out_ref, x_ref, *row_refs, spread_ref, sums_ref = refs
     v = pl.program_id(1)
     first_row, rows = tile[v], sizes.rows
 
-    def zero(i, carry):
-        at = pl.ds(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES)
-        sums_ref[at, :] = jnp.zeros((SUBLANES, sizes.columns), jnp.float32)
+    def begin(_, carry):
+        # What is past the last row reaches no result: products of rows stay apart.
+        num_rows = given_ref.shape[0]
+        x_ref[:num_rows, :] = given_ref[...].astype(jnp.float32)
+        for given, ref in zip(given_row_refs, row_refs, strict=True):
+            for first in range(0, num_rows, 128):
+                column = order.turned(given[:, first : min(first + 128, num_rows)])
+                ref[first : first + column.shape[0], :] = jnp.broadcast_to(
+                    column, (column.shape[0], 128)
+                )
+        sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
         return carry
 
-    jax.lax.fori_loop(0, jnp.where(v == 0, sums_ref.shape[0] // SUBLANES, 0), zero, ())
+    jax.lax.fori_loop(0, jnp.where(v == 0, 1, 0), begin, ())
 
     # Rows are loaded and stored in windows of whole registers (8 rows).
     window_rows = -(-rows // SUBLANES) * SUBLANES + SUBLANES

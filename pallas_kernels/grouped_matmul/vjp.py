@@ -64,7 +64,7 @@ def grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, interpret):
         return (extras[0] * swiglu(gate, up, limit),)
 
     product = tpu.Product("grouped_swiglu", epilogue, (x.dtype,))
-    weight = row_weights.astype(jnp.float32)[:, None]
+    weight = row_weights.astype(jnp.float32)
     return forward(product, x, [w_gate, w_up], group_sizes, [weight], interpret)
 
 
@@ -129,10 +129,10 @@ def forward(product, x, ws, group_sizes, row_values, interpret) -> jax.Array:
     rows = block_sizes.few_rows(x.shape[0], ws[0].shape[0], x.shape[1])
     formats = [weights.format_of(w, x.dtype, chip) for w in ws]
     if rows is None or few_rows.sizes_for(chip, rows, formats, x.shape[0]) is None:
-        return _product(product, [x], ws, group_sizes, row_values=row_values, interpret=interpret)[
-            0
-        ]
-    found = visits.from_first_rows(group_sizes, x.shape[0], rows)
+        columns = [values[:, None] for values in row_values]
+        (out,) = _product(product, [x], ws, group_sizes, row_values=columns, interpret=interpret)
+        return out
+    found = visits.from_first_rows(group_sizes, x.shape[0], rows, interpret=interpret)
     return few_rows.grouped_product(
         product, x, ws, found, rows, chip, row_values=row_values, interpret=interpret
     )

@@ -11,11 +11,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 
 from pallas_kernels import compact
 from pallas_kernels.dispatch import Implementation, choose, operation, target_chip
-from pallas_kernels.formats.quantize import QuantizedArray
+from pallas_kernels.formats.quantize import QuantizedArray, cast
 from pallas_kernels.linear import tpu, tpu_gradient
 
 
@@ -25,8 +25,9 @@ def linear(
     w: Float[jax.Array, "group_inputs outputs"] | QuantizedArray,
     *,
     groups: int = 1,
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: Implementation = None,
-) -> Float32[jax.Array, "*rows outputs"]:
+) -> Float[jax.Array, "*rows outputs"]:  # in `out_dtype`
     """Each group of inputs times its own columns of w. Differentiable in x, and in w if it is float.
 
     Sums are float32. bfloat16 factors are multiplied as they are (their products are exact in
@@ -34,6 +35,7 @@ def linear(
 
     Args:
       groups: how many parts inputs and outputs have.
+      out_dtype: what sums are rounded to; float32 or bfloat16.
       implementation: see `pallas_kernels.dispatch`; of packed weights, float ones are XLA's.
 
     Raises:
@@ -45,12 +47,12 @@ def linear(
             f"groups={groups}."
         )
     if not isinstance(w, QuantizedArray):
-        return _xla(x, w, groups)
+        return cast(_xla(x, w, groups), out_dtype)
     match choose(implementation, unsupported=tpu.unsupported(x, w, groups, target_chip())):
         case "tpu" | "interpret" as kernel:
-            return _packed(x, w, groups, kernel == "interpret")
+            return _packed(x, w, groups, jnp.dtype(out_dtype), kernel == "interpret")
         case _:
-            return _xla(x, w.dequantize(x.dtype), groups)
+            return cast(_xla(x, w.dequantize(x.dtype), groups), out_dtype)
 
 
 def _xla(x: jax.Array, w: jax.Array, groups: int) -> jax.Array:
@@ -67,19 +69,20 @@ def _xla(x: jax.Array, w: jax.Array, groups: int) -> jax.Array:
     return out.reshape(*out.shape[:-2], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _packed(x, w, groups, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _packed(x, w, groups, out_dtype, interpret):
     rows = x.reshape(-1, x.shape[-1])
-    out = tpu.linear(rows, w, groups, target_chip(), interpret=interpret)
+    out = tpu.linear(rows, w, groups, target_chip(), out_dtype, interpret=interpret)
     return out.reshape(*x.shape[:-1], w.shape[1])
 
 
-def _packed_fwd(x, w, groups, interpret):
-    return _packed(x, w, groups, interpret), (x, w)
+def _packed_fwd(x, w, groups, out_dtype, interpret):
+    return _packed(x, w, groups, out_dtype, interpret), (x, w)
 
 
-def _packed_bwd(groups, interpret, residuals, d_out):
+def _packed_bwd(groups, out_dtype, interpret, residuals, d_out):
     """Of x alone: packed weights are frozen."""
+    del out_dtype
     x, w = residuals
     d_out = d_out.reshape(-1, w.shape[1]).astype(x.dtype)
     d_x = tpu_gradient.row_gradient(d_out, w, groups, target_chip(), interpret=interpret)

@@ -81,9 +81,10 @@ def linear(
     w: QuantizedArray,  # [in, groups * out]
     groups: int,
     chip: str,
+    out_dtype: jnp.dtype,
     *,
     interpret: bool = False,
-) -> jax.Array:  # [P, groups * out] float32
+) -> jax.Array:  # [P, groups * out] in `out_dtype`
     """Runs the kernel; the blocks must exist (`sizes_for`)."""
     fmt = weights.format_of(w, x.dtype, chip)
     found = sizes_for(x.shape[0], w, groups, x.dtype, chip)
@@ -121,13 +122,13 @@ def linear(
         ],
         out_specs=pl.BlockSpec((rows, sizes.columns), lambda n, t: (t, n)),
         scratch_shapes=scratch,
-        out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=sizes.vmem_limit
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_rows * num_inputs * num_columns,
-            bytes_accessed=w.nbytes + x.nbytes + 4 * num_rows * num_columns,
+            bytes_accessed=w.nbytes + x.nbytes + out_dtype.itemsize * num_rows * num_columns,
             transcendentals=0,
         ),
         interpret=interpret,
@@ -154,7 +155,7 @@ def _few_rows_kernel(
         out = few_rows.packed_product(
             fmt, spread_ref, values_ref, own_scale_ref[:, columns], columns, depth, sizes.rows
         )
-        out_ref[:, columns] = out[: out_ref.shape[0]]
+        out_ref[:, columns] = out[: out_ref.shape[0]].astype(out_ref.dtype)
 
     _repeat(sizes.columns // sizes.step, step)
 
@@ -184,7 +185,7 @@ def _kernel(
                 matrix_ref[:, columns] = w
         else:
             w = matrix_ref[:, columns]
-        out_ref[:, columns] = weights.dot(x_ref[...], w)
+        out_ref[:, columns] = weights.dot(x_ref[...], w).astype(out_ref.dtype)
 
     num_steps = sizes.columns // sizes.step
     if matrix_ref is None:

@@ -81,6 +81,21 @@ def test_other_formats(kind, rows):
     assert_close(out, _expected(x, w, 2), FLOAT32)
 
 
+@pytest.mark.parametrize("implementation", ["interpret", "xla"])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_sums_are_rounded_once_to_the_dtype_that_is_asked_for(shape, implementation):
+    x, w = _make(*shape, jnp.bfloat16)
+    run = functools.partial(linear, groups=shape[-1], implementation=implementation)
+
+    out = run(x, w, out_dtype=jnp.bfloat16)
+
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, run(x, w).astype(jnp.bfloat16))
+    (d_x,) = jax.vjp(lambda x: run(x, w, out_dtype=jnp.bfloat16), x)[1](jnp.ones_like(out))
+    assert_close(d_x, jax.vjp(lambda x: run(x, w), x)[1](jnp.ones(out.shape))[0], FLOAT32)
+
+
 @pytest.mark.parametrize("groups, kind, dtype", [(1, "fp8", jnp.bfloat16), (2, "fp4", jnp.float32)])
 def test_gradient_of_the_rows(groups, kind, dtype):
     """The kernel reads packed weights on the way back, too; rows have leading axes."""

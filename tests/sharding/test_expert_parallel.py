@@ -1,4 +1,4 @@
-"""Order of rows by expert, and what a TPU program does while rows travel."""
+"""What a TPU program does while rows travel, and gradients of experts on meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,24 +7,11 @@ import pytest
 from jax import P
 
 from pallas_kernels.formats.quantize import quantize_weight
+from pallas_kernels.grouped_matmul import by_expert
 from sharding import TRAIN, collectives, expert_parallel, make_mesh
-from sharding.expert_parallel import COUNT_BLOCK, apply_experts, by_expert
+from sharding.expert_parallel import apply_experts
 from v4jax.planning.hlo import exchanges
 from v4jax.planning.topologies import COMPILER_OPTIONS, topology_devices
-
-
-@pytest.mark.parametrize("num_rows", [1, COUNT_BLOCK, COUNT_BLOCK + 1, 3 * COUNT_BLOCK - 7])
-@pytest.mark.parametrize("num_experts", [1, 7])
-def test_rows_are_ordered_as_a_stable_sort_orders_them(num_rows, num_experts):
-    rng = np.random.default_rng(num_rows)
-    expert = rng.integers(0, num_experts + 1, num_rows).astype(np.int32)  # the last: none
-
-    order = jax.jit(by_expert, static_argnums=1)(expert, num_experts)
-
-    want = np.argsort(expert, kind="stable")
-    np.testing.assert_array_equal(order.row, want)
-    np.testing.assert_array_equal(order.position, np.argsort(want))
-    np.testing.assert_array_equal(order.sizes, np.bincount(expert, minlength=num_experts + 1)[:-1])
 
 
 def test_rows_of_one_round_travel_while_those_of_another_are_computed(not_kept):
@@ -35,7 +22,7 @@ def test_rows_of_one_round_travel_while_those_of_another_are_computed(not_kept):
         return jnp.matmul(rows * row_weights[:, None].astype(rows.dtype), weights[0])
 
     def fn(weights, x, experts, row_weights):
-        return apply_experts(experts_fn, weights, x, experts, row_weights, 1)
+        return apply_experts(experts_fn, by_expert, weights, x, experts, row_weights, 1)
 
     mesh = make_mesh(expert=devices, devices=topology_devices("v6e:2x2"))
     arrays = [
@@ -84,7 +71,7 @@ def _gradients(load: str, **sizes):
     def fn(adapter, frozen, x, weights, experts, direction):
         def loss(adapter, x, weights):
             params = {"frozen": frozen, "adapter": adapter}
-            out = apply_experts(_with_adapter, params, x, experts, weights, adapter.shape[0])
+            out = apply_experts(_with_adapter, by_expert, params, x, experts, weights, len(adapter))
             return jnp.sum(out * direction), out
 
         grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(adapter, x, weights)

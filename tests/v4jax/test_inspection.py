@@ -62,7 +62,7 @@ def test_weights_times_rows_are_the_output_of_attention(model, views, layer):
         out += np.einsum("bqns,bsh->bqnh", view.compressed_weights, rows)
         total += view.compressed_weights.sum(-1)
     assert_close(total, np.ones_like(total), FLOAT32)
-    turned = rotate(jnp.asarray(out), positions[:, at], attention._frequencies, inverse=True)
+    turned = rotate(jnp.asarray(out), positions[:, at], attention._rope, inverse=True)
     expected = attention.wo_b(attention.wo_a(turned.reshape(2, len(at), -1)))
     assert_close(expected, view.attention_output[:, at], FLOAT32)
 

@@ -26,9 +26,10 @@ KERNEL = (
     f'{SCOPE}norm/round_fp8/pallas_call"}}, backend_config={{"custom_call_config":{{"body":"TUzv",'
     '"cost_estimate":{"flops":"10","transcendentals":"0","bytes_accessed":"1640000"}}}'
 )
-# Of three layers of Flash, one of each kind, when decoding at 128k: operations, kernels, and MiB of temporary
-# memory. What was compiled on 2026-11-30 (libtpu 0.0.42) and 3 % more; lower them with what is mended.
-MOST = {"v6e:2x4": (1_706, 88, 207), "tpu7x:2x2x1": (1_815, 88, 3_364)}
+# Of three layers of Flash, one of each kind, when decoding at 128k: operations, of these launches of XLA and
+# kernels, and MiB of temporary memory. What was compiled on 2026-11-30 (libtpu 0.0.42), of all but kernels
+# 3 % more; lower them with what is mended.
+MOST = {"v6e:2x4": (1_105, 285, 116, 80), "tpu7x:2x2x1": (1_192, 324, 116, 3_231)}
 JOB = Job(kind="decode", context=131_072, batch=8)
 SIZES = dict(fsdp=1, expert=8, tensor=1, context=1)
 
@@ -181,7 +182,8 @@ def test_a_decode_step_has_no_more_operations_and_memory_than_it_had(topology):
     found = compile_apart(cfg, topology, JOB, SIZES, has_code=False)
 
     kinds = collections.Counter(one.kind for one in operations(found.text))
-    most_operations, most_kernels, most_memory = MOST[topology]
+    most_operations, most_of_xla, most_kernels, most_memory = MOST[topology]
     assert sum(kinds.values()) <= most_operations
+    assert kinds["XLA"] <= most_of_xla
     assert kinds["kernel"] <= most_kernels
     assert found.temp <= most_memory * 2**20

@@ -40,6 +40,7 @@ from v4jax.nn.layers import (
     Linear,
     ModelContext,
     RMSNorm,
+    Rope,
     rope_frequencies,
     rotate,
 )
@@ -96,7 +97,7 @@ class Attention(nnx.Module):
         window = jnp.concatenate([collectives.halo(kv, self.cfg.window, "seq"), kv], axis=1)
         entries = None
         if self.compressor:
-            entries = self.round_rows(self.compressor(x, documents))
+            entries = self.compressor(x, documents)
             entries = self.compressor.gather(entries, length)
         if entries is None or self.indexer is None:
             out, _ = self._attend_dense(q, window, entries, positions, first)
@@ -104,7 +105,7 @@ class Attention(nnx.Module):
         valid = None if documents is None else documents.valid
         x, latent = jax.lax.stop_gradient((x, latent))
         queries, weights = self.indexer.queries(x, latent, positions)
-        keys = self.numerics.round_indexer(self.indexer.compressor(x, documents))
+        keys = self.indexer.compressor(x, documents)
         keys = self.indexer.compressor.gather(keys, length)
         if self.sees_all:
             out, log_denominator = self._attend_dense(q, window, entries, positions, first)
@@ -143,15 +144,13 @@ class Attention(nnx.Module):
             assert cache.entries is not None and cache.pool is not None  # of such a layer
             first = chunk.start // self.spec.ratio
             rows, counts, pool = self.compressor.extend(x, chunk, cache.pool)
-            entries = append_entries(cache.entries, self.round_rows(rows), first, counts)
+            entries = append_entries(cache.entries, rows, first, counts)
             new = dataclasses.replace(new, entries=entries, pool=pool)
         selection = None
         if self.indexer:
             assert cache.index_keys is not None and cache.index_pool is not None
             rows, counts, pool = self.indexer.compressor.extend(x, chunk, cache.index_pool)
-            keys = append_entries(
-                cache.index_keys, self.numerics.round_indexer(rows), first, counts
-            )
+            keys = append_entries(cache.index_keys, rows, first, counts)
             new = dataclasses.replace(new, index_keys=keys, index_pool=pool)
             queries, weights = self.indexer.queries(x, latent, chunk.positions)
             selection = self.indexer.select(queries, weights, keys, chunk.positions)
@@ -178,8 +177,10 @@ class Attention(nnx.Module):
         return self.cfg.head_dim**-0.5
 
     @property
-    def _frequencies(self):
-        return rope_frequencies(self.cfg, compressed=self.spec.compressor is not None)
+    def _rope(self) -> Rope:
+        is_compressed = self.spec.compressor is not None
+        frequencies = rope_frequencies(self.cfg, compressed=is_compressed)
+        return Rope(frequencies, self.numerics.implementation)
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """latent [B, T, q_lora_rank], q [B, T, N, H] and kv [B, T, H]."""
@@ -187,14 +188,9 @@ class Attention(nnx.Module):
             latent = self.q_norm(self.wq_a(x))
             q = self.wq_b(collectives.copy_to(latent, "heads"))
             q = q.reshape(*x.shape[:2], -1, self.cfg.head_dim)  # this device's heads
-            q = self.numerics.normalize_query(q, self.cfg.norm_eps)
-            q = rotate(q, positions, self._frequencies)
-            kv = rotate(self.kv_norm(self.wkv(x)), positions, self._frequencies)
-            return latent, q, self.numerics.round_kv(kv, self.cfg.nope_head_dim)
-
-    def round_rows(self, rows: jax.Array) -> jax.Array:
-        """Compressed rows [B, S, H] as the cache holds them."""
-        return self.numerics.round_kv(rows, self.cfg.nope_head_dim)
+            turn = self._rope.turn(positions)
+            q = self.numerics.finish_query(q, turn, self.cfg.norm_eps)
+            return latent, q, self.kv_norm(self.wkv(x), turn, rounding="rows")
 
     def _attend_dense(self, q, window, entries, positions, first=None, written=None):
         if entries is None:
@@ -244,6 +240,6 @@ class Attention(nnx.Module):
     def _output(self, out: jax.Array, positions: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B, T, D]"""
         with jax.named_scope("attention/output"):
-            out = rotate(out, positions, self._frequencies, inverse=True)
+            out = rotate(out, positions, self._rope, inverse=True)
             out = out.reshape(*out.shape[:2], -1)  # the heads of a group side by side
             return self.wo_b(self.wo_a(out))

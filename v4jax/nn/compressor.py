@@ -1,7 +1,7 @@
 """Compressor: turns every `ratio` tokens into one key-value entry.
 
     value, gate = x @ wkv, x @ wgate            float32
-    entry w     = rope(norm(sum_p softmax_p(gate[p] + ape[p]) * value[p]), position ratio * w)
+    entry w     = round(rope(norm(sum_p softmax_p(gate[p] + ape[p]) * value[p]), position ratio * w))
 
 HCA (ratio 128) pools the tokens of window w. CSA (ratio 4) overlaps: it projects to twice the width
 and pools eight rows, the first half of the channels of window w - 1 and the second half of those of
@@ -17,17 +17,20 @@ from flax import nnx
 
 from pallas_kernels.formats.quantize import cast
 from pallas_kernels.gated_pool import Pool, pool_windows
+from pallas_kernels.pool_token import pool_token
 from sharding import collectives
 from v4jax.config import CompressorSpec
 from v4jax.nn.cache import Chunk, OpenPool, init_pool
 from v4jax.nn.documents import Documents
-from v4jax.nn.layers import ModelContext, RMSNorm, WideLinear, rope_frequencies, rotate
+from v4jax.nn.layers import ModelContext, RMSNorm, Rope, WideLinear, rope_frequencies
 
 
 class Compressor(nnx.Module):
     """[B, T, D] -> [B, T / ratio, width]"""
 
-    def __init__(self, context: ModelContext, spec: CompressorSpec, width: int):
+    def __init__(
+        self, context: ModelContext, spec: CompressorSpec, width: int, *, rounding: str = "rows"
+    ):
         self.ratio, self.overlap, self.width = spec.ratio, spec.overlap, width
         parts = (width,) * (2 if self.overlap else 1)  # of the window before, and of its own
         channels = sum(parts)
@@ -41,7 +44,7 @@ class Compressor(nnx.Module):
             matrix=False,
         )
         self.norm = RMSNorm(context, width)
-        self.cfg, self.numerics = context.cfg, context.numerics
+        self.cfg, self.numerics, self.rounding = context.cfg, context.numerics, rounding
 
     @jax.named_scope("compressor")
     def __call__(self, x: jax.Array, documents: Documents | None = None) -> jax.Array:
@@ -63,7 +66,8 @@ class Compressor(nnx.Module):
         pooled = self._pool_whole(x)
         if self.overlap:
             pooled = self._overlap(pooled, Pool.empty((batch, self.width)))
-        return self._finish(pooled, self._positions(jnp.zeros(batch, jnp.int32), pooled))
+        position = self._positions(jnp.zeros(batch, jnp.int32), pooled)
+        return self._finish(self._means(pooled), position)
 
     def _of_documents(self, x: jax.Array, starts: jax.Array) -> jax.Array:
         """Entries of rows with several documents, which begin at whole windows."""
@@ -84,7 +88,7 @@ class Compressor(nnx.Module):
             )
             is_first = (position == 0)[..., None]
             pooled = self._overlap(pooled, before, is_first)
-        return self._finish(pooled, position)
+        return self._finish(self._means(pooled), position)
 
     def _pool_whole(self, x: jax.Array) -> Pool:
         """Partial sums of the whole windows of x [B, T, D]: [B, T / ratio, F]."""
@@ -106,8 +110,23 @@ class Compressor(nnx.Module):
           first is entry `start // ratio` of its sequence), and the new state.
         """
         value, gate = self._project(x)
-        pools = self._pool_chunk(value, gate, chunk)  # [B, n, F]
         counts = (chunk.start % self.ratio + chunk.counts) // self.ratio
+        if x.shape[1] == 1 and collectives.axis_size("seq") == 1:  # a decoding step
+            mean, current, previous = pool_token(
+                state.current,
+                state.previous,
+                value[:, 0],
+                gate[:, 0],
+                self.ape[...],
+                chunk.start % self.ratio,
+                chunk.valid[:, 0],
+                dtype=self.numerics.dtype,
+                implementation=self.numerics.implementation,
+            )
+            position = chunk.start[:, None] // self.ratio * self.ratio
+            rows = self._finish(mean[:, None], position)
+            return rows, counts, OpenPool(current, previous)
+        pools = self._pool_chunk(value, gate, chunk)  # [B, n, F]
         end = None
         if collectives.axis_size("seq") > 1:
             state, end = self._across_devices(pools, counts, state)
@@ -115,7 +134,8 @@ class Compressor(nnx.Module):
         pools = jax.tree.map(lambda p, f: p.at[:, 0].set(f), pools, first)
         joined = pools if state.previous is None else self._overlap(pools, state.previous)
         end = self._end(state, pools, counts) if end is None else end
-        return self._finish(joined, self._positions(chunk.start, joined)), counts, end
+        position = self._positions(chunk.start, joined)
+        return self._finish(self._means(joined), position), counts, end
 
     def gather(self, entries: jax.Array, length: int) -> jax.Array:
         """Entries [B, S, width] of whole sequences, from what each device made of its `length` tokens."""
@@ -195,11 +215,6 @@ class Compressor(nnx.Module):
         """Partial sums of the chunk's tokens by window: [B, n, F], window 0 being the open one."""
         batch, columns, channels = value.shape
         slot = chunk.start % self.ratio
-        if columns == 1:  # a decoding step: one row is its own partial sum
-            gate = gate + self.ape[...][slot][:, None]
-            row = Pool(gate, jnp.ones_like(gate), value)
-            valid = chunk.valid[..., None]
-            return jax.tree.map(lambda p, e: jnp.where(valid, p, e), row, Pool.empty(value.shape))
         count = -(-(columns + self.ratio - 1) // self.ratio)
         space = jnp.zeros((batch, count * self.ratio, channels), value.dtype)
         place = jax.vmap(lambda s, y, at: jax.lax.dynamic_update_slice_in_dim(s, y, at, 0))
@@ -234,10 +249,13 @@ class Compressor(nnx.Module):
         index = start[:, None] // self.ratio + jnp.arange(pools.total.shape[1])
         return index * self.ratio
 
-    def _finish(self, pools: Pool, position: jax.Array) -> jax.Array:
-        """Entries of windows whose first tokens have these positions [B, n]."""
-        entries = self.norm(cast(pools.mean(), self.numerics.dtype))
-        return rotate(entries, position, rope_frequencies(self.cfg, compressed=True))
+    def _finish(self, means: jax.Array, position: jax.Array) -> jax.Array:
+        """Entries of windows with these means, whose first tokens have these positions [B, n]."""
+        turn = Rope(rope_frequencies(self.cfg, compressed=True)).turn(position)
+        return self.norm(means, turn, self.rounding)
+
+    def _means(self, pools: Pool) -> jax.Array:
+        return cast(pools.mean(), self.numerics.dtype)
 
 
 def _at(pools: Pool, index: jax.Array) -> Pool:

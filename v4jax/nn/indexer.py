@@ -25,7 +25,7 @@ from pallas_kernels.selection import Selection
 from sharding import collectives
 from v4jax.config import CompressorSpec, IndexerSpec
 from v4jax.nn.compressor import Compressor
-from v4jax.nn.layers import Linear, ModelContext, WideLinear, rope_frequencies, rotate
+from v4jax.nn.layers import Linear, ModelContext, Rope, WideLinear, rope_frequencies
 
 BLOCK_QUERIES = 64  # of a dense teacher, which holds all heads' rows of them
 
@@ -43,7 +43,7 @@ class Indexer(nnx.Module):
             )
         self.wq_b = Linear(context, cfg.q_lora_rank, heads * width, ("embed", None))
         self.weights_proj = WideLinear(context, cfg.embed_dim, heads)
-        self.compressor = Compressor(context, compressor, width)
+        self.compressor = Compressor(context, compressor, width, rounding="keys")
         self.cfg, self.spec, self.numerics = cfg, spec, numerics
 
     @signatures.shaped
@@ -57,9 +57,9 @@ class Indexer(nnx.Module):
         """Queries and the weights of their heads."""
         heads, width = self.spec.num_heads, self.spec.head_dim
         q = self.wq_b(latent).reshape(*latent.shape[:2], heads, width)
-        q = rotate(q, positions, rope_frequencies(self.cfg, compressed=True))
+        turn = Rope(rope_frequencies(self.cfg, compressed=True)).turn(positions)
         weights = self.weights_proj(x) / math.sqrt(width * heads)
-        return self.numerics.round_indexer(q), weights
+        return self.numerics.finish(q, None, turn, rounding="keys"), weights
 
     @jax.named_scope("indexer/select")
     def select(

@@ -89,7 +89,7 @@ def _attention(attention, x: jax.Array, queries: jax.Array) -> tuple[jax.Array, 
     logits = [near, sink[..., None]]
     scores = picks = None
     if attention.compressor:
-        compressed = attention.round_rows(attention.compressor(x)).astype(jnp.float32)
+        compressed = attention.compressor(x).astype(jnp.float32)
         count = compressed.shape[1]
         seen = jnp.arange(count) < (queries[:, None] + 1) // attention.spec.ratio  # [Q, S]
         seen = jnp.broadcast_to(seen, (batch, *seen.shape))
@@ -114,7 +114,7 @@ def _attention(attention, x: jax.Array, queries: jax.Array) -> tuple[jax.Array, 
 def _picks(attention, x, latent, positions, queries, seen) -> tuple[jax.Array, jax.Array]:
     indexer = attention.indexer
     index_q, head_weights = indexer.queries(x, latent, positions)
-    keys = attention.numerics.round_indexer(indexer.compressor(x))
+    keys = indexer.compressor(x)
     index_q, head_weights = index_q[:, queries], head_weights[:, queries]
     selection = indexer.select(index_q, head_weights, keys, positions[:, queries])
     products = jnp.einsum("bqai,bsi->bqas", *(y.astype(jnp.float32) for y in (index_q, keys)))

@@ -12,10 +12,11 @@ from flax import nnx
 from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import signatures
-from pallas_kernels.formats.quantize import cast
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.head_rows import Turn, finish_rows
 from sharding import AxisRules, ambient, collectives, summed_axis
 from v4jax.config import RopeConfig, V4Config
-from v4jax.nn.numerics import Numerics, rms_normalize
+from v4jax.nn.numerics import Numerics
 
 _Module = TypeVar("_Module", bound=nnx.Module)
 STORED = ("fp4", "fp8", "bf16", "f32", "int")
@@ -95,13 +96,20 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, context: ModelContext, dim: int):
         self.weight = context.param((dim,), (None,), stored="bf16", init=nnx.initializers.ones)
-        self.eps = context.cfg.norm_eps
+        self.eps, self.numerics = context.cfg.norm_eps, context.numerics
 
     @jax.named_scope("norm")
     @signatures.shaped
-    def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
-        """[..., D] -> [..., D] in the dtype of x."""
-        return cast(self.weight[...].astype(jnp.float32) * rms_normalize(x, self.eps), x.dtype)
+    def __call__(
+        self,
+        x: Float[jax.Array, "B T *heads D"],
+        turn: Turn | None = None,
+        rounding: str | None = None,
+    ) -> Float[jax.Array, "B T *heads D"]:
+        """The norm in the dtype of x; then rotated and rounded, where that is asked for."""
+        return self.numerics.finish(
+            x, self.weight[...], turn, norm="rms", eps=self.eps, rounding=rounding
+        )
 
 
 class Matrix(nnx.Module):
@@ -180,8 +188,8 @@ class GroupedLinear(Matrix):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., groups * in] -> [..., groups * out], of this device's groups."""
         groups = self.groups // collectives.axis_size("heads")
-        out = self.numerics.product(x, self.kernel[...], groups)
-        return self._adapted(x, cast(out, self.numerics.dtype))
+        out = self.numerics.product(x, self.kernel[...], groups, self.numerics.dtype)
+        return self._adapted(x, out)
 
 
 def rope_frequencies(cfg: V4Config, compressed: bool) -> np.ndarray:
@@ -211,22 +219,26 @@ def _yarn(frequencies: np.ndarray, rope: RopeConfig, dim: int, theta: float) -> 
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Angles of positions, and what rotates by them."""
+
+    frequencies: np.ndarray  # [rope_head_dim / 2], see `rope_frequencies`
+    implementation: Implementation = None
+
+    def turn(self, positions: jax.Array, *, inverse: bool = False) -> Turn:
+        """By the angles of positions [B, T], or back."""
+        return Turn(positions, tuple(self.frequencies.tolist()), inverse)
+
+
 @signatures.shaped
 def rotate(
-    x: Float[jax.Array, "B T *rows H"],
+    x: Float[jax.Array, "B T *heads H"],
     positions: Int32[jax.Array, "B T"],
-    frequencies: np.ndarray,  # [rope_head_dim / 2]
+    rope: Rope,
     *,
     inverse: bool = False,
-) -> Float[jax.Array, "B T *rows H"]:
+) -> Float[jax.Array, "B T *heads H"]:
     """Rotates the last `rope_head_dim` channels, in interleaved pairs; float32 inside."""
-    dim = 2 * len(frequencies)
-    angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, dim / 2]
-    angles = jnp.expand_dims(angles, tuple(range(2, x.ndim - 1)))  # heads share them
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    sin = -sin if inverse else sin
-    tail = x[..., -dim:].astype(jnp.float32).reshape(*x.shape[:-1], dim // 2, 2)
-    a, b = tail[..., 0], tail[..., 1]
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    turned = cast(turned.reshape(*x.shape[:-1], dim), x.dtype)
-    return jnp.concatenate([x[..., :-dim], turned], axis=-1)
+    turn = rope.turn(positions, inverse=inverse)
+    return finish_rows(x, None, turn, implementation=rope.implementation)

@@ -21,7 +21,9 @@ from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import signatures
 from pallas_kernels.formats.quantize import cast
-from pallas_kernels.grouped_matmul import swiglu
+from pallas_kernels.grouped_matmul import by_expert, swiglu
+from pallas_kernels.router import scores as scores_of
+from pallas_kernels.router import top_experts, weights_of
 from sharding import collectives
 from sharding.expert_parallel import apply_experts
 from v4jax.config import LayerSpec
@@ -74,7 +76,7 @@ class Router(nnx.Module):
         )
         self.bias = None if spec.hash_routed else bias()
         self.table = table() if spec.hash_routed else None
-        self.moe, self.align = moe, alignment(cfg)
+        self.moe, self.align, self.numerics = moe, alignment(cfg), context.numerics
 
     @signatures.shaped
     def __call__(
@@ -85,24 +87,30 @@ class Router(nnx.Module):
         chosen: Int32[jax.Array, "B T K"] | None = None,  # see `Choices`
     ) -> tuple[Int32[jax.Array, "B T K"], Float32[jax.Array, "B T K"], RouterStats]:
         """Experts, their weights, and statistics."""
-        scores = self.scores(x)
+        logits, scale = self.gate(x), self.moe.routed_scale
         if self.table is not None:
             experts = jnp.take(self.table[...], tokens, axis=0)
+            weights = weights_of(logits, experts, scale)
         else:
             assert self.bias is not None  # a router has a table or biases
-            biased = jax.lax.stop_gradient(scores) + self.bias[...]
-            _, experts = jax.lax.top_k(biased, self.moe.experts_per_token)
+            experts, weights = top_experts(
+                logits,
+                self.bias[...],
+                k=self.moe.experts_per_token,
+                scale=scale,
+                implementation=self.numerics.implementation,
+            )
         if chosen is not None:
             experts = jnp.where(chosen[..., :1] < 0, experts, chosen)
-        weights = jnp.take_along_axis(scores, experts, axis=-1)
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True) * self.moe.routed_scale
+            weights = weights_of(logits, experts, scale)
+        scores = scores_of(logits)
         if documents is None:
             return experts, weights, self._stats(scores, experts)
         return experts, weights, self._stats_of_documents(scores, experts, documents)
 
     def scores(self, x: jax.Array) -> jax.Array:
         """Of every expert, before any bias: [B, T, D] -> [B, T, E] float32."""
-        return jnp.sqrt(jax.nn.softplus(self.gate(x)))
+        return scores_of(self.gate(x))
 
     def _stats(self, scores: jax.Array, experts: jax.Array) -> RouterStats:
         """Sequence-wise balance loss (V3 report, eqs. 17-20): sum_e f_e P_e per sequence."""
@@ -190,6 +198,7 @@ class MoE(nnx.Module):
         x, weights = collectives.copy_to((self.numerics.round_input(x), weights), "expert_dim")
         out = apply_experts(
             functools.partial(_grouped_experts, self.limit),
+            functools.partial(by_expert, implementation=self.numerics.implementation),
             [_entered(matrix) for matrix in (self.w1, self.w3, self.w2)],
             x,
             experts.reshape(-1, k),

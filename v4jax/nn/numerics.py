@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, choose
-from pallas_kernels.formats.quantize import QuantizedArray, cast, hadamard
+from pallas_kernels.formats.quantize import QuantizedArray, cast
 from pallas_kernels.formats.quantize_rows import round_rows
-from pallas_kernels.formats.records import ACTIVATIONS, INDEX_KEYS, KV_ROWS, Format
+from pallas_kernels.formats.records import ACTIVATIONS
 from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.head_rows import Steps, Turn, finish_rows
 from pallas_kernels.linear import linear
 from sharding import collectives
 
@@ -70,35 +71,36 @@ class Numerics:
         """Rounds where the released inference code does."""
         return self.name == "released"
 
-    def round_kv(self, kv: jax.Array, nope_dim: int) -> jax.Array:
-        """Rounds the first `nope_dim` channels of key-value rows [..., H]."""
-        if not self.is_released:
-            return kv
-        nope = self._round(kv[..., :nope_dim], KV_ROWS)
-        return jnp.concatenate([nope, kv[..., nope_dim:]], axis=-1)
+    def finish(
+        self,
+        x: jax.Array,  # [B, T, H] or [B, T, N, H]
+        weight: jax.Array | None = None,  # [H], of the norm
+        turn: Turn | None = None,
+        *,
+        norm: str | None = None,
+        eps: float = 0.0,
+        rounding: str | None = None,
+    ) -> jax.Array:
+        """Rows after norm, rotation and rounding, see `pallas_kernels.head_rows`; `plain` rounds none.
 
-    def round_indexer(self, x: jax.Array) -> jax.Array:
-        """Hadamard transform and FP4 rounding of indexer queries or keys [..., I].
-
-        Without rounding the transform cancels in the dot product, so `plain` leaves it out.
+        Without rounding the Hadamard transform of keys cancels in the dot product: `plain` leaves it out.
         """
-        return self._round(hadamard(x), INDEX_KEYS) if self.is_released else x
+        steps = Steps(norm, eps, rounding if self.is_released else None)
+        return finish_rows(x, weight, turn, steps=steps, implementation=self.implementation)
+
+    def finish_query(self, q: jax.Array, turn: Turn, eps: float) -> jax.Array:
+        """q / rms(q) of each head [B, T, N, H], rotated; `released` rounds every step to `dtype`."""
+        return self.finish(q, None, turn, norm="steps" if self.is_released else "rms", eps=eps)
 
     def round_input(self, x: jax.Array) -> jax.Array:
         """Rounds the input [..., D] of a linear that is stored in FP8 or FP4.
 
         With recipe "fp8" the product does that, which needs the codes.
         """
-        return self._round(x, ACTIVATIONS) if self.recipe == "released" else x
-
-    def normalize_query(self, q: jax.Array, eps: float) -> jax.Array:
-        """q / rms(q) of each head [..., H]; `released` rounds every step to `dtype`."""
-        if not self.is_released:
-            return cast(rms_normalize(q, eps), q.dtype)
-        square = cast(jnp.square(q.astype(jnp.float32)), q.dtype).astype(jnp.float32)
-        mean = cast(jnp.mean(square, axis=-1, keepdims=True), q.dtype).astype(jnp.float32)
-        inverse = cast(jax.lax.rsqrt(cast(mean + eps, q.dtype).astype(jnp.float32)), q.dtype)
-        return cast(q.astype(jnp.float32) * inverse.astype(jnp.float32), q.dtype)
+        if self.recipe != "released":
+            return x
+        to = ACTIVATIONS
+        return round_rows(x, to.values, to.block, implementation=self.implementation)
 
     def linear(
         self, x: jax.Array, w: jax.Array | QuantizedArray, *, summed: str | None = None
@@ -114,13 +116,21 @@ class Numerics:
         if self.recipe == "fp8":
             out = fp8_matmul(x, w)
         else:
-            out = self.product(self.round_input(x), w)
+            is_whole = summed is None or collectives.axis_size(summed) == 1
+            dtype = self.dtype if is_whole else jnp.float32
+            out = self.product(self.round_input(x), w, dtype=dtype)
         return cast(collectives.reduce_from(out, summed) if summed else out, self.dtype)
 
-    def product(self, x: jax.Array, w: jax.Array | QuantizedArray, groups: int = 1) -> jax.Array:
-        """x [..., groups * in] times w [in, groups * out], float32 [..., groups * out]."""
+    def product(
+        self,
+        x: jax.Array,
+        w: jax.Array | QuantizedArray,
+        groups: int = 1,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> jax.Array:
+        """x [..., groups * in] times w [in, groups * out], [..., groups * out] in `dtype`."""
         w = w if isinstance(w, QuantizedArray) else w.astype(self.dtype)
-        return linear(x, w, groups=groups, implementation=self.implementation)
+        return linear(x, w, groups=groups, out_dtype=dtype, implementation=self.implementation)
 
     def grouped_swiglu(self, rows, w_gate, w_up, group_sizes, row_weights, *, limit) -> jax.Array:
         """First half of the experts, for rows that `round_input` has rounded (see the operation)."""
@@ -134,9 +144,6 @@ class Numerics:
     @property
     def _products(self) -> dict:
         return dict(in_fp8=self.recipe == "fp8", implementation=self.implementation)
-
-    def _round(self, x: jax.Array, to: Format) -> jax.Array:
-        return round_rows(x, to.values, to.block, implementation=self.implementation)
 
 
 def plain(
@@ -154,9 +161,3 @@ def released(
 ) -> Numerics:
     """The rounding of the released inference code."""
     return Numerics("released", dtype, implementation, recipe)
-
-
-def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)

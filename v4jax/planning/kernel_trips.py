@@ -83,9 +83,8 @@ def few_rows_trips(
     sizes = few_rows.sizes_for(chip, rows, formats, num_rows)
     assert sizes is not None  # it was compiled
     steps = sizes.columns // sizes.step
-    tiles = (num_rows + max(rows, 8)) // 8
     grid = formats[0].num_outputs // sizes.columns * visits
-    return (grid, tiles / visits, *((steps,) if steps > 1 else ()), 1 / visits)
+    return (grid, 1 / visits, *((steps,) if steps > 1 else ()), 1 / visits)
 
 
 def index_list_trips(chip: str, batch: int, num_entries: int, topk: int) -> Trips:

@@ -1,0 +1,36 @@
+"""Order of rows by expert."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_matmul import by_expert
+from pallas_kernels.grouped_matmul.order import COUNT_BLOCK
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret", "reference"])
+@pytest.mark.parametrize("num_rows", [1, 48, COUNT_BLOCK, COUNT_BLOCK + 1, 3 * COUNT_BLOCK - 7])
+@pytest.mark.parametrize("num_experts", [1, 7])
+def test_rows_are_ordered_as_a_stable_sort_orders_them(num_rows, num_experts, implementation):
+    rng = np.random.default_rng(num_rows)
+    expert = rng.integers(0, num_experts + 1, num_rows).astype(np.int32)  # the last: none
+    sort = functools.partial(by_expert, num_experts=num_experts, implementation=implementation)
+    if implementation == "interpret" and num_rows > 512:
+        with pytest.raises(ValueError, match="the kernel takes 512"):
+            sort(expert)
+        return
+
+    order = jax.jit(sort)(expert)
+
+    want = np.argsort(expert, kind="stable")
+    np.testing.assert_array_equal(order.row, want)
+    np.testing.assert_array_equal(order.position, np.argsort(want))
+    np.testing.assert_array_equal(order.sizes, np.bincount(expert, minlength=num_experts + 1)[:-1])
+
+
+def test_no_rows_and_matrices_of_experts_are_refused():
+    for shape in ((0,), (3, 2)):
+        with pytest.raises(ValueError, match="the expert of each of R > 0 rows"):
+            by_expert(np.zeros(shape, np.int32), 4)
