@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats.quantize import cast, hadamard, hadamard_matrix
@@ -95,13 +96,13 @@ class Turn:
 
 @dispatch.operation
 def finish_rows(
-    x: jax.Array,  # [B, T, H] or [B, T, N, H]
-    weight: jax.Array | None = None,  # [H], of the norm
+    x: Float[jax.Array, "B T *heads H"],
+    weight: Float[jax.Array, " H"] | None = None,  # of the norm
     turn: Turn | None = None,
     *,
     steps: Steps = Steps(),
     implementation: dispatch.Implementation = None,
-) -> jax.Array:  # as x
+) -> Float[jax.Array, "B T *heads H"]:  # in the dtype of x
     """Rows after norm, rotation and rounding. Differentiable in x and weight; of rounding as if it
     did nothing.
 

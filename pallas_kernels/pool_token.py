@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Bool, Float, Float32, Int32
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats.quantize import cast
@@ -30,11 +31,11 @@ BLOCK_VALUES = 1 << 15  # sequences of a program times channels
 def pool_token(
     current: Pool,  # [B, F]
     previous: Pool | None,  # [B, F / 2] of overlapping windows
-    value: jax.Array,  # [B, F] float32
-    gate: jax.Array,  # [B, F] float32
-    bias: jax.Array,  # [R, F] added to the gates of a window
-    slot: jax.Array,  # [B] int32 in 0 .. R - 1: place of the token in its window
-    valid: jax.Array,  # [B] bool: whether a sequence has a token
+    value: Float32[jax.Array, "B F"],
+    gate: Float32[jax.Array, "B F"],
+    bias: Float[jax.Array, "R F"],  # added to the gates of a window
+    slot: Int32[jax.Array, " B"],  # in 0 .. R - 1: place of the token in its window
+    valid: Bool[jax.Array, " B"],  # whether a sequence has a token
     *,
     dtype: jax.typing.DTypeLike,
     implementation: dispatch.Implementation = None,

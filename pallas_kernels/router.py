@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import dispatch
 
@@ -26,13 +27,13 @@ BLOCK_ROWS = 64
 
 @dispatch.operation
 def top_experts(
-    logits: jax.Array,  # [..., E] float32
-    bias: jax.Array,  # [E] float32
+    logits: Float32[jax.Array, "*rows E"],
+    bias: Float[jax.Array, " E"],
     *,
     k: int,
     scale: float,
     implementation: dispatch.Implementation = None,
-) -> tuple[jax.Array, jax.Array]:  # [..., k] int32 and float32
+) -> tuple[Int32[jax.Array, "*rows k"], Float32[jax.Array, "*rows k"]]:
     """Experts and weights of each token, by score. Weights are differentiable in the logits.
 
     Args:

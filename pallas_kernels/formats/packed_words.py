@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, UInt32
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats.quantize import join_codes
@@ -33,13 +34,13 @@ _WORDS = {"rows": 146, "columns": 146, "keys": 17}
 
 
 def words(
-    x: jax.Array,  # [..., W] float32 or bfloat16
+    x: Float[jax.Array, "*rows W"],  # float32 or bfloat16
     layout: str,
     rope_dim: int,
     otherwise: Callable[[jax.Array], jax.Array],
     *,
     implementation: dispatch.Implementation = None,
-) -> jax.Array:  # [..., words] uint32
+) -> UInt32[jax.Array, "*rows words"]:
     """The words of rows or keys, which are in their format already.
 
     Args:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int32
 
 from pallas_kernels.formats import tpu_pages
 from pallas_kernels.formats.pages import PAGE, Pages, table_too_large
@@ -32,12 +33,12 @@ Unpack = Callable[[jax.Array, jax.Array], jax.Array]  # (lines of a block, page 
 
 def float_rows(
     pages: Pages,  # [B, S, W]
-    wanted: jax.Array,  # [B] int32: rows of each sequence, at most S
+    wanted: Int32[jax.Array, " B"],  # rows of each sequence, at most S
     unpack: Unpack | None,
     dtype: jax.typing.DTypeLike,
     *,
     interpret: bool,
-) -> jax.Array:  # [B, S, W]
+) -> Float[jax.Array, "B S W"]:
     """Rows as floats. Behind those wanted, zeros to the end of a block of `BLOCK`, then anything.
 
     Of a sequence without wanted rows the first block is zeros. XLA puts side by side what the kernel does

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Int32
 
 from pallas_kernels import dispatch
 
@@ -32,7 +33,7 @@ class Order(NamedTuple):
 
 @dispatch.operation
 def by_expert(
-    expert: jax.Array,  # [R] int32 in 0 .. E
+    expert: Int32[jax.Array, " R"],  # in 0 .. E
     num_experts: int,  # E, which as an expert stands for none
     *,
     implementation: dispatch.Implementation = None,
