@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-PIECE = (
-    2**22
-)  # bytes that go from one process to the others at once: one program for rows of all shapes
+# Bytes that go from one process to the others at once: one program for rows of all shapes.
+PIECE = 2**22
 
 
 def fetch_row(arrays: Any, part: int) -> Any:
