@@ -22,7 +22,7 @@ class PackedStates:
     """What the layers of S sequences hold beside pages."""
 
     layers: tuple[LayerCache, ...]  # without the sums
-    sums: jax.Array | None  # [S, W] float32: of open windows, layer by layer; None if there are none
+    sums: jax.Array | None  # [S, W] float32 of open windows, by layer; None: no layer has any
     tree: Any  # how they belong to the layers
     widths: tuple[int, ...]  # of each of them
 
