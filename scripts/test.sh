@@ -11,8 +11,9 @@ venv=${V4JAX_VENV:-.venv}
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
 if [ $# -eq 0 ]; then
-    # Parity is of programs as users compile them, the rest of such as compile faster (tests/conftest.py).
-    V4JAX_TEST_EMITTERS=1 "$venv/bin/python" -m pytest -n 2 --dist worksteal tests/v4jax/test_parity.py
-    set -- --ignore=tests/v4jax/test_parity.py
+    # Some are of programs as users compile them, the rest of such as compile faster (tests/conftest.py).
+    as_users="tests/v4jax/test_parity.py tests/v4jax/test_frozen.py"
+    "$venv/bin/python" -m pytest -n 2 --dist worksteal $as_users
+    for file in $as_users; do set -- "$@" "--ignore=$file"; done
 fi
 exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"
