@@ -11,7 +11,7 @@ from v4jax.config import VARIANTS
 from v4jax.nn.lora import PRESETS
 from v4jax.train.data.examples import TOO_LONG
 from v4jax.train.export import FORMATS
-from v4jax.train.optimizers import adamw, muon
+from v4jax.train.optimizers import STATE_DTYPES, adamw, muon
 from v4jax.train.schedules import SHAPES
 from v4jax.train.trainer import TRAINABLE
 
@@ -168,7 +168,10 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         help="muon: of the model's matrices, and adamw for the rest",
     )
     rule.add_argument(
-        "--optimizer-dtype", choices=DTYPES, default="float32", help="of its moments, between steps"
+        "--optimizer-dtype",
+        choices=STATE_DTYPES,
+        default="float32",
+        help="of its moments, between steps",
     )
     rule.add_argument(
         "--schedule", choices=SHAPES, default="cosine", help="of the rate, after its warm-up"
