@@ -143,7 +143,8 @@ def _view(x: jax.Array) -> jax.Array:
     *lead, m, n = x.shape
     sharding = jax.typeof(x).sharding
     size = math.gcd(m // _parts(sharding, -2), BLOCK)
-    return x.reshape(*lead, m // size, size, n)
+    view = x.reshape(*lead, m // size, size, n)
+    return jax.lax.optimization_barrier(view)  # XLA would work on the other shape, and copy in between
 
 
 def _parts(sharding: jax.NamedSharding, axis: int) -> int:
