@@ -64,6 +64,7 @@ from v4jax.train.losses import Loss, LossWeights
 from v4jax.train.preferences import DPO, log_probs
 from v4jax.train.samples import Prompts
 from v4jax.train.schedules import schedule
+from v4jax.train.spikes import Spikes
 from v4jax.train.trainer import TRAINABLE, Trainer
 
 # What does not decide the numbers of a run. A state is not continued with other values of the rest.
@@ -202,6 +203,9 @@ def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
         loss = DPO(beta=args.dpo_beta, balance=args.balance_weight, indexer=args.indexer_weight)
     if args.loss == "indexer":
         loss = IndexerWarmup()
+    skip_above: float | Spikes = args.skip_above
+    if args.skip_spikes is not None:
+        skip_above = Spikes(args.skip_spikes, args.spike_steps, at_most=args.skip_above)
     return Trainer(
         model,
         optimizer,
@@ -210,7 +214,7 @@ def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
         qat=args.qat,
         bias_speed=args.bias_speed,
         micro_batches=args.micro_batches,
-        skip_above=args.skip_above,
+        skip_above=skip_above,
         seed=args.seed,
         loss=loss,
     )

@@ -34,6 +34,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def several(text: str) -> int:
+    """A whole number from 2 on."""
+    if natural(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 2.")
+    return int(text)
+
+
 def rate(text: str) -> float:
     """A number from 0 on."""
     value = float(text)
@@ -214,6 +221,16 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         type=norm,
         default=math.inf,
         help="skip a step whose gradient has a larger norm; one that is not finite always is",
+    )
+    rule.add_argument(
+        "--skip-spikes",
+        type=norm,
+        metavar="DEVIATIONS",
+        help="skip a step whose gradient's norm is so many standard deviations above the mean of the last "
+        "--spike-steps steps that were taken, as 6",
+    )
+    rule.add_argument(
+        "--spike-steps", type=several, default=128, help="of --skip-spikes; none is skipped before"
     )
     rule.add_argument(
         "--max-skipped", type=positive, default=10, help="end after so many skipped steps in a row"

@@ -144,7 +144,9 @@ def _view(x: jax.Array) -> jax.Array:
     sharding = jax.typeof(x).sharding
     size = math.gcd(m // _parts(sharding, -2), BLOCK)
     view = x.reshape(*lead, m // size, size, n)
-    return jax.lax.optimization_barrier(view)  # XLA would work on the other shape, and copy in between
+    return jax.lax.optimization_barrier(
+        view
+    )  # XLA would work on the other shape, and copy in between
 
 
 def _parts(sharding: jax.NamedSharding, axis: int) -> int:
