@@ -299,7 +299,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
     trainer = make_trainer(args, model)
     del model
     flops = None
-    if args.trainable in ("all", "no-experts", "lora"):  # of others it is not counted
+    if args.trainable:  # of names it is not counted
         one = costs.training_flops(cfg, args.seq_len, remat=False, trainable=args.trainable)
         flops = args.batch_size * one.total
     trainer.fit(

@@ -89,7 +89,7 @@ class Trainer:
         self.lora: LoRA | None = None
         chosen: Chosen
         if isinstance(trainable, LoRA):
-            self.lora, chosen = trainable, _is_adapter
+            self.lora, chosen = trainable, is_adapter
         else:
             chosen = TRAINABLE[trainable] if isinstance(trainable, str) else trainable
         with self._on_mesh():
@@ -340,6 +340,7 @@ class Trainer:
         return on_mesh(self._mesh)
 
 
-def _is_adapter(path: str, variable: nnx.Variable) -> bool:
+def is_adapter(path: str, variable: nnx.Variable) -> bool:
+    """Whether a variable is a factor of an adapter."""
     del path
     return isinstance(variable, LoRAParam)
