@@ -36,6 +36,7 @@ import sys
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -287,7 +288,14 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
     shapes = nnx.eval_shape(
         lambda: Transformer(cfg, scan_layers=not names_layers(args), rngs=nnx.Rngs(0))
     )
-    require_room_to_train(shapes, chosen_by(args, shapes), args.mesh or {}, jax.devices()[0])
+    moments = 1 if args.optimizer == "muon" else 2
+    require_room_to_train(
+        shapes,
+        chosen_by(args, shapes),
+        args.mesh or {},
+        jax.devices()[0],
+        state_bytes=moments * jnp.dtype(args.optimizer_dtype).itemsize,
+    )
     args.output.mkdir(parents=True, exist_ok=True)
     if is_first:
         claim(args, parser)

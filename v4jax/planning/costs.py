@@ -151,7 +151,9 @@ def training_flops(
 
 def _warmup_flops(cfg: V4Config, length: int, *, remat: bool) -> Flops:
     flops = prefill_flops(cfg, length, masked=True) + head_flops(cfg) * (length - 1)
-    for spec in (spec for spec in cfg.layers if spec.indexer):
+    for spec in cfg.layers:
+        if not (spec.indexer and spec.compressor):
+            continue
         index, seen = spec.indexer, _prefill_context_flops(cfg, spec, length, masked=True)
         halves = 2 if spec.compressor.overlap else 1
         own = Flops(

@@ -50,7 +50,7 @@ class Packed:
 class EightBitState(NamedTuple):
     """What a rule keeps between steps."""
 
-    count: jax.Array  # [] int32, of steps
+    step: jax.Array  # [] int32, steps taken
     state: optax.OptState  # with `Packed` in the place of large arrays
 
 
@@ -65,8 +65,8 @@ def in_eight_bits(rule: optax.GradientTransformation) -> optax.GradientTransform
         state = rule.init(params)
         pairs = zip(jax.tree.leaves(state), _are_packed(state), strict=True)
         views = [_view(x) if is_packed else None for x, is_packed in pairs]
-        count = jnp.zeros((), jnp.int32)
-        return EightBitState(count, _packed(_viewed(state), _scales(views), count))
+        step = jnp.zeros((), jnp.int32)
+        return EightBitState(step, _packed(_viewed(state), _scales(views), step))
 
     def update(updates, packed, params=None, **extra):
         viewed, params = _viewed(updates), _viewed(params)
@@ -79,8 +79,8 @@ def in_eight_bits(rule: optax.GradientTransformation) -> optax.GradientTransform
         once = (viewed, packed.state, scales)
         viewed, state, scales = jax.lax.optimization_barrier(once)
         viewed, wide = rule.update(viewed, _unpacked(state), params, **extra)
-        count = packed.count + 1
-        after = EightBitState(count, _packed(wide, scales, count))
+        step = packed.step + 1
+        after = EightBitState(step, _packed(wide, scales, step))
         viewed, after = jax.lax.optimization_barrier((viewed, after))
         return jax.tree.map(lambda x, old: x.reshape(old.shape), viewed, updates), after
 
@@ -125,14 +125,14 @@ def _scales(views: list[jax.Array | None]) -> list[jax.Array | None]:
 
 
 def _packed(
-    state: optax.OptState, scales: list[jax.Array | None], count: jax.Array
+    state: optax.OptState, scales: list[jax.Array | None], step: jax.Array
 ) -> optax.OptState:
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     found = []
     for number, ((path, x), scale) in enumerate(zip(leaves, scales, strict=True)):
         if scale is not None:
             is_square = any(getattr(key, "name", None) == "nu" for key in path)
-            seed = _mixed(count.astype(jnp.uint32) * jnp.uint32(2**16 + 1) + jnp.uint32(number))
+            seed = _mixed(step.astype(jnp.uint32) * jnp.uint32(2**16 + 1) + jnp.uint32(number))
             x = pack(x, scale, seed, is_square=is_square)
         found.append(x)
     return jax.tree.unflatten(tree, found)
@@ -186,8 +186,8 @@ def pack(view: jax.Array, scale: jax.Array, seed: jax.Array, *, is_square: bool)
         codes = jnp.maximum(code, size > 0).astype(jnp.uint8)
     else:
         codes = (jnp.sign(view) * code).astype(jnp.int8)
-    *lead, groups, size, n = view.shape
-    return Packed(codes.reshape(*lead, groups * size, n), scale)
+    *lead, groups, width, n = view.shape
+    return Packed(codes.reshape(*lead, groups * width, n), scale)
 
 
 def unpack(packed: Packed) -> jax.Array:
