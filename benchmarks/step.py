@@ -35,7 +35,7 @@ JOBS = ("decode", "prefill", "train")
 def job_of(kind: str, batch: int) -> Job:
     """One of `JOBS`."""
     if kind == "train":
-        return Job(kind="train", context=4096, batch=batch, experts="frozen")
+        return Job(kind="train", context=4096, batch=batch, trainable="no-experts")
     return Job(kind=kind, context=131_072, batch=batch)
 
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.training_memory indexer head --chip v6e
     python -m benchmarks.training_memory step --chip cpu
+    python -m benchmarks.training_memory optimizer --chip v6e
 
 `indexer` is the gradient of the selected scores of one layer of Flash, `head` that of a cross-entropy through
 Flash's output head, and `step` a whole step of a small model: in bfloat16, with the rounding in the loop, and
-with experts that stay packed. A chip needs `pip install 'v4jax[tpu]'` and no TPU.
+with experts that stay packed. `optimizer` is AdamW's update of four arrays by each dtype of its state. A chip needs `pip install 'v4jax[tpu]'` and no TPU.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pallas_kernels.indexer import selected_scores
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.quantization import everything, is_expert, not_expert, to_released
 from v4jax.planning.topologies import compile_on
+from v4jax.train.optimizers import STATE_DTYPES, adamw
 from v4jax.train.step import TrainStep
 
 
@@ -123,7 +125,26 @@ def _abstract(cfg, numerics, *, packed: bool = False) -> v4jax.Transformer:
     return nnx.eval_shape(make)
 
 
-PARTS = {"indexer": indexer, "head": head, "step": step}
+def optimizer(chip: str) -> None:
+    """Of four arrays of 256 MiB; gradients, state and parameters are donated."""
+    place = dict(matrix=True, axes=(None, None), parts=())
+    arrays = {f"w{i}": ShapeDtypeStruct((16, 2048, 2048), jnp.float32) for i in range(4)}
+    params = nnx.State({name: nnx.Param(array, **place) for name, array in arrays.items()})
+    for dtype in STATE_DTYPES:
+        rule = adamw(1e-3, state_dtype=dtype)
+        state = jax.eval_shape(rule.init, params)
+
+        def update(gradients, state, params, rule=rule):
+            updates, state = rule.update(gradients, state, params)
+            return jax.tree.map(jnp.add, params, updates), state
+
+        update = jax.jit(update, donate_argnums=(0, 1, 2))
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        compiled = _compiled(chip, update, params, state, params)
+        _print(f"AdamW, state in {dtype}", compiled, held)
+
+
+PARTS = {"indexer": indexer, "head": head, "step": step, "optimizer": optimizer}
 
 
 def main() -> None:

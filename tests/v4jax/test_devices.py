@@ -5,11 +5,15 @@ import re
 
 import jax
 import pytest
+from flax import nnx
 
-from v4jax.config import flash, nano
-from v4jax.planning.devices import GiB, serving_mesh, training_mesh
+from v4jax.config import flash, nano, tiny
+from v4jax.nn.model import Transformer
+from v4jax.nn.quantization import everything
+from v4jax.planning.devices import GiB, require_room_to_train, serving_mesh, training_mesh
 from v4jax.planning.plan import HBM_SHARE
 
+SMALL = dataclasses.replace(tiny(), layers=tiny().layers[:1], mtp_layers=())
 FLASH_BYTES = 160e9  # of the released files
 
 
@@ -111,3 +115,14 @@ def test_training_spreads_experts_first(cfg, count, sizes):
 
     assert found == sizes and why
     assert training_mesh(cfg, jax.devices("cpu"))[0] == {}
+
+
+def test_a_narrower_state_of_the_optimizer_leaves_more_room():
+    """12 bytes a parameter: enough for one with a state of 2 bytes, not for one with 8."""
+    model = nnx.eval_shape(lambda: Transformer(SMALL, rngs=nnx.Rngs(0)))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    device = FakeDevice("tpu", "TPU", 12 * numbers / HBM_SHARE / GiB)
+
+    require_room_to_train(model, everything, {}, device, state_bytes=2)
+    with pytest.raises(ValueError, match="a narrower --optimizer-dtype"):
+        require_room_to_train(model, everything, {}, device)

@@ -160,6 +160,7 @@ def test_options_that_need_others_are_refused(run, capsys):
             "argument --lora-dropout: '1': expected a share from 0 to below 1",
         ),
         (("--skip-above", "0"), "argument --skip-above: '0': expected a number above 0"),
+        (("--spike-steps", "1"), "argument --spike-steps: '1': expected at least 2"),
     ):
         with pytest.raises(SystemExit):
             run(*options)

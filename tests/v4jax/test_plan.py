@@ -8,7 +8,9 @@ import pytest
 
 from pallas_kernels.chips import CHIPS
 from sharding import make_mesh
-from v4jax import flash, pro, tiny
+from v4jax import LoRA, flash, pro, tiny
+from v4jax.planning import describe
+from v4jax.planning.describe import bytes_by_part
 from v4jax.planning.hlo import Collective
 from v4jax.planning.plan import Job, choose_mesh, program
 from v4jax.planning.roofline import job_flops, roofline
@@ -75,8 +77,8 @@ def test_a_batch_that_no_mesh_divides_is_refused():
     [
         (dict(kind="serve"), r"kind='serve': expected one of \('prefill', 'decode', 'train'\)"),
         (
-            dict(experts="frozen"),
-            r"experts='frozen': expected one of \('fp4', 'float'\) for decode",
+            dict(experts="fp8"),
+            r"experts='fp8': expected one of \('fp4', 'float'\) for decode",
         ),
         (dict(batch=0), r"batch=0: expected a positive number"),
     ],
@@ -104,12 +106,82 @@ def test_a_plan_holds_what_the_estimate_says(kind):
 def test_frozen_experts_have_no_optimizer_state():
     cfg, mesh = tiny(), make_mesh(expert=8)
     whole, frozen = (
-        program(cfg, Job(kind="train", context=64, batch=8, experts=experts), mesh).held
-        for experts in ("float", "frozen")
+        program(cfg, Job(kind="train", context=64, batch=8, trainable=trainable), mesh).held
+        for trainable in ("all", "no-experts")
     )
 
     assert frozen["parameters"] < whole["parameters"]
     assert frozen["optimizer"] < 2 * frozen["parameters"]
+
+
+SMALL = dataclasses.replace(tiny(), layers=tiny().layers[3:4], mtp_layers=())  # CSA
+
+
+def _matrices(cfg) -> int:
+    """Inputs and outputs of the four targets of a layer, counted from the architecture."""
+    heads = cfg.num_heads * cfg.head_dim
+    sides = (
+        *(cfg.embed_dim, cfg.q_lora_rank, cfg.q_lora_rank, heads, cfg.embed_dim, cfg.head_dim),
+        *(cfg.o_groups * cfg.o_lora_rank, cfg.embed_dim),
+    )
+    return sum(sides)
+
+
+def test_adapters_are_planned_beside_a_model_as_released():
+    cfg, job = tiny(), Job(kind="train", context=64, batch=2, trainable="lora", lora=LoRA(rank=3))
+    held = program(cfg, job, make_mesh()).held
+
+    factors = 3 * len(cfg.layers) * _matrices(cfg)
+    stored = sum(bytes_by_part(describe.abstract_model(cfg)).values())
+    assert held["optimizer"] == pytest.approx(2 * 4 * factors, abs=8)
+    assert held["parameters"] == stored + 4 * factors
+    choice = choose_mesh(cfg, CHIPS["v5e"], 1, job)
+    assert choice.estimate.parameters == held["parameters"]
+    assert choice.estimate.optimizer == 3 * 4 * factors
+
+
+@pytest.mark.parametrize("trainable", ["lora", "indexer"])
+def test_what_trains_beside_packed_weights_is_a_program(trainable):
+    job = Job(kind="train", context=64, batch=2, trainable=trainable)
+    planned = program(SMALL, job, make_mesh())
+    held = {x.dtype.name for x in jax.tree.leaves(planned.arguments[0])}
+
+    assert {"uint8", "float8_e4m3fn", "float32"} <= held
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), planned.lower().out_info[0])
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), planned.arguments[0])
+
+
+def test_a_warm_up_counted_token_by_token():
+    """Attention to all entries once, its scores twice more, and an indexer's products four times in all."""
+    cfg, length = SMALL, 70
+    (spec,) = cfg.layers
+    rows = sum(min(t, cfg.window) + t // spec.ratio for t in range(1, length + 1))
+    entries = sum(t // spec.ratio for t in range(1, length + 1))
+    index, pair = spec.indexer, 4.0 * cfg.num_heads * cfg.head_dim
+    own = cfg.q_lora_rank * index.num_heads * index.head_dim
+    own += cfg.embed_dim * (index.num_heads + 2 * 2 * index.head_dim)
+
+    found = job_flops(cfg, Job(kind="train", context=length, batch=1, trainable="indexer"))
+    once = job_flops(cfg, Job(kind="prefill", context=length, batch=1, experts="float"))
+
+    scoring = 2.0 * index.num_heads * index.head_dim * entries
+    assert found.attention == pytest.approx(pair * rows * (1 + 2 / 2))
+    assert found.indexer == pytest.approx(4 * scoring)
+    head = 2 * cfg.embed_dim * (cfg.vocab_size + cfg.num_streams * (cfg.num_streams + 1))
+    rest = found.linear + found.wide - once.linear - once.wide
+    assert rest == pytest.approx(3 * 2.0 * own * length + head * (length - 1))
+
+
+def test_what_trains_is_of_training_alone():
+    with pytest.raises(ValueError, match=r"trainable='lora': expected one of .*for kind='train'"):
+        Job(kind="decode", context=64, batch=2, trainable="lora")
+    with pytest.raises(
+        ValueError, match=r"trainable='head': expected one of \('all', 'no-experts'"
+    ):
+        Job(kind="train", context=64, batch=2, trainable="head")
+    job = Job(kind="train", context=64, batch=64, trainable="lora")
+    with pytest.raises(ValueError, match=r"cuts embed_dim=4096 into 64 parts in multiples of 128"):
+        job.check(flash(), dict(fsdp=1, expert=64, tensor=1, context=1))
 
 
 def test_a_mesh_that_does_not_suit_is_refused_before_compilation():
@@ -133,8 +205,8 @@ def test_steps_of_a_prompt_cost_what_the_prompt_costs():
 def test_frozen_experts_save_the_gradients_of_their_weights():
     cfg = tiny()
     whole, frozen = (
-        job_flops(cfg, Job(kind="train", context=64, batch=2, experts=experts)).total
-        for experts in ("float", "frozen")
+        job_flops(cfg, Job(kind="train", context=64, batch=2, trainable=trainable)).total
+        for trainable in ("all", "no-experts")
     )
 
     expert = 2 * 3 * cfg.embed_dim * cfg.moe.expert_dim  # FLOP of a row

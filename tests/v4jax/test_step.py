@@ -11,6 +11,7 @@ from tests.models import random_model
 from v4jax import tiny
 from v4jax.train.losses import shifted
 from v4jax.train.optimizers import muon
+from v4jax.train.spikes import Spikes
 from v4jax.train.step import TrainStep
 
 # CSA, with an indexer, and a router with a bias.
@@ -22,7 +23,7 @@ TOKENS = np.random.default_rng(0).integers(2, 256, (4, 98)).astype(np.int32)
 def training():
     """A compiled step, and its first state as arrays of the host."""
     optimizer = muon(3e-3, state_dtype="bfloat16")
-    options = dict(bias_speed=1e-3, micro_batches=2, skip_above=100.0)
+    options = dict(bias_speed=1e-3, micro_batches=2, skip_above=Spikes(5.0, steps=3, at_most=100.0))
     training = TrainStep(random_model(SMALL), optimizer, **options)
     return training, jax.tree.map(np.array, training.init())
 
@@ -51,7 +52,7 @@ def test_a_step_that_is_not_fit_changes_nothing(training, value):
     assert metrics.skipped and all(_same(after, before))
     assert value == 1e4 or not math.isfinite(metrics.loss)
     after, metrics = training.step(state, shifted(TOKENS))
-    assert not metrics.skipped and 0 < metrics.grad_norm < 100
+    assert not metrics.skipped and 0 < metrics.grad_norm < 100 == metrics.grad_limit
     assert not any(_same(after.params, state.params)) and not all(_same(after.fixed, state.fixed))
 
 
@@ -64,3 +65,33 @@ def test_it_learns(training):
     assert losses[-1] < 0.8 * losses[0], losses
     bias = state.fixed["stages"][0]["blocks"][0]["moe"]["router"]["bias"].get_value()
     assert 0 < np.abs(bias).max() <= 6.01e-3  # one step of 1e-3 each time, not one for each part
+
+
+def test_a_spike_is_skipped_when_enough_steps_were_taken(training):
+    """And does not count among them; a state that is not scaled goes on."""
+    training, state = training
+    spike = _with(state, 8.0)
+    after, metrics = training.step(spike, shifted(TOKENS))
+    assert not metrics.skipped  # the first step, and its norm is below 100
+
+    norms = []
+    for _ in range(3):
+        state, metrics = training.step(state, shifted(TOKENS))
+        norms.append(float(metrics.grad_norm))
+    np.testing.assert_array_equal(state.norms, np.float32(norms))
+    state = jax.tree.map(np.array, state)
+    after, metrics = training.step(_with(state, 8.0), shifted(TOKENS))
+    limit = np.mean(norms) + 5 * max(np.std(norms), 0.01 * np.mean(norms))
+    assert limit == pytest.approx(float(metrics.grad_limit), rel=1e-5)
+    assert metrics.skipped and limit < metrics.grad_norm < 100
+    np.testing.assert_array_equal(after.norms, state.norms)
+    after, metrics = training.step(state, shifted(TOKENS))
+    assert not metrics.skipped
+    np.testing.assert_array_equal(after.norms, np.float32([*norms[1:], metrics.grad_norm]))
+
+
+def test_what_is_no_spike_is_refused():
+    with pytest.raises(ValueError, match=r"Spikes deviations=0: expected a number above 0"):
+        Spikes(0)
+    with pytest.raises(ValueError, match=r"Spikes steps=1: expected 2 or more"):
+        Spikes(steps=1)

@@ -36,6 +36,7 @@ import sys
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -64,6 +65,7 @@ from v4jax.train.losses import Loss, LossWeights
 from v4jax.train.preferences import DPO, log_probs
 from v4jax.train.samples import Prompts
 from v4jax.train.schedules import schedule
+from v4jax.train.spikes import Spikes
 from v4jax.train.trainer import TRAINABLE, Trainer
 
 # What does not decide the numbers of a run. A state is not continued with other values of the rest.
@@ -202,6 +204,9 @@ def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
         loss = DPO(beta=args.dpo_beta, balance=args.balance_weight, indexer=args.indexer_weight)
     if args.loss == "indexer":
         loss = IndexerWarmup()
+    skip_above: float | Spikes = args.skip_above
+    if args.skip_spikes is not None:
+        skip_above = Spikes(args.skip_spikes, args.spike_steps, at_most=args.skip_above)
     return Trainer(
         model,
         optimizer,
@@ -210,7 +215,7 @@ def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
         qat=args.qat,
         bias_speed=args.bias_speed,
         micro_batches=args.micro_batches,
-        skip_above=args.skip_above,
+        skip_above=skip_above,
         seed=args.seed,
         loss=loss,
     )
@@ -283,7 +288,14 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
     shapes = nnx.eval_shape(
         lambda: Transformer(cfg, scan_layers=not names_layers(args), rngs=nnx.Rngs(0))
     )
-    require_room_to_train(shapes, chosen_by(args, shapes), args.mesh or {}, jax.devices()[0])
+    moments = 1 if args.optimizer == "muon" else 2
+    require_room_to_train(
+        shapes,
+        chosen_by(args, shapes),
+        args.mesh or {},
+        jax.devices()[0],
+        state_bytes=moments * jnp.dtype(args.optimizer_dtype).itemsize,
+    )
     args.output.mkdir(parents=True, exist_ok=True)
     if is_first:
         claim(args, parser)
@@ -295,7 +307,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
     trainer = make_trainer(args, model)
     del model
     flops = None
-    if args.trainable in ("all", "no-experts", "lora"):  # of others it is not counted
+    if args.trainable:  # of names it is not counted
         one = costs.training_flops(cfg, args.seq_len, remat=False, trainable=args.trainable)
         flops = args.batch_size * one.total
     trainer.fit(

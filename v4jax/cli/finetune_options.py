@@ -11,7 +11,7 @@ from v4jax.config import VARIANTS
 from v4jax.nn.lora import PRESETS
 from v4jax.train.data.examples import TOO_LONG
 from v4jax.train.export import FORMATS
-from v4jax.train.optimizers import adamw, muon
+from v4jax.train.optimizers import STATE_DTYPES, adamw, muon
 from v4jax.train.schedules import SHAPES
 from v4jax.train.trainer import TRAINABLE
 
@@ -31,6 +31,13 @@ def positive(text: str) -> int:
     """A whole number from 1 on."""
     if natural(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected at least 1.")
+    return int(text)
+
+
+def several(text: str) -> int:
+    """A whole number from 2 on."""
+    if natural(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 2.")
     return int(text)
 
 
@@ -168,7 +175,10 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         help="muon: of the model's matrices, and adamw for the rest",
     )
     rule.add_argument(
-        "--optimizer-dtype", choices=DTYPES, default="float32", help="of its moments, between steps"
+        "--optimizer-dtype",
+        choices=STATE_DTYPES,
+        default="float32",
+        help="of its moments, between steps",
     )
     rule.add_argument(
         "--schedule", choices=SHAPES, default="cosine", help="of the rate, after its warm-up"
@@ -211,6 +221,16 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         type=norm,
         default=math.inf,
         help="skip a step whose gradient has a larger norm; one that is not finite always is",
+    )
+    rule.add_argument(
+        "--skip-spikes",
+        type=norm,
+        metavar="DEVIATIONS",
+        help="skip a step whose gradient's norm is so many standard deviations above the mean of the last "
+        "--spike-steps steps that were taken, as 6",
+    )
+    rule.add_argument(
+        "--spike-steps", type=several, default=128, help="of --skip-spikes; none is skipped before"
     )
     rule.add_argument(
         "--max-skipped", type=positive, default=10, help="end after so many skipped steps in a row"

@@ -32,11 +32,12 @@ from v4jax.cli import full_slices, step_table
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import command_parser
 from v4jax.config import VARIANTS, V4Config
+from v4jax.nn.lora import PRESETS, LoRA
 from v4jax.planning import costs
 from v4jax.planning.capacity import Workload
 from v4jax.planning.compiled import peak_of, schedule
 from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
-from v4jax.planning.plan import EXPERTS, Job, MeshChoice, choose_mesh, program
+from v4jax.planning.plan import EXPERTS, TRAINED, Job, MeshChoice, choose_mesh, program
 from v4jax.planning.roofline import Roofline, roofline
 from v4jax.planning.step_report import StepReport, measure
 from v4jax.planning.topologies import COMPILER_OPTIONS, Slice, chip_of, topology_devices
@@ -115,10 +116,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mesh", default="", help="such as fsdp=4,expert=16 (default: chosen)")
     parser.add_argument(
         "--experts",
-        choices=("fp4", "float", "frozen"),
+        choices=("fp4", "float"),
         default="",
-        help="fp4: as released; float: no quantized weight; frozen: trained around (default: fp4, "
-        "float in training)",
+        help="serving: fp4, as released; float, no quantized weight (default: fp4)",
+    )
+    parser.add_argument(
+        "--trainable",
+        choices=sorted(TRAINED),
+        default="all",
+        help="train: what trains; the rest stays as released. indexer: the warm-up of indexers",
+    )
+    parser.add_argument("--lora-rank", type=int, default=16, help="lora: columns of an adapter")
+    parser.add_argument(
+        "--lora-targets", choices=sorted(PRESETS), default="attention", help="lora: which matrices"
     )
     parser.add_argument(
         "--cache",
@@ -387,6 +397,8 @@ def main() -> None:
         chunk=args.chunk,
         experts=args.experts,
         cache=args.cache,
+        trainable=args.trainable,
+        lora=LoRA(rank=args.lora_rank, targets=args.lora_targets),
     )
     if args.step:
         step = plan_step(cfg, args.topology, job, args.mesh, has_code=not args.schedule, say=say)

@@ -121,13 +121,19 @@ def training_flops(
     their own; `remat` adds one that computes activations again. Adapters are not counted.
 
     Args:
-      trainable: "all"; "no-experts", where routed experts stay; or "lora", where all weights do.
+      trainable: "all"; "no-experts", where routed experts stay; "lora", where all weights do; or
+        "indexer", a warm-up: a forward pass without MTP and with attention to all entries, and for
+        layers with an indexer the scores of attention again, and the indexer's backward pass.
 
     Raises:
       ValueError: another `trainable`.
     """
-    if trainable not in ("all", "no-experts", "lora"):
-        raise ValueError(f"trainable={trainable!r}: expected 'all', 'no-experts' or 'lora'.")
+    if trainable not in ("all", "no-experts", "lora", "indexer"):
+        raise ValueError(
+            f"trainable={trainable!r}: expected 'all', 'no-experts', 'lora' or 'indexer'."
+        )
+    if trainable == "indexer":
+        return _warmup_flops(cfg, length, remat=remat)
     flops = prefill_flops(cfg, length) + head_flops(cfg) * (length - 1)
     for spec in cfg.mtp_layers:
         flops += _fixed_flops(cfg, spec) * length + _prefill_context_flops(cfg, spec, length)
@@ -141,6 +147,23 @@ def training_flops(
         "lora": Flops(linear=flops.linear, wide=flops.wide),
     }[trainable]
     return flops * (4 if remat else 3) + stays * -1
+
+
+def _warmup_flops(cfg: V4Config, length: int, *, remat: bool) -> Flops:
+    flops = prefill_flops(cfg, length, masked=True) + head_flops(cfg) * (length - 1)
+    for spec in cfg.layers:
+        if not (spec.indexer and spec.compressor):
+            continue
+        index, seen = spec.indexer, _prefill_context_flops(cfg, spec, length, masked=True)
+        halves = 2 if spec.compressor.overlap else 1
+        own = Flops(
+            linear=2.0 * cfg.q_lora_rank * index.num_heads * index.head_dim * length,
+            wide=2.0 * cfg.embed_dim * (index.num_heads + 2 * halves * index.head_dim) * length,
+            indexer=seen.indexer,
+        )
+        # What attention looks at: its scores, half of what it computes, once more with `remat`.
+        flops += own * (3 if remat else 2) + Flops(attention=seen.attention / 2) * (1 + remat)
+    return flops
 
 
 def kv_row_bytes(cfg: V4Config) -> int:

@@ -128,17 +128,23 @@ def training_mesh(cfg: V4Config, devices: Sequence[jax.Device]) -> tuple[dict[st
 
 
 def require_room_to_train(
-    model: Transformer, trainable: Chosen, sizes: dict[str, int], device: jax.Device
+    model: Transformer,
+    trainable: Chosen,
+    sizes: dict[str, int],
+    device: jax.Device,
+    *,
+    state_bytes: float = 8,
 ) -> None:
     """Refuses a run whose state alone is larger than the memory of its devices.
 
-    What trains takes 16 bytes a parameter: itself, its gradient and two moments, in float32. The rest
-    keeps its format. Activations come on top, and are not counted; nor are adapters, which are small.
+    What trains takes 8 bytes a parameter, itself and its gradient in float32, and the optimizer's state. The
+    rest keeps its format. Activations come on top, and are not counted; nor are adapters, which are small.
 
     Args:
       model: float, of shapes alone (`nnx.eval_shape`).
       trainable: which of the model's own parameters train, see `Trainer`.
       sizes: of the mesh axes.
+      state_bytes: of the optimizer's state for a parameter; two moments in float32 have 8.
 
     Raises:
       ValueError: names what is needed, what there is, and what would do.
@@ -155,7 +161,7 @@ def require_room_to_train(
     for path, variable in nnx.to_flat_state(nnx.state(stored)):
         local = local_bytes(variable, TRAIN, sizes)
         if is_trained(path, variable):
-            trained += 4 * local
+            trained += (2 + state_bytes / 4) * local
         else:
             held += local
     if held + trained <= HBM_SHARE * memory:
@@ -163,7 +169,8 @@ def require_room_to_train(
     raise ValueError(
         f"training {model.cfg.name} needs at least {(held + trained) / GiB:,.1f} GiB on each device "
         f"({trained / GiB:,.1f} for parameters that train with gradients and moments, {held / GiB:,.1f} "
-        f"for those that stay), of {memory / GiB:,.1f}: more devices, or --trainable no-experts or lora."
+        f"for those that stay), of {memory / GiB:,.1f}: more devices, a narrower --optimizer-dtype, or "
+        "--trainable no-experts or lora."
     )
 
 

@@ -23,16 +23,20 @@ from sharding import AXES, DECODE, PREFILL, TRAIN, AxisRules, kept_axis
 from v4jax.config import V4Config
 from v4jax.inference.steps import chunk_step, decode_shapes, decode_step
 from v4jax.nn.cache import CacheFormat
+from v4jax.nn.lora import LoRA, add_lora
 from v4jax.nn.model import Stage, Transformer
 from v4jax.nn.numerics import plain, released
 from v4jax.nn.placement import FP4_BLOCK, check_mesh, is_rounded, specs
-from v4jax.nn.quantization import everything, is_expert, not_expert, to_float, to_released
+from v4jax.nn.quantization import Chosen, to_float, to_released
 from v4jax.planning import costs
+from v4jax.train.indexer_warmup import IndexerWarmup
 from v4jax.train.optimizers import adamw
-from v4jax.train.step import TrainStep
+from v4jax.train.step import TrainStep, trained_by
+from v4jax.train.trainer import TRAINABLE, is_adapter
 
-EXPERTS = {"prefill": ("fp4", "float"), "decode": ("fp4", "float"), "train": ("float", "frozen")}
+EXPERTS = {"prefill": ("fp4", "float"), "decode": ("fp4", "float"), "train": ("float",)}
 _RULES = {"prefill": PREFILL, "decode": DECODE, "train": TRAIN}
+TRAINED: dict[str, Chosen] = {**TRAINABLE, "lora": is_adapter}
 HBM_SHARE = 0.97  # of a device's memory that estimates may fill
 
 
@@ -41,8 +45,9 @@ class Job:
     """What is run.
 
     `experts`: "fp4", everything as the released checkpoints store it; "float", no quantised weight
-    (bfloat16 when serving, float32 in training); "frozen", training of everything but the experts,
-    which stay as released. `cache`: of `init_cache`; None is what serving takes, packed for "fp4".
+    (bfloat16 when serving, float32 in training). `cache`: of `init_cache`; None is what serving takes,
+    packed for "fp4". `trainable`: "all"; "no-experts", the experts stay as released; "indexer", the warm-up
+    of indexers; or "lora", adapters like `lora`. What does not train stays as released.
     """
 
     kind: str  # "prefill", "decode" or "train"
@@ -51,8 +56,14 @@ class Job:
     chunk: int = 4096  # tokens of a sequence that prefill feeds at once
     experts: str = ""  # default: the first of `EXPERTS[kind]`
     cache: CacheFormat = None
+    trainable: str = "all"
+    lora: LoRA = dataclasses.field(default_factory=LoRA)
 
     def __post_init__(self):
+        if self.trainable not in TRAINED or (self.trainable != "all" and self.kind != "train"):
+            raise ValueError(
+                f"trainable={self.trainable!r}: expected one of {tuple(TRAINED)}, for kind='train'."
+            )
         if self.kind not in EXPERTS:
             raise ValueError(f"kind={self.kind!r}: expected one of {tuple(EXPERTS)}.")
         if not self.experts:
@@ -94,10 +105,10 @@ class Job:
             *(cfg, self.rules),
             batch=self.batch,
             length=None if self.kind == "decode" else self.length,
-            quantized=self.kind != "train" and self.experts == "fp4",
+            quantized=self.experts == "fp4" or self.trainable in ("lora", "indexer"),
             sizes=sizes,
         )
-        if self.experts != "frozen":
+        if self.trainable != "no-experts":
             return
         for axis, name, whole in (
             ("expert_embed", "embed_dim", cfg.embed_dim),
@@ -106,7 +117,7 @@ class Job:
             parts = math.prod(sizes[a] for a in self.rules.mesh_axes(axis))
             if parts > 1 and whole // parts % FP4_BLOCK:
                 raise ValueError(
-                    f"the mesh cuts {name}={whole} of frozen experts into {parts} parts: expected "
+                    f"the mesh cuts {name}={whole} of packed experts into {parts} parts: expected "
                     f"multiples of {FP4_BLOCK}."
                 )
 
@@ -118,7 +129,10 @@ def abstract_model(cfg: V4Config, job: Job, *, scan_layers: bool) -> Transformer
         if job.kind == "train":
             numerics = plain(jnp.bfloat16)
             model = Transformer(cfg, numerics, job.rules, scan_layers=scan_layers, rngs=nnx.Rngs(0))
-            return to_released(model, is_expert) if job.experts == "frozen" else model
+            is_trained = trained_by(TRAINED[job.trainable])
+            stays = lambda path, variable: not is_trained(path.split("."), variable)
+            model = to_released(model, stays) if job.trainable != "all" else model
+            return add_lora(model, job.lora) if job.trainable == "lora" else model
         trunk = dataclasses.replace(cfg, mtp_layers=())
         numerics = released() if job.experts == "fp4" else plain(jnp.bfloat16)
         model = Transformer(trunk, numerics, job.rules, scan_layers=scan_layers, rngs=nnx.Rngs(0))
@@ -161,8 +175,9 @@ def program(cfg: V4Config, job: Job, mesh: jax.sharding.Mesh) -> Program:
 
 
 def _train(model, job, mesh):
-    trainable = not_expert if job.experts == "frozen" else everything
-    train = TrainStep(model, adamw(1e-4), rules=job.rules, trainable=trainable)
+    loss = IndexerWarmup() if job.trainable == "indexer" else None
+    trainable = TRAINED[job.trainable]
+    train = TrainStep(model, adamw(1e-4), rules=job.rules, trainable=trainable, loss=loss)
     state = jax.eval_shape(train.init)
     place = functools.partial(_place_variables, rules=job.rules, mesh=mesh)
     state = jax.tree.map(
@@ -282,7 +297,7 @@ def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> 
         except ValueError:
             continue
         if _is_sensible(sizes, job):
-            parts = _parameter_parts(model, job.rules, sizes)
+            parts = _parameter_parts(model, job, sizes)
             candidates.append(
                 (
                     _preference(cfg, job, sizes, parts),
@@ -389,7 +404,8 @@ def num_parts(variable: nnx.Variable, rules: AxisRules, sizes: dict[str, int]) -
     return math.prod(sizes.get(axis, 1) for axis in axes)
 
 
-def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]) -> _Parts:
+def _parameter_parts(model: Transformer, job: Job, sizes: dict[str, int]) -> _Parts:
+    rules, chosen = job.rules, trained_by(TRAINED[job.trainable])
     held = trained = gathered = scattered = 0.0
     bodies: dict[tuple, float] = {}
     stages: dict[tuple, Stage] = {
@@ -398,8 +414,7 @@ def _parameter_parts(model: Transformer, rules: AxisRules, sizes: dict[str, int]
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         local = local_bytes(variable, rules, sizes)
         held += local
-        is_packed = isinstance(variable.get_value(), QuantizedArray)
-        is_trained = isinstance(variable, nnx.Param) and not is_packed
+        is_trained = job.kind == "train" and chosen(path, variable)
         trained += local if is_trained else 0
         apart = kept_axis(variable.axes)
         joined = math.prod(sizes[axis] for axis in rules.mesh_axes(apart)) if apart else 1

@@ -8,8 +8,9 @@ Assumptions, which every figure below rests on:
 * experts are hit at random and evenly;
 * memory traffic: weights once per pass (of the experts those that are hit); caches as decoding reads
   them, prefill all of them once; in prefill and training the residual streams 12 times a layer and
-  pass; a training step reads and writes parameters and both moments, writes and reads gradients, and
-  writes and reads what is gathered and scattered;
+  pass; a training step reads and writes parameters that train and both moments, writes and reads
+  their gradients, reads the others three times (forward, again, backward), and writes and reads what is
+  gathered and scattered;
 * a device sends over all its links at once, at full rate, and exchanges have no congestion.
 """
 
@@ -81,12 +82,7 @@ def job_flops(cfg: V4Config, job: Job) -> costs.Flops:
     """FLOP of a step on all devices together."""
     match job.kind:
         case "train":
-            flops = costs.training_flops(cfg, job.length)
-            if job.experts == "frozen":  # no gradient of their weights
-                rows = cfg.moe.experts_per_token * (len(cfg.layers) + len(cfg.mtp_layers))
-                weights = 3 * cfg.embed_dim * cfg.moe.expert_dim
-                flops += costs.Flops(linear=-2.0 * rows * weights) * job.length
-            return flops * job.batch
+            return costs.training_flops(cfg, job.length, trainable=job.trainable) * job.batch
         case "decode":
             return costs.decode_flops(cfg, job.context) * job.batch
         case _:  # the last chunk of the context, the dearest
@@ -113,7 +109,9 @@ def _hbm_bytes(
             for c in sent
             if c.kind in ("all-gather", "reduce-scatter")
         )
-        return 2 * (weights + held["optimizer"]) + 2 * weights + 2 * joined + 4 * tokens * streams
+        trained = held["optimizer"] / 2  # as much as one of the two moments
+        changed = 2 * (trained + held["optimizer"]) + 2 * trained
+        return changed + 3 * (weights - trained) + 2 * joined + 4 * tokens * streams
     group = sizes["expert"] * sizes["context"]
     experts = cfg.moe.num_experts * len(cfg.layers) * costs.expert_bytes(cfg, job.recipe)
     experts /= group * sizes["tensor"]

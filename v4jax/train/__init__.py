@@ -8,6 +8,7 @@ from v4jax.train.optimizers import adamw, muon
 from v4jax.train.preferences import DPO, log_probs
 from v4jax.train.samples import Prompts
 from v4jax.train.schedules import schedule
+from v4jax.train.spikes import Spikes
 from v4jax.train.trainer import Trainer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LossWeights",
     "PreferencePairs",
     "Prompts",
+    "Spikes",
     "TokenStream",
     "Trainer",
     "adamw",

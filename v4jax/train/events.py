@@ -124,11 +124,13 @@ class Skipped(Event):
 
     Attributes:
       loss, grad_norm: of that step.
+      grad_limit: the largest norm that it would have been taken by.
       in_a_row: skipped steps up to this one, without one between that was taken.
     """
 
     loss: float
     grad_norm: float
+    grad_limit: float
     in_a_row: int
 
 

@@ -56,7 +56,7 @@ class LossWeights:
     jax.tree_util.register_dataclass,
     data_fields=[
         *("loss", "ce", "mtp_ce", "indexer", "balance", "expert_counts"),
-        *("z", "grad_norm", "skipped"),
+        *("z", "grad_norm", "grad_limit", "skipped"),
     ],
     meta_fields=[],
 )
@@ -67,6 +67,7 @@ class Metrics:
     Attributes:
       z: mean square of the log of the next token's normaliser, whether or not it has a weight.
       grad_norm: global norm of the gradients before clipping, float32. 0 of a loss without a step.
+      grad_limit: the largest norm that the step would have been taken by.
       skipped: whether the step changed nothing, since its loss or gradients were not fit for one; bool.
     """
 
@@ -79,6 +80,7 @@ class Metrics:
     expert_counts: tuple[tuple[jax.Array, ...], ...]  # [repeats, E] int32; MTP blocks come last
     z: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros(()))
     grad_norm: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros(()))
+    grad_limit: jax.Array = dataclasses.field(default_factory=lambda: jnp.full((), jnp.inf))
     skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), bool))
 
 

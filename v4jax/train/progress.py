@@ -58,7 +58,7 @@ def _lines(event: Event, stop: StopOnSignal) -> Iterator[str]:
         case Skipped():
             yield (
                 f"step {event.step} was skipped, {event.in_a_row} in a row: loss {event.loss:.4g}, "
-                f"norm of the gradient {event.grad_norm:.4g}"
+                f"norm of the gradient {event.grad_norm:.4g}, of at most {event.grad_limit:.4g}"
             )
         case Stopped():
             saved = f"its state is in {event.folder}" if event.folder else "nothing was saved"

@@ -64,13 +64,19 @@ class _Skips:
             return
         self._in_a_row += 1
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
-        yield Skipped(step=step, loss=loss, grad_norm=norm, in_a_row=self._in_a_row)
+        yield Skipped(
+            step=step,
+            loss=loss,
+            grad_norm=norm,
+            grad_limit=float(metrics.grad_limit),
+            in_a_row=self._in_a_row,
+        )
         if self._in_a_row == self._most:
             raise ValueError(
                 f"steps {step - self._most + 1} to {step} were all skipped: the last one's loss is {loss} "
                 f"and the norm of its gradient {norm}. The model is as it was before them. A lower "
                 "learning rate or a longer warm-up, in another output folder, is what mostly helps; "
-                "if the norm is finite, a larger skip_above; or look at the data of these steps "
+                "if the norm is finite, a larger skip_above or more deviations of Spikes; or look at the data of these steps "
                 "(`v4jax data check`)."
             )
 

@@ -150,7 +150,7 @@ class Saver:
             ordered = [leaves[path] for path in wanted]  # Orbax returns them sorted by name
             found = jax.tree.unflatten(jax.tree.structure(changing), ordered)
             fixed = nnx.merge_state(found["bias"], rest)
-            return TrainState(found["params"], fixed, found["opt_state"]), number
+            return TrainState(found["params"], fixed, found["opt_state"], found["norms"]), number
         whys = "; ".join(f"step {number}: {why}" for number, why in self.damaged.items())
         raise CheckpointError(
             f"{self.folder} has no state that can be read ({whys}). Nothing was changed: give another "
@@ -288,10 +288,13 @@ def _free(path: str) -> str:
     return free
 
 
-def _changing(state: TrainState) -> tuple[dict[str, nnx.State | optax.OptState], nnx.State]:
+def _changing(
+    state: TrainState,
+) -> tuple[dict[str, nnx.State | optax.OptState | jax.Array | None], nnx.State]:
     """What steps change of a state, and the variables that they do not."""
     bias, rest = nnx.split_state(state.fixed, RoutingBias, ...)
-    return {"params": state.params, "bias": bias, "opt_state": state.opt_state}, rest
+    changing = {"params": state.params, "bias": bias, "opt_state": state.opt_state}
+    return {**changing, "norms": state.norms}, rest
 
 
 def freed(state: TrainState) -> TrainState:
@@ -304,7 +307,8 @@ def freed(state: TrainState) -> TrainState:
         return shape
 
     shapes = jax.tree.map(free, changing)
-    return TrainState(shapes["params"], nnx.merge_state(shapes["bias"], rest), shapes["opt_state"])
+    fixed = nnx.merge_state(shapes["bias"], rest)
+    return TrainState(shapes["params"], fixed, shapes["opt_state"], shapes["norms"])
 
 
 def _leaves(changing) -> dict[str, jax.Array]:

@@ -23,18 +23,25 @@ from v4jax.nn.quantization import Chosen, everything, with_rounding
 from v4jax.train.data import Data
 from v4jax.train.losses import Counts, Loss, LossWeights, Metrics, mean_share, without_ignored
 from v4jax.train.optimizers import update_routing_bias
+from v4jax.train.spikes import Spikes
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["params", "fixed", "opt_state"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "fixed", "opt_state", "norms"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Parameters that gradients change, variables they do not, and the optimizer's state."""
+    """Parameters that gradients change, variables they do not, and the optimizer's state.
+
+    `norms` are those of `Spikes`: [steps] float32, of gradients; None without.
+    """
 
     params: nnx.State
     fixed: nnx.State
     opt_state: optax.OptState
+    norms: jax.Array | None = None
 
 
 class TrainStep:
@@ -54,8 +61,8 @@ class TrainStep:
       bias_speed: of the routing bias, per step; the report pre-trains with 1e-3. 0: it stays.
       micro_batches: parts of a batch that gradients are taken of one after the other and added up, which
         needs the memory of one of them. The result is that of the whole batch.
-      skip_above: a step whose gradients have a larger global norm (before any clipping) is skipped. One
-        whose loss or norm is NaN or infinite always is.
+      skip_above: a step whose gradients have a larger global norm (before any clipping) is skipped, or one
+        that stands out (`Spikes`). One whose loss or norm is NaN or infinite always is.
       loss: another one, as `preferences.DPO`; default `weights`, the training loss.
       seed: of adapters' dropout.
 
@@ -77,7 +84,7 @@ class TrainStep:
         bias_speed: float = 0.0,
         loss: Loss | None = None,
         micro_batches: int = 1,
-        skip_above: float = math.inf,
+        skip_above: float | Spikes = math.inf,
         seed: int = 0,
     ):
         keep_programs()
@@ -100,6 +107,7 @@ class TrainStep:
         self._states = states  # what trains and what does not, until `init`
         _require_floats(states[0])
         self.optimizer = optimizer
+        self._spikes = skip_above if isinstance(skip_above, Spikes) else None
         if qat:
             require_whole_blocks(nnx.state(model), rules)
         computed = nnx.graphdef(with_rounding(model)) if qat else self.graphdef
@@ -126,7 +134,8 @@ class TrainStep:
         """The state before the first step. The model's arrays are moved into it."""
         params, fixed = self._states
         self._states = []
-        return TrainState(params, fixed, self.optimizer.init(params))
+        norms = None if self._spikes is None else self._spikes.start()
+        return TrainState(params, fixed, self.optimizer.init(params), norms)
 
     def shapes(self) -> TrainState:
         """`init`'s state without the arrays of parameters and optimizer: their shapes, and where they lie.
@@ -137,7 +146,8 @@ class TrainStep:
         params = jax.tree.map(_shape, params)
         opt_state = jax.eval_shape(self.optimizer.init, params)
         place = jax.tree.leaves(params)[0].sharding
-        return TrainState(params, fixed, _placed(opt_state, self.rules, place))
+        norms = None if self._spikes is None else jax.eval_shape(self._spikes.start)
+        return TrainState(params, fixed, *_placed((opt_state, norms), self.rules, place))
 
     def forget(self) -> None:
         """Frees the arrays of parameters, in place of `init`: a saved state has others."""
@@ -369,7 +379,9 @@ def _train_step(
     gradients_of = loss_and_gradients(graphdef, loss, rules, remat, micro_batches, seed)
     grads, metrics = gradients_of(state.params, state.fixed, *tokens, number=number)
     norm = optax.tree.norm(grads)
-    fit = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & (norm <= skip_above)
+    is_adaptive = isinstance(skip_above, Spikes)
+    limit = skip_above.limit(state.norms) if is_adaptive else jnp.float32(skip_above)
+    fit = jnp.isfinite(metrics.loss) & jnp.isfinite(norm) & (norm <= limit)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     model = copied(nnx.merge(graphdef, params, state.fixed))  # the old state keeps its bias
@@ -377,8 +389,9 @@ def _train_step(
         update_routing_bias(model, metrics.expert_counts, bias_speed)
     _, *states = nnx.split(model, is_trained, ...)
     params, fixed = states
-    state = _chosen(fit, TrainState(params, fixed, opt_state), state)
-    return state, dataclasses.replace(metrics, grad_norm=norm, skipped=~fit)
+    norms = jnp.append(state.norms[1:], norm) if is_adaptive else None
+    state = _chosen(fit, TrainState(params, fixed, opt_state, norms), state)
+    return state, dataclasses.replace(metrics, grad_norm=norm, grad_limit=limit, skipped=~fit)
 
 
 def _chosen(fit, new: TrainState, old: TrainState) -> TrainState:

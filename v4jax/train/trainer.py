@@ -29,6 +29,7 @@ from v4jax.train.losses import Batch, Loss, LossWeights, Metrics
 from v4jax.train.progress import show
 from v4jax.train.run import Options, run
 from v4jax.train.samples import Prompts
+from v4jax.train.spikes import Spikes
 from v4jax.train.state import Saver, freed
 from v4jax.train.step import TrainState, TrainStep
 from v4jax.train.stopping import StopOnSignal
@@ -51,8 +52,8 @@ class Trainer:
       bias_speed: of the routing bias, per step. Pre-training takes 1e-3; 0 leaves it.
       micro_batches: parts of a batch that gradients are taken of one after the other, which needs the
         memory of one of them. The result is that of the whole batch.
-      skip_above: a step whose gradients have a larger global norm changes nothing. One whose loss or
-        norm is NaN or infinite never does.
+      skip_above: a step whose gradients have a larger global norm changes nothing; of `Spikes`, one whose
+        norm is far above those of the steps before. One whose loss or norm is NaN or infinite never does.
       seed: of new adapters, and of what their dropout leaves out.
       loss: another one than the training loss, as `v4jax.train.DPO()` or `IndexerWarmup()`.
 
@@ -75,7 +76,7 @@ class Trainer:
         remat: bool = True,
         bias_speed: float = 0.0,
         micro_batches: int = 1,
-        skip_above: float = math.inf,
+        skip_above: float | Spikes = math.inf,
         seed: int = 0,
         loss: Loss | None = None,
     ):
@@ -88,7 +89,7 @@ class Trainer:
         self.lora: LoRA | None = None
         chosen: Chosen
         if isinstance(trainable, LoRA):
-            self.lora, chosen = trainable, _is_adapter
+            self.lora, chosen = trainable, is_adapter
         else:
             chosen = TRAINABLE[trainable] if isinstance(trainable, str) else trainable
         with self._on_mesh():
@@ -339,6 +340,7 @@ class Trainer:
         return on_mesh(self._mesh)
 
 
-def _is_adapter(path: str, variable: nnx.Variable) -> bool:
+def is_adapter(path: str, variable: nnx.Variable) -> bool:
+    """Whether a variable is a factor of an adapter."""
     del path
     return isinstance(variable, LoRAParam)
