@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import jax
 
@@ -16,10 +17,37 @@ from v4jax.train.losses import Metrics
 from v4jax.train.samples import Prompts
 from v4jax.train.speed import Speed, peak_memory
 from v4jax.train.state import Saver
+from v4jax.train.step import TrainState
 from v4jax.train.stopping import agreed
 
-if TYPE_CHECKING:
-    from v4jax.train.trainer import Trainer
+
+class Training(Protocol):
+    """What the loop asks of a `Trainer`, which documents it."""
+
+    steps: int
+
+    @property
+    def state(self) -> TrainState:
+        """Of now."""
+
+    @property
+    def num_devices(self) -> int:
+        """That compute a step."""
+
+    def batch(self, data: Data, step: int, batch_size: int) -> tuple:
+        """Of a step."""
+
+    def step(self, tokens: tuple) -> Metrics:
+        """Takes it."""
+
+    def evaluate(self, data: Data, batch_size: int) -> float:
+        """Held-out loss."""
+
+    def continued(self, prompts: Prompts) -> tuple[tuple[str, str], ...]:
+        """Prompts, and how they go on."""
+
+    def require_finite(self, metrics: Metrics, folder: str | os.PathLike) -> None:
+        """Refuses a state that is not."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +117,7 @@ class _Saves:
         self._pending: Saved | None = None
 
     def begin(
-        self, trainer: "Trainer", metrics: Metrics, heldout_ce: float | None, is_best: bool
+        self, trainer: Training, metrics: Metrics, heldout_ce: float | None, is_best: bool
     ) -> Iterator[Saved]:
         """Starts to save the state as it is, when the save before has ended."""
         yield from self.finished(wait=True)
@@ -108,7 +136,7 @@ class _Saves:
 
 
 def run(
-    trainer: "Trainer", data: Data, steps: int, options: Options, saver: Saver | None, resumed: bool
+    trainer: Training, data: Data, steps: int, options: Options, saver: Saver | None, resumed: bool
 ) -> Iterator[Event]:
     """Trains until `steps` are done in all.
 
@@ -131,7 +159,7 @@ def run(
 
 
 def _events(
-    trainer: "Trainer", data: Data, steps: int, options: Options, saver: Saver | None
+    trainer: Training, data: Data, steps: int, options: Options, saver: Saver | None
 ) -> Iterator[Event]:
     first, batch_size = trainer.steps, options.batch_size
     skips, saves = _Skips(options.max_skipped), None if saver is None else _Saves(saver)
