@@ -37,11 +37,13 @@ def _gradient_case(name: str, rows: int) -> Case:
 
     def make():
         x = jnp.ones((rows, groups * num_inputs), jnp.bfloat16)
-        return x, weight("FP8", num_inputs, groups * num_outputs)
+        d_out = jnp.ones((rows, groups * num_outputs), jnp.bfloat16)
+        return x, weight("FP8", num_inputs, groups * num_outputs), d_out
 
-    def run(x, w, implementation=None):
-        product = functools.partial(linear, w=w, groups=groups, implementation=implementation)
-        d_out = jnp.ones((rows, groups * num_outputs), jnp.bfloat16).astype(jnp.float32)
+    def run(x, w, d_out, implementation=None):
+        product = functools.partial(
+            linear, w=w, groups=groups, out_dtype=x.dtype, implementation=implementation
+        )
         return jax.vjp(product, x)[1](d_out)[0]
 
     def trips(chip: str) -> Trips:

@@ -12,7 +12,7 @@ import sys
 PLATFORM = os.environ.get("V4JAX_TEST_PLATFORM", "cpu")
 # What compares the last bits of programs is compiled as users compile, if nothing else runs beside it:
 # `scripts/test.sh` runs these files by themselves.
-AS_USERS = {"test_parity.py", "test_frozen.py", "test_lora.py"}
+AS_USERS = {"test_parity.py", "test_frozen.py", "test_lora.py", "test_qat.py"}
 _named = {pathlib.Path(arg.split("::")[0]).name for arg in sys.argv[1:] if ".py" in arg}
 if _named and _named <= AS_USERS:
     os.environ["V4JAX_TEST_EMITTERS"] = "1"  # workers inherit it

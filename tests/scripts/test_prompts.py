@@ -1,6 +1,7 @@
 """What the commands feed to a model, and what they make of odd input; the model itself is a script."""
 
 import io
+import json
 import shutil
 import sys
 
@@ -53,7 +54,8 @@ def run(monkeypatch, module, *options: object, stdin: bytes = b"") -> None:
 def later(tmp_path):
     """A folder of the 0731 release."""
     shutil.copyfile(NANO / "tokenizer.json", tmp_path / "tokenizer.json")
-    (tmp_path / "config.json").write_text(f'{{"{PROFILE_KEY}": "official"}}')
+    config = json.loads((NANO / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, PROFILE_KEY: "official"}))
     return tmp_path
 
 
