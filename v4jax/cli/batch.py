@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from v4jax import Numerics, checkpoint, stores
+from v4jax import Numerics, checkpoint, from_hf, stores
 from v4jax.checkpoint.folders import weight_files
 from v4jax.cli.options import (
     add_checkpoint_option,
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         "cache": args.cache,
         "mesh": args.mesh,
     }
-    model_name = checkpoint.Checkpoint(args.checkpoint).config.name
+    model_name = from_hf(args.checkpoint).name
     alone, adapters = _adapters(args.adapter, model_name)
     if alone is not None:
         identity["adapter"] = checkpoint.Adapter(alone).digest.hex()
