@@ -43,5 +43,5 @@ def test_a_result_of_another_shape_is_found():
     """What somebody registers as an implementation is held to the operation's signature."""
     dispatch.register("narrow", linear)(lambda x, w, groups=1: (x @ w)[..., 1:])
 
-    with pytest.raises(signatures.SignatureError, match="result of linear: expected Float32"):
+    with pytest.raises(signatures.SignatureError, match="result of linear: expected Float"):
         linear(jnp.zeros((3, 4)), jnp.zeros((4, 5)), implementation="narrow")
