@@ -6,24 +6,19 @@ import gc
 import os
 import pathlib
 import socket
-import sys
 
 # V4JAX_TEST_PLATFORM runs the tests of operations on an accelerator (benchmarks/accelerator.py).
 PLATFORM = os.environ.get("V4JAX_TEST_PLATFORM", "cpu")
-# What compares the last bits of programs is compiled as users compile, if nothing else runs beside it:
-# `scripts/test.sh` runs these files by themselves.
-AS_USERS = {"test_parity.py", "test_frozen.py", "test_lora.py", "test_qat.py"}
-_named = {pathlib.Path(arg.split("::")[0]).name for arg in sys.argv[1:] if ".py" in arg}
-if _named and _named <= AS_USERS:
-    os.environ["V4JAX_TEST_EMITTERS"] = "1"  # workers inherit it
 
 
 def _flags(devices: int) -> str:
-    """Of XLA. Without its fusion emitters a fifth less time goes into compiling programs that run once."""
+    """Of XLA. `scripts/test.sh` lets most tests do without its fusion emitters (V4JAX_TEST_FAST), which
+    saves a fifth of the time to compile them; alone, every test is of programs as users compile them.
+    """
     flags = f"--xla_force_host_platform_device_count={devices}"
-    if "V4JAX_TEST_EMITTERS" in os.environ or PLATFORM != "cpu":
-        return flags
-    return f"{flags} --xla_cpu_use_fusion_emitters=false"
+    if PLATFORM == "cpu" and "V4JAX_TEST_FAST" in os.environ:
+        return f"{flags} --xla_cpu_use_fusion_emitters=false"
+    return flags
 
 
 # Before jax is imported, here or in a test.

@@ -20,11 +20,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.formats.quantize import QuantizedArray
+from pallas_kernels.formats.quantize import FP8_WEIGHT_BLOCK, QuantizedArray
 from pallas_kernels.grouped_matmul import block_sizes, few_rows, weights
 from pallas_kernels.grouped_matmul.block_sizes import BlockSizes
 from pallas_kernels.grouped_matmul.weights import Format
-from pallas_kernels.linear.tpu_gradient import own_scale
 
 LANES = 128
 
@@ -147,7 +146,7 @@ def _few_rows_kernel(
     own_scale_ref,
     spread_ref,
 ):
-    own_scale_ref[...] = _own_scale(fmt, scale_ref, sizes.columns, pl.program_id(0))
+    own_scale_ref[...] = own_scale(fmt, scale_ref, sizes.columns, pl.program_id(0))
     few_rows.spread(x_ref[...].astype(jnp.float32), spread_ref, fmt, sizes.rows, depth)
 
     def step(j):
@@ -174,7 +173,7 @@ def _kernel(
     block, tile = pl.program_id(0), pl.program_id(1)
 
     def prepare():
-        scale = _own_scale(fmt, scale_ref, sizes.columns, block)
+        scale = own_scale(fmt, scale_ref, sizes.columns, block)
         words_ref[...] = weights.scale_rows(fmt, scale)
 
     def step(j, unpacks: bool):
@@ -207,7 +206,16 @@ def _repeat(times, body) -> None:
     jax.lax.fori_loop(0, times, turn, ())
 
 
-def _own_scale(fmt: Format, scale_ref, num_columns: int, block) -> jax.Array:
-    """float32 [in / group, columns]: the scales of a block's columns."""
+def own_scale(fmt: Format, scale_ref, num_columns: int, block) -> jax.Array:
+    """float32 [n, num_columns]: the scales of a block's columns, of FP8 from those of all columns."""
     scale = scale_ref[...].astype(jnp.float32)
-    return own_scale(scale, num_columns, block) if fmt.kind == "fp8" else scale
+    if fmt.kind != "fp8":
+        return scale
+    # One of a register's lanes for 128 columns; which one is known at run time.
+    first = block * (num_columns // FP8_WEIGHT_BLOCK[1])
+    lane = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1)
+    parts = []
+    for i in range(num_columns // FP8_WEIGHT_BLOCK[1]):
+        own = jnp.sum(jnp.where(lane == first + i, scale, 0.0), axis=1, keepdims=True)
+        parts.append(jnp.broadcast_to(own, (scale.shape[0], FP8_WEIGHT_BLOCK[1])))
+    return jnp.concatenate(parts, axis=1)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.formats.quantize import FP8_WEIGHT_BLOCK, QuantizedArray, float32_scale
 from pallas_kernels.grouped_matmul import block_sizes, weights
 from pallas_kernels.grouped_matmul.weights import Format
+from pallas_kernels.linear.tpu import own_scale
 
 ROWS = 1024  # of a tile
 BLOCKS = (1024, 512, 384, 256, 128)  # of inputs and of columns
@@ -84,23 +85,9 @@ def _kernel(
 ):
     block = pl.program_id(3)
     inputs, columns = out_ref.shape[1], d_ref.shape[1]
-    scale = scale_ref[...].astype(jnp.float32)
-    if fmt.kind == "fp8":
-        scale = own_scale(scale, columns, pl.program_id(0) * column_blocks + block)
+    scale = own_scale(fmt, scale_ref, columns, pl.program_id(0) * column_blocks + block)
     words_ref[...] = weights.scale_rows(fmt, scale)
     w = weights.unpack(fmt, values_ref, words_ref, 0, inputs, slice(None))
     total = weights.dot(d_ref[...], w, (1, 1)) + jnp.where(block == 0, 0.0, sum_ref[...])
     sum_ref[...] = total
     out_ref[...] = total.astype(out_ref.dtype)
-
-
-def own_scale(scale: jax.Array, num_columns: int, block) -> jax.Array:
-    """float32 [n, num_columns]: of [n, all columns / 128], the scales of a block's columns."""
-    # One of a register's lanes for 128 columns; which one is known at run time.
-    first = block * (num_columns // FP8_WEIGHT_BLOCK[1])
-    lane = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1)
-    parts = []
-    for i in range(num_columns // FP8_WEIGHT_BLOCK[1]):
-        own = jnp.sum(jnp.where(lane == first + i, scale, 0.0), axis=1, keepdims=True)
-        parts.append(jnp.broadcast_to(own, (scale.shape[0], FP8_WEIGHT_BLOCK[1])))
-    return jnp.concatenate(parts, axis=1)

@@ -101,9 +101,8 @@ def test_gradient_of_the_rows(groups, kind, dtype):
     """The kernel reads packed weights on the way back, too; rows have leading axes."""
     x, w = _make(3 * 47, 256, 512, groups, dtype, kind)
     x, d_out = x.reshape(3, 47, -1), jax.random.normal(jax.random.key(1), (3, 47, 512))
-    d_out = d_out.astype(dtype).astype(
-        jnp.float32
-    )  # as of a result that is rounded to the rows' dtype
+    # As of a result that is rounded to the rows' dtype.
+    d_out = d_out.astype(dtype).astype(jnp.float32)
 
     weights = np.asarray(w.dequantize(), np.float64)
     parts = zip(np.split(np.asarray(d_out), groups, -1), np.split(weights, groups, -1))

@@ -104,8 +104,8 @@ class _Skips:
                 f"steps {step - self._most + 1} to {step} were all skipped: the last one's loss is {loss} "
                 f"and the norm of its gradient {norm}. The model is as it was before them. A lower "
                 "learning rate or a longer warm-up, in another output folder, is what mostly helps; "
-                "if the norm is finite, a larger skip_above or more deviations of Spikes; or look at the data of these steps "
-                "(`v4jax data check`)."
+                "if the norm is finite, a larger skip_above or more deviations of Spikes; or look at the "
+                "data of these steps (`v4jax data check`)."
             )
 
 

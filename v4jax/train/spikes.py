@@ -13,9 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-_LEAST = (
-    0.01  # of the mean: norms that hardly differ are no reason to skip one that differs a little
-)
+# Of the mean: norms that hardly differ are no reason to skip one that differs a little.
+_LEAST = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
