@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int32
 
-from pallas_kernels import checks, dispatch
+from pallas_kernels import checks, dispatch, signatures
 from pallas_kernels.attention import reference, tpu, tpu_decode, xla, xla_decode
 from pallas_kernels.formats.packed_rows import PackedColumns
 from pallas_kernels.formats.pages import Pages
@@ -173,6 +173,7 @@ def _check_decode(q, window, entries, indices, sink, positions):
         checks.check_indices(indices, entries.shape[1])
 
 
+@signatures.shaped
 def selected_mass(
     q: Float[jax.Array, "B T N H"],
     entries: Float[jax.Array, "B S H"],
@@ -186,6 +187,7 @@ def selected_mass(
     return xla.selected_mass(q, entries, indices, log_denominator, scale=scale)
 
 
+@signatures.shaped
 def visible_mass(
     q: Float[jax.Array, "B T N H"],
     entries: Float[jax.Array, "B S H"],

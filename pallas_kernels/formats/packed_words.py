@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, UInt32
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, signatures
 from pallas_kernels.formats.quantize import join_codes
 from pallas_kernels.formats.quantize_rows import e2m1_codes, round_to_grid, scale_bits
 from pallas_kernels.formats.records import INDEX_KEYS, KV_ROWS
@@ -33,6 +33,7 @@ ROW, ROPE, KEY = 512, 64, 128  # channels that the kernel takes
 _WORDS = {"rows": 146, "columns": 146, "keys": 17}
 
 
+@signatures.shaped
 def words(
     x: Float[jax.Array, "*rows W"],  # float32 or bfloat16
     layout: str,

@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
-from pallas_kernels import compact, dispatch
+from pallas_kernels import compact, dispatch, signatures
 from pallas_kernels.formats import quantize
 
 LANES = 128
@@ -76,6 +76,7 @@ def round_rows(
     return _round(x, fmt, block, chosen == "interpret")
 
 
+@signatures.shaped
 def quantize_rows(
     x: Float[jax.Array, "*rows D"],  # float32 or bfloat16
     fmt: str,
@@ -107,6 +108,7 @@ def quantize_rows(
     return (low | high << 4).astype(jnp.uint8), scale
 
 
+@signatures.shaped
 def dequantize_rows(
     values: jax.Array,
     scale: jax.Array,

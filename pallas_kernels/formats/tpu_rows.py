@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int32
 
+from pallas_kernels import signatures
 from pallas_kernels.formats import tpu_pages
 from pallas_kernels.formats.pages import PAGE, Pages, table_too_large
 
@@ -31,6 +32,7 @@ IN_FLIGHT = 2  # blocks of floats
 Unpack = Callable[[jax.Array, jax.Array], jax.Array]  # (lines of a block, page of it) -> [128, W]
 
 
+@signatures.shaped
 def float_rows(
     pages: Pages,  # [B, S, W]
     wanted: Int32[jax.Array, " B"],  # rows of each sequence, at most S

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32, Int32
 
-from pallas_kernels import checks, dispatch
+from pallas_kernels import checks, dispatch, signatures
 from pallas_kernels.formats.pages import Pages
 from pallas_kernels.indexer import reference, tpu_decode, tpu_prefill, xla
 from pallas_kernels.selection import Selection
@@ -97,6 +97,7 @@ def index_topk(
     return Selection.of_indices(indices, num_entries)
 
 
+@signatures.shaped
 def selected_scores(
     q: Float[jax.Array, "B T A I"],
     weights: Float32[jax.Array, "B T A"],
@@ -108,6 +109,7 @@ def selected_scores(
     return xla.selected_scores(q, weights, keys, indices)
 
 
+@signatures.shaped
 def visible_scores(
     q: Float[jax.Array, "B T A I"],
     weights: Float32[jax.Array, "B T A"],

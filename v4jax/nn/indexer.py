@@ -87,6 +87,7 @@ class Indexer(nnx.Module):
         )
 
 
+@signatures.shaped
 def indexer_loss(
     queries: Float[jax.Array, "B T A I"],
     weights: Float[jax.Array, "B T A"],
@@ -104,6 +105,7 @@ def indexer_loss(
     return _mean(*_divergences(mass, scores, indices >= 0, valid))
 
 
+@signatures.shaped
 def dense_indexer_loss(
     queries: Float[jax.Array, "B T A I"],
     weights: Float[jax.Array, "B T A"],
