@@ -83,12 +83,13 @@ def test_xla_copies_no_packed_weights_and_makes_no_scores_around_the_kernels(rep
 def test_xla_makes_nothing_around_packed_linears(reports):
     """Groups of a weight, of rows and of results are found where they lie.
 
-    v5p and v7x lay out 2 KB of scales anew; rows of these cases have 128 KB.
+    v5p and v7x lay out scales anew, 2 KB forward and 8 KB in the gradient of 4,096 rows; the rows
+    of these cases have 128 KB and more.
     """
     linears = [r for r in reports if r["case"].startswith("linear")]
 
     assert {r["case"] for r in linears} == {c for c in MEASURED if c.startswith("linear")}
-    assert {(r["case"], r["chip"]): r["xla_bytes"] for r in linears if r["xla_bytes"] > 4096} == {}
+    assert {(r["case"], r["chip"]): r["xla_bytes"] for r in linears if r["xla_bytes"] > 8192} == {}
 
 
 def test_memory_is_what_kernels_hold_and_packed_arguments_take(reports):

@@ -177,6 +177,19 @@ def test_prefixes_of_prefixes_and_their_end(model, alone, cached_engine):
     assert held == 0
 
 
+@ONE_MODEL
+def test_a_prompt_that_ends_where_a_snapshot_is_due(cached_engine):
+    """Its last piece is fed for its logits, and is no prefix."""
+    cached_engine.forget_prefixes()
+    cold, warm = [], []
+    for found in (cold, warm):
+        request = cached_engine.submit(TEXT[:1024], SAMPLINGS[0], stop_ids=[])
+        cached_engine.run_until_idle()
+        found += [request.cached_tokens, request.tokens]
+    assert [cold[0], warm[0]] == [0, 896]
+    assert cold[1] == warm[1] and len(cold[1]) == 20
+
+
 def test_prefixes_of_wide_chunks(model):
     """Of another shape are other bits, so of a chat's turns only those count that have the same."""
     sampling = Sampling(temperature=0, logprobs=2, max_new_tokens=6)

@@ -243,8 +243,8 @@ class Holdings:
         """Keeps what has been fed of its prompt, where snapshots are taken."""
         fed, length = request._fed, len(request.prompt)
         is_end = fed == (length - 1) // PIECE * PIECE
-        if not fed or fed % PIECE or not (is_end or fed % EVERY == 0):
-            return
+        if fed in (0, length) or fed % PIECE or not (is_end or fed % EVERY == 0):
+            return  # a prefix ends before the last token, whose logits are wanted
         part, digest = self.part(request._slot), request._digests[fed // PIECE - 1]
         wide = min(fed, request._wide)
         if self.prefixes.wants(part, digest, wide):
