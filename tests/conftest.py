@@ -17,7 +17,9 @@ def _flags(devices: int) -> str:
     """
     flags = f"--xla_force_host_platform_device_count={devices}"
     if PLATFORM == "cpu" and "V4JAX_TEST_FAST" in os.environ:
-        return f"{flags} --xla_cpu_use_fusion_emitters=false"
+        return (
+            f"{flags} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        )
     return flags
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import v4jax
 from tests.conftest import NANO
+from tests.models import small_nano
 from v4jax import Engine, Grammar, Sampling
 from v4jax.inference import grammar as grammars
 from v4jax.inference.grammar import GrammarError, Matchers
@@ -45,7 +46,7 @@ def bits(words: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    model = v4jax.load(NANO, v4jax.plain("float32"))
+    model = v4jax.load(small_nano(), v4jax.plain("float32"))
     return Engine(model, TOKENIZER, slots=3, chunks=(128,))
 
 

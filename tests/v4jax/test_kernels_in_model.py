@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from tests.conftest import GOLDEN
-from tests.models import random_model
-from v4jax import Numerics, Transformer, checkpoint, nano_path, plain, tiny
+from tests.models import one_of_each, random_model, small_nano
+from v4jax import Numerics, Transformer, checkpoint, plain
 from v4jax.inference.score import Scorer
 
 LENGTH, DECODED = 160, 4  # past the window, and one HCA entry
@@ -62,7 +62,7 @@ def test_packed_weights_go_through_the_kernels():
     tokens = np.random.default_rng(0).integers(2, 1000, (1, 140))
     logits, calls = [], []
     for name in (INTERPRETED, "xla"):
-        model = checkpoint.load(nano_path(), plain("float32", implementation=name))
+        model = checkpoint.load(small_nano(), plain("float32", implementation=name))
         graphdef, params = nnx.split(model)
         run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))  # noqa: B023
         calls.append(str(run.trace(params, tokens).jaxpr).count("_packed"))
@@ -75,7 +75,7 @@ def test_packed_weights_go_through_the_kernels():
 def test_reference_and_xla_agree_on_every_kind_of_layer():
     tokens = np.random.default_rng(0).integers(2, 256, (1, 139))
     logits = [
-        Scorer(random_model(tiny(), plain(implementation=name), scan_layers=False)).logits(tokens)
+        Scorer(random_model(one_of_each(), plain(implementation=name), scan_layers=False)).logits(tokens)
         for name in ("reference", "xla")
     ]
 

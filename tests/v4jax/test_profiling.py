@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 import v4jax
-from tests.conftest import NANO
+from tests.models import small_nano
 from v4jax import Engine
 from v4jax.cli import main
 from v4jax.cli.profiling import STEPS, profiled
@@ -55,7 +55,7 @@ def test_a_batch_job_writes_a_trace(tmp_path, capsys, monkeypatch):
 
 
 def test_the_names_of_the_models_parts_are_in_the_compiled_step():
-    model = v4jax.load(NANO, v4jax.plain("float32"))
+    model = v4jax.load(small_nano(), v4jax.plain("float32"))
     engine = Engine(model, slots=1)
     shapes = decode_shapes(model, 1, 4096)
     text = engine._decode.lower(engine.leaves, *shapes).compile().as_text()
@@ -64,7 +64,7 @@ def test_the_names_of_the_models_parts_are_in_the_compiled_step():
 
 
 def test_a_short_run_is_said(tmp_path, capsys):
-    model = v4jax.load(NANO, v4jax.plain("float32"))
+    model = v4jax.load(small_nano(), v4jax.plain("float32"))
     engine = Engine(model, slots=1)
     with profiled(engine, tmp_path / "trace"):
         pass

@@ -24,7 +24,9 @@ from v4jax.train.optimizers import adamw
 from v4jax.train.schedules import schedule
 from v4jax.train.step import TrainStep
 
-CONFIG = dataclasses.replace(tiny(), layers=tiny().layers[:3])  # window, CSA, HCA
+CONFIG = dataclasses.replace(
+    tiny(), layers=tiny().layers[1:3]
+)  # CSA, HCA; the MTP block is a window layer
 LENGTH = 140
 B1, CLIP_NORM = 0.9, 1.0
 OPTIMIZER = adamw(schedule("cosine", 3e-3, 8, warmup_steps=1), b1=B1, clip_norm=CLIP_NORM)

@@ -249,7 +249,8 @@ def test_only_matrices_decay_in_stacked_layers():
 def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
     """Six steps on one batch, against three, a save, a restore into a new model, and three more."""
     optimizer = adamw(schedule("cosine", 3e-3, 6, warmup_steps=1))
-    trainer = TrainStep(_make_model(), optimizer, bias_speed=1e-3)
+    cfg = dataclasses.replace(tiny(), layers=tiny().layers[2:6])  # HCA and CSA twice, stacked
+    trainer = TrainStep(random_model(cfg), optimizer, bias_speed=1e-3)
     state, losses = trainer.init(), []
     saver = Saver(tmp_path / "state")
     for step in range(6):
@@ -260,7 +261,7 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path, tokens):
         losses.append(float(metrics.ce))
     assert losses[-1] < 0.8 * losses[0]
 
-    resumed, step = saver.restore(TrainStep(_make_model(), optimizer, bias_speed=1e-3).init())
+    resumed, step = saver.restore(TrainStep(random_model(cfg), optimizer, bias_speed=1e-3).init())
     saver.close()
     assert step == 3
     for step in range(3, 6):
