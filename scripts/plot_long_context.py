@@ -14,10 +14,10 @@ from matplotlib import pyplot
 
 
 def main() -> None:
-    """Two panels: seconds of the prompt, and milliseconds of a decoded token, against tokens."""
+    """Two panels: CPU seconds of the prompt, and of a decoded token, against tokens."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "figures", type=pathlib.Path, help="[tokens, seconds, seconds a token] rows"
+        "figures", type=pathlib.Path, help="[tokens, CPU seconds, CPU seconds a token] rows"
     )
     parser.add_argument("output", help="SVG")
     args = parser.parse_args()
@@ -25,9 +25,9 @@ def main() -> None:
     lengths, prompts, tokens = zip(*json.loads(args.figures.read_text()))
     _, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.loglog(lengths, prompts, "o-")
-    left.set(xlabel="tokens of the prompt", ylabel="seconds until they are fed")
+    left.set(xlabel="tokens of the prompt", ylabel="CPU seconds until they are fed")
     right.semilogx(lengths, [1e3 * seconds for seconds in tokens], "o-")
-    right.set(xlabel="tokens of context", ylabel="ms a decoded token", ylim=(0, None))
+    right.set(xlabel="tokens of context", ylabel="CPU ms a decoded token", ylim=(0, None))
     pyplot.savefig(args.output)
 
 

@@ -75,7 +75,9 @@ def test_packed_weights_go_through_the_kernels():
 def test_reference_and_xla_agree_on_every_kind_of_layer():
     tokens = np.random.default_rng(0).integers(2, 256, (1, 139))
     logits = [
-        Scorer(random_model(one_of_each(), plain(implementation=name), scan_layers=False)).logits(tokens)
+        Scorer(random_model(one_of_each(), plain(implementation=name), scan_layers=False)).logits(
+            tokens
+        )
         for name in ("reference", "xla")
     ]
 

@@ -4,7 +4,6 @@ but in the last tests: `_Script` says what each does."""
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import signal
 import struct
@@ -150,7 +149,7 @@ def test_signals_end_a_run_with_a_save(make, tmp_path, number, error, capfd):
 
     def at(step):
         if step == 3:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     with pytest.raises(error) as raised:
         make(at=at).fit(DATA, 9, output=tmp_path)
@@ -165,7 +164,7 @@ def test_signals_end_a_run_with_a_save(make, tmp_path, number, error, capfd):
 def test_a_second_signal_ends_at_once(make, tmp_path):
     def at(step):
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread: two from outside may become one
 
     with pytest.raises(KeyboardInterrupt):
         make(at=at).fit(DATA, 9, output=tmp_path, progress=False)

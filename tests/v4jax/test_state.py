@@ -8,6 +8,7 @@ import gc
 import json
 import resource
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -154,14 +155,14 @@ def test_a_state_of_something_else_is_no_damaged_one(tmp_path):
 def test_a_full_disk_is_said_and_the_last_state_stays(tmp_path):
     """Files that may not grow stand for a disk that is full: writes fail in the middle."""
     _saved(tmp_path, 1)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, second = resource.getrlimit(resource.RLIMIT_FSIZE), _state(2)
     with _opened(tmp_path) as saver:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
             with pytest.raises(
                 CheckpointError, match=r"writing a state failed: .*room on the disk"
             ):
-                saver.save(2, _state(2))
+                saver.save(2, second)
                 saver.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -179,6 +180,16 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 
 def _live() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
+
+
+def _settled() -> int:
+    """`_live`, once threads that have written a state have let go of it."""
+    seen, last = _live(), None
+    while seen != last:
+        gc.collect()
+        time.sleep(0.2)
+        seen, last = _live(), seen
+    return seen
 
 
 class _Watch(threading.Thread):
@@ -210,8 +221,7 @@ def test_restoring_holds_one_state(tmp_path):
     saver.close()
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state.params))
     del trainer
-    gc.collect()
-    before = _live()
+    before = _settled()
 
     trainer = Trainer(random_model(SMALL), adamw(1e-3))
     assert weights <= _live() - before < 1.1 * weights
