@@ -23,7 +23,7 @@ CFG = dataclasses.replace(SMALL, layers=(window_layer(),))  # its router learns
 def main() -> None:
     folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
     rule = Anticipation(delay=2, steps=4)
-    skip = Spikes(1.0, steps=3)
+    skip = Spikes(2.0, steps=8)
     trainer = Trainer(random_model(CFG), adamw(1e-3), skip_above=skip, anticipate=rule)
     events = trainer.events(DATA, steps, batch_size=1, output=folder, save_every=4, log_every=1)
     with (folder / "bits").open("a") as file:
