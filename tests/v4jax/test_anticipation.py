@@ -18,7 +18,8 @@ from v4jax.cli import finetune
 from v4jax.cli.finetune_options import make_parser, parse_args
 from v4jax.config import window_layer
 from v4jax.nn.documents import Documents
-from v4jax.train import Anticipation, IndexerWarmup, Spikes, TokenStream, adamw
+from v4jax.train import Anticipation, IndexerWarmup, Spikes, TokenStream, Trainer, adamw
+from v4jax.train import trainer as trainer_module
 from v4jax.train.anticipation import Lookahead, Routing
 from v4jax.train.losses import Batch
 from v4jax.train.state import Saver, freed
@@ -135,6 +136,27 @@ def test_what_waits_is_saved_and_goes_on_to_the_same_bits(training, tmp_path):
     with pytest.raises(CheckpointError, match=r"routing\.left differ"):
         saver.restore(dataclasses.replace(shapes, routing=None))
     saver.close()
+
+
+def test_a_trainer_that_goes_back_takes_the_same_steps(training, monkeypatch, tmp_path):
+    """To its best state, which frees arrays of the batches that were read early."""
+    step, state = training
+    losses = iter([1.0] * 4 + [2.0] * 4)
+    monkeypatch.setattr(TrainStep, "loss", lambda *_: next(losses))
+    monkeypatch.setattr(trainer_module, "TrainStep", lambda *_, **__: step)
+    trainer = Trainer(random_model(CFG), adamw(3e-2), anticipate=RULE)
+    trainer._state = _on(state)
+    options = dict(batch_size=ROWS, log_every=1)
+    saved = dict(output=tmp_path, evaluation=DATA, eval_every=2)
+    first = list(trainer.run(DATA, 4, **options, **saved))
+
+    trainer.take_best(tmp_path)
+
+    assert trainer.steps == 2 and len(trainer.state.routing.ahead) == 2
+    trainer._state = jax.tree.map(np.array, trainer.state)  # as compiled for
+    again = list(trainer.run(DATA, 4, **options))
+    assert [record["loss"] for record in again] == [record["loss"] for record in first[2:]]
+    assert all(record["anticipated"] == 1 for record in (*first, *again))
 
 
 def test_experts_that_were_chosen_for_other_data_are_dropped(training):

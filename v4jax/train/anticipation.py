@@ -159,6 +159,10 @@ class Lookahead:
         state = dataclasses.replace(state, routing=Routing(routing.left, tuple(ahead)))
         return with_experts(batch, ahead[0].experts), state
 
+    def forget(self) -> None:
+        """Lets go of batches that were read early: a state whose arrays are freed shares theirs."""
+        self._batches.clear()
+
     def _read(self, step: int) -> Sequence:
         if step not in self._batches:
             assert self._source is not None
@@ -181,10 +185,8 @@ def has_next(batch: Sequence, routing: Routing) -> bool:
 def experts_of(stats: tuple[tuple[BlockStats, ...], ...], num_experts: int) -> jax.Array:
     """Of `Transformer.trunk`'s statistics: experts [B, T, L, K] of all layers, in the least integers."""
     layers = []
-    for stage in stats:
+    for stage in stats:  # [repeats, blocks, B, T, K]: layers in their order
         chosen = jnp.stack([block.router.experts for block in stage], axis=1)
-        layers.append(
-            chosen.reshape(-1, *chosen.shape[2:])
-        )  # [repeats, blocks, ...] in their order
+        layers.append(chosen.reshape(-1, *chosen.shape[2:]))
     dtype = np.min_scalar_type(num_experts - 1)
     return jnp.moveaxis(jnp.concatenate(layers), 0, 2).astype(dtype)

@@ -312,6 +312,8 @@ class Trainer:
                 self._step.forget()
             else:
                 saver.require_like(self._state)
+                if self._lookahead is not None:
+                    self._lookahead.forget()
                 shapes, self._state = freed(self._state), None
             tokens = None if self._mesh is None else jax.NamedSharding(self._mesh, TRAIN.tokens)
             found = saver.restore(shapes, step, tokens)
