@@ -27,7 +27,7 @@ from v4jax.train.step import TrainStep
 
 CFG = dataclasses.replace(tiny(), layers=(window_layer(),) * 2, mtp_layers=())  # stacked
 HASHED = dataclasses.replace(CFG, layers=(window_layer(hash_routed=True), *CFG.layers))
-ROWS, LENGTH, SPEED = 4, 32, 0.01
+ROWS, LENGTH, SPEED = 8, 32, 0.01
 DATA = TokenStream(np.random.default_rng(0).integers(2, 256, 5000), LENGTH)
 RULE = Anticipation(delay=2, steps=3)
 
@@ -66,6 +66,13 @@ def _chosen(training, state, tokens) -> np.ndarray:
     return np.stack([view.experts for view in views], axis=2)
 
 
+def _assert_same(found, expected) -> None:
+    """Of a thousand tokens one may have others, where two programs round scores that nearly tie."""
+    found, expected = np.sort(found), np.sort(expected)
+    assert found.shape == expected.shape
+    assert (found != expected).any(-1).mean() <= 1e-3
+
+
 def test_experts_are_the_choice_of_parameters_some_steps_before(training):
     """And the counts, which the routing bias follows, are of these experts."""
     training, state = training
@@ -76,9 +83,9 @@ def test_experts_are_the_choice_of_parameters_some_steps_before(training):
         given = np.asarray(batch.choices.experts)
         own = _chosen(training, before, batch.inputs)
         earlier = _chosen(training, states[max(number - 2, 0)], batch.inputs)
-        np.testing.assert_array_equal(given, earlier)
-        moved += (given != own).sum()
-        assert metrics.anticipated and given.dtype == np.uint8
+        _assert_same(given, earlier)
+        moved += (np.sort(given) != np.sort(own)).any(-1).sum()
+        assert metrics.anticipated and given.dtype == np.int16
         ((counts,),) = metrics.expert_counts
         for layer, count in enumerate(counts):
             np.testing.assert_array_equal(
@@ -95,6 +102,7 @@ def test_experts_are_the_choice_of_parameters_some_steps_before(training):
 
 
 def test_without_a_delay_nothing_changes(training):
+    """Not a bit of losses and parameters."""
     training, state = training
     plain, end = _steps(training, state, range(3))
     found, other = _steps(training, _on(state), range(3), Anticipation(delay=0))
@@ -164,9 +172,8 @@ def test_experts_that_were_chosen_for_other_data_are_dropped(training):
     _, state = _steps(training, _on(state), range(2))
     other = TokenStream(DATA.tokens[::-1], LENGTH)
     batch, after = Lookahead(RULE, training).batch(state, 2, other, ROWS)
-    np.testing.assert_array_equal(
-        batch.choices.experts, _chosen(training, state, other.batch(2, ROWS)[:, :LENGTH])
-    )
+    expected = _chosen(training, state, other.batch(2, ROWS)[:, :LENGTH])
+    _assert_same(batch.choices.experts, expected)
     assert len(after.routing.ahead) == 3
 
 
@@ -179,7 +186,7 @@ def test_documents_of_a_row_choose_as_they_do_alone():
     documents = Documents(np.ones(tokens.shape, bool), starts.astype(np.int32))
     found = training.experts(state, Batch(tokens, tokens, tokens, documents=documents))
     halves = [_chosen(training, state, half) for half in np.split(tokens, 2, axis=1)]
-    np.testing.assert_array_equal(found, np.concatenate(halves, axis=1))
+    _assert_same(found, np.concatenate(halves, axis=1))
     (table,) = (x for path, x in nnx.to_flat_state(state.fixed) if path[-1] == "table")
     np.testing.assert_array_equal(found[:, :, 0], table.get_value()[tokens])
 
@@ -197,7 +204,7 @@ def test_two_devices_take_the_steps_of_one(training, tmp_path):
         for (*_, metrics), (*_, alone) in zip(found, expected, strict=True):
             assert_close(metrics.loss, alone.loss, FLOAT32)
         for (_, batch, _), (_, alone, _) in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(batch.choices.experts, alone.choices.experts)
+            _assert_same(batch.choices.experts, alone.choices.experts)
         saver = Saver(tmp_path)
         saver.save(3, state)
         saver.wait()
@@ -207,7 +214,7 @@ def test_two_devices_take_the_steps_of_one(training, tmp_path):
         assert len(held) == 2
         for ahead, experts in zip(state.routing.ahead, held, strict=True):
             np.testing.assert_array_equal(ahead.experts, experts)
-            assert ahead.experts.addressable_shards[0].data.shape == (2, LENGTH, 2, 2)
+            assert ahead.experts.addressable_shards[0].data.shape == (ROWS // 2, LENGTH, 2, 2)
         batch, _ = Lookahead(rule, cut).batch(state, 3, DATA, ROWS)
         assert batch.choices.experts is state.routing.ahead[0].experts
 

@@ -6,7 +6,7 @@ The report found that spikes of the loss come with outliers in MoE layers, which
 older parameters keep the two apart. No older parameters are held for that. The batch of step t is read
 `delay` steps early, a forward pass chooses its experts then, and their ids wait for the step:
 
-    bytes = delay * tokens of a batch * (layers * experts per token * 1 (2 with more than 256 experts) + 4)
+    bytes = (delay + 1) * tokens of a batch * (2 * layers * experts per token + 4)
 
 cut over devices as tokens are. When anticipation begins, at step s, the experts of the batches s .. s + delay are
 chosen by theta[s]: ids of step t are from theta[max(s, t - delay)].
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from v4jax.config import V4Config
 from v4jax.nn.choices import Choices
@@ -103,7 +102,7 @@ class Ahead:
     """Experts that were chosen for a step to come."""
 
     inputs: jax.Array  # [B, T] int32, the tokens that they are of
-    experts: jax.Array  # [B, T, L, K] uint8, or uint16 with more than 256 experts
+    experts: jax.Array  # [B, T, L, K] int16
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["left", "ahead"], meta_fields=[])
@@ -127,13 +126,15 @@ class Lookahead:
         self._rule, self._step = rule, step
         self._batches: dict[int, Sequence] = {}
         self._source: tuple[Data, int] | None = None
+        self._none: jax.Array | None = None
 
     def batch(
         self, state: "TrainState", number: int, data: Data, batch_size: int
     ) -> tuple[Sequence, "TrainState"]:
-        """The batch of the next step, with its experts while anticipation is on; and the state to take it by.
+        """The batch of the next step with its experts, and the state to take it by.
 
-        Experts that wait for other tokens (a run that goes on with other data) are dropped, and anticipation
+        Off, experts are -1 and layers choose: one program takes all steps, so that none has to be compiled when a
+        spike comes, and a delay of 0 changes no bit. Experts that wait for other tokens (a run that goes on with other data) are dropped, and anticipation
         begins anew.
 
         Args:
@@ -148,7 +149,8 @@ class Lookahead:
             self._read(last)
         if not int(routing.left):
             self._batches.clear()
-            return batch, dataclasses.replace(state, routing=Routing(routing.left))
+            state = dataclasses.replace(state, routing=Routing(routing.left))
+            return with_experts(batch, self._own(batch[0])), state
         ahead = list(routing.ahead)
         if ahead and not bool(jnp.array_equal(ahead[0].inputs, batch[0])):
             ahead = []
@@ -162,6 +164,15 @@ class Lookahead:
     def forget(self) -> None:
         """Lets go of batches that were read early: a state whose arrays are freed shares theirs."""
         self._batches.clear()
+
+    def _own(self, inputs: jax.Array) -> jax.Array:
+        """Experts [B, T, L, K] that say nothing of tokens [B, T]."""
+        if self._none is None or self._none.shape[:2] != inputs.shape:
+            cfg = self._step.cfg
+            shape = (*inputs.shape, len(cfg.layers), cfg.moe.experts_per_token)
+            none = jnp.full_like(inputs, -1, jnp.int16)
+            self._none = jnp.broadcast_to(none[:, :, None, None], shape)
+        return self._none
 
     def _read(self, step: int) -> Sequence:
         if step not in self._batches:
@@ -182,11 +193,10 @@ def has_next(batch: Sequence, routing: Routing) -> bool:
     return choices is not None and any(choices.experts is a.experts for a in routing.ahead[:1])
 
 
-def experts_of(stats: tuple[tuple[BlockStats, ...], ...], num_experts: int) -> jax.Array:
-    """Of `Transformer.trunk`'s statistics: experts [B, T, L, K] of all layers, in the least integers."""
+def experts_of(stats: tuple[tuple[BlockStats, ...], ...]) -> jax.Array:
+    """Of `Transformer.trunk`'s statistics: experts [B, T, L, K] int16 of all layers."""
     layers = []
     for stage in stats:  # [repeats, blocks, B, T, K]: layers in their order
         chosen = jnp.stack([block.router.experts for block in stage], axis=1)
         layers.append(chosen.reshape(-1, *chosen.shape[2:]))
-    dtype = np.min_scalar_type(num_experts - 1)
-    return jnp.moveaxis(jnp.concatenate(layers), 0, 2).astype(dtype)
+    return jnp.moveaxis(jnp.concatenate(layers), 0, 2).astype(jnp.int16)

@@ -393,7 +393,7 @@ def _experts(graphdef, rules, micro_batches, params, fixed, *tokens):
         model = nnx.merge(graphdef, params, fixed)
 
         def of(part):
-            return experts_of(model.trunk(*part)[1], model.cfg.moe.num_experts)
+            return experts_of(model.trunk(*part)[1])
 
         found = jax.lax.map(of, _in_parts(tokens, micro_batches))
         return found.reshape(-1, *found.shape[2:])
