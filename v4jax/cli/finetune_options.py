@@ -301,7 +301,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--loss indexer: expected --trainable indexer, or nothing in its place.")
     if args.anticipate_routing != "off" and args.loss == "indexer":
         parser.error(
-            "--anticipate-routing: expected another --loss than indexer, which routers stay in."
+            "--anticipate-routing: expected another --loss than indexer, in which no router changes."
         )
     is_skipping = args.skip_spikes is not None or args.skip_above < math.inf
     if args.anticipate_routing == "auto" and not is_skipping:
