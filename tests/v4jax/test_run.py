@@ -26,9 +26,11 @@ from v4jax.checkpoint import CheckpointError
 from v4jax.text.tokenizer import Tokenizer
 from v4jax.train import TokenStream, Trainer, adamw, events
 from v4jax.train.losses import Metrics
+from v4jax.train.progress import show
 from v4jax.train.samples import Prompts
 from v4jax.train.speed import Speed
 from v4jax.train.step import TrainStep
+from v4jax.train.stopping import StopOnSignal
 
 # Orbax leaves tasks of a read or write that failed to a loop that has ended, and Python says so.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -40,7 +42,12 @@ def make(monkeypatch):
     """Makes trainers whose steps are skipped where their numbers say so, and whose losses are listed."""
     model = random_model(SMALL)
 
-    def call(skipped: Sequence[int] = (), losses: Sequence[float] = (), at=lambda step: None):
+    def call(
+        skipped: Sequence[int] = (),
+        losses: Sequence[float] = (),
+        at=lambda step: None,
+        ahead: Sequence[int] = (),
+    ):
         left = iter(losses)
 
         def step(self, state, tokens, before):
@@ -51,7 +58,8 @@ def make(monkeypatch):
             terms = [jnp.float32(loss)] * 5
             counts = ((jnp.array([[3, 1], [2, 2]]),),)
             norm, flag = jnp.float32(2 * loss), jnp.asarray(is_skipped)
-            return state, Metrics(*terms, counts, grad_norm=norm, skipped=flag)
+            done = Metrics(*terms, counts, grad_norm=norm, skipped=flag)
+            return state, dataclasses.replace(done, anticipated=number in ahead if ahead else None)
 
         monkeypatch.setattr(TrainStep, "step", step)
         monkeypatch.setattr(TrainStep, "loss", lambda *_: next(left))
@@ -127,6 +135,20 @@ def test_skipped_steps_are_said_and_a_row_of_them_ends_the_run(make, tmp_path):
     assert all(math.isnan(event.loss) for event in _told(found, events.Skipped))
     # A skipped step leaves a good state, which is saved.
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["3", "6"]
+
+
+def test_anticipated_steps_are_said(make, tmp_path, capsys):
+    trainer = make(skipped=(2, 4), ahead=(3, 4, 5))
+    events_ = show(trainer.events(DATA, 6, output=tmp_path, log_every=1), 0, 6, StopOnSignal())
+    found = list(events_)
+    said = [(event.step, event.is_on) for event in _told(found, events.Anticipating)]
+    assert said == [(3, True), (6, False)]
+    assert [line["anticipated"] for line in _lines(tmp_path)] == [0, 0, 1, 1, 1, 0]
+    assert [event.anticipated for event in _told(found, events.Skipped)] == [False, True]
+    captured = capsys.readouterr()
+    assert "step 3: experts are chosen by parameters of steps before" in captured.out
+    assert "step 6: experts are chosen by its own parameters" in captured.out
+    assert "ahead=on" in captured.err
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(make, tmp_path):
@@ -303,7 +325,7 @@ def _bits(folder: pathlib.Path) -> list[list[str]]:
 
 
 def test_a_run_that_is_killed_anywhere_computes_the_same_bits(tmp_path):
-    """Two kills, at a random moment after a random step."""
+    """Two kills, at a random moment after a random step. Spikes are skipped, and routing is anticipated."""
     steps, broken, whole = 48, tmp_path / "broken", tmp_path / "whole"
     rng = np.random.default_rng()
     for _ in range(2):
@@ -326,3 +348,4 @@ def test_a_run_that_is_killed_anywhere_computes_the_same_bits(tmp_path):
     assert (broken / "digest").read_text() == (whole / "digest").read_text()
     assert [line["step"] for line in _lines(broken)] == list(range(1, steps + 1))
     assert _lines(broken) == _lines(whole)
+    assert {line["anticipated"] for line in _lines(whole)} == {0, 1}

@@ -58,6 +58,7 @@ from v4jax.nn.quantization import Chosen
 from v4jax.planning import costs
 from v4jax.planning.devices import require_room_to_train, training_mesh
 from v4jax.text.tokenizer import Tokenizer
+from v4jax.train.anticipation import Anticipation
 from v4jax.train.choosing import matching
 from v4jax.train.data import Data, Examples, PreferencePairs, TokenStream
 from v4jax.train.indexer_warmup import IndexerWarmup
@@ -207,6 +208,11 @@ def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
     skip_above: float | Spikes = args.skip_above
     if args.skip_spikes is not None:
         skip_above = Spikes(args.skip_spikes, args.spike_steps, at_most=args.skip_above)
+    anticipate = None
+    if args.anticipate_routing != "off":
+        anticipate = Anticipation(
+            when=args.anticipate_routing, delay=args.routing_delay, steps=args.routing_steps
+        )
     return Trainer(
         model,
         optimizer,
@@ -216,6 +222,7 @@ def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
         bias_speed=args.bias_speed,
         micro_batches=args.micro_batches,
         skip_above=skip_above,
+        anticipate=anticipate,
         seed=args.seed,
         loss=loss,
     )

@@ -9,6 +9,7 @@ from v4jax.cli.pod import add_pod_arguments, parse_pod_args
 from v4jax.cli.settings import add_config_option, words_with_config
 from v4jax.config import VARIANTS
 from v4jax.nn.lora import PRESETS
+from v4jax.train.anticipation import WHEN
 from v4jax.train.data.examples import TOO_LONG
 from v4jax.train.export import FORMATS
 from v4jax.train.optimizers import STATE_DTYPES, adamw, muon
@@ -233,6 +234,22 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         "--spike-steps", type=several, default=128, help="of --skip-spikes; none is skipped before"
     )
     rule.add_argument(
+        "--anticipate-routing",
+        choices=("off", *WHEN),
+        default="off",
+        help="choose experts by the parameters of some steps before: after a step that --skip-spikes or "
+        "--skip-above skips, for a while (auto), or always",
+    )
+    rule.add_argument(
+        "--routing-delay", type=natural, default=4, help="steps before, of --anticipate-routing"
+    )
+    rule.add_argument(
+        "--routing-steps",
+        type=positive,
+        default=128,
+        help="that --anticipate-routing auto goes on for",
+    )
+    rule.add_argument(
         "--max-skipped", type=positive, default=10, help="end after so many skipped steps in a row"
     )
     parser.add_argument("--qat", action="store_true", help="train with the rounding in the loop")
@@ -282,6 +299,16 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         args.trainable = args.trainable or ("indexer" if args.loss == "indexer" else "all")
     if args.loss == "indexer" and args.trainable != "indexer":
         parser.error("--loss indexer: expected --trainable indexer, or nothing in its place.")
+    if args.anticipate_routing != "off" and args.loss == "indexer":
+        parser.error(
+            "--anticipate-routing: expected another --loss than indexer, in which no router changes."
+        )
+    is_skipping = args.skip_spikes is not None or args.skip_above < math.inf
+    if args.anticipate_routing == "auto" and not is_skipping:
+        parser.error(
+            "--anticipate-routing auto: expected --skip-spikes or --skip-above beside it, which say what "
+            "a spike is."
+        )
     if args.save == "adapter" and args.trainable != "lora":
         parser.error("--save adapter: expected --trainable lora beside it.")
     for name, (pre_training, fine_tuning) in _BY_START.items():

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from v4jax.config import V4Config
 
@@ -43,7 +44,7 @@ class Choices:
         of tokens; -1 stands for none. S is the most that any layer picks.
     """
 
-    experts: jax.Array | None = None  # [B, T, L, K] int32
+    experts: jax.Array | None = None  # [B, T, L, K], any integers
     selections: jax.Array | None = None  # [B, T, C, S] int32
 
     def by_layer(self, cfg: V4Config, shape: tuple[int, ...]) -> list[LayerChoices]:
@@ -71,7 +72,7 @@ class Choices:
         def of(layer: int) -> LayerChoices:
             experts = selection = None
             if self.experts is not None:
-                experts = self.experts[:, :, layer]
+                experts = self.experts[:, :, layer].astype(jnp.int32)
             if self.selections is not None and layer in indexed:
                 selection = self.selections[:, :, indexed.index(layer)]
             return LayerChoices(experts, selection)

@@ -41,7 +41,9 @@ from v4jax.nn.placement import entered
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["balance_loss", "counts"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["balance_loss", "counts", "experts"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
@@ -49,6 +51,7 @@ class RouterStats:
 
     balance_loss: jax.Array  # scalar; 1 when perfectly balanced, 0 for hash-routed layers; a share
     counts: jax.Array  # [E] int32 tokens sent to each expert, from all devices
+    experts: jax.Array  # [B, T, K] int32 of each token, of this device
 
 
 class Router(nnx.Module):
@@ -118,14 +121,14 @@ class Router(nnx.Module):
         counts = jax.vmap(lambda e: jnp.bincount(e.reshape(-1), length=num_experts))(experts)
         total = collectives.psum(jnp.sum(counts, axis=0), "batch", "seq")
         if self.table is not None:
-            return RouterStats(jnp.zeros(()), total)
+            return RouterStats(jnp.zeros(()), total, experts)
         batch, length = (
             experts.shape[0] * collectives.axis_size("batch"),
             experts.shape[1] * collectives.axis_size("seq"),
         )
         fraction = collectives.psum(counts, "seq") * (num_experts / (k * length))  # [B, E]
         share = jnp.sum(scores / jnp.sum(scores, axis=-1, keepdims=True), axis=1) / length
-        return RouterStats(jnp.sum(fraction * share) / batch, total)
+        return RouterStats(jnp.sum(fraction * share) / batch, total, experts)
 
     def _stats_of_documents(
         self, scores: jax.Array, experts: jax.Array, documents: Documents
@@ -136,14 +139,15 @@ class Router(nnx.Module):
         chosen = jnp.where(documents.valid[..., None], chosen, 0)
         total = collectives.psum(jnp.sum(chosen, axis=(0, 1)), "batch", "seq").astype(jnp.int32)
         if self.table is not None:
-            return RouterStats(jnp.zeros(()), total)
+            return RouterStats(jnp.zeros(()), total, experts)
         share = scores / jnp.sum(scores, axis=-1, keepdims=True)
         counts = collectives.psum(sums(chosen, documents, self.align), "seq")  # [B, n, E]
         share = sums(share, documents, self.align)
         length = jnp.sum(counts, axis=-1, keepdims=True) / k
         fraction = counts * num_experts / (k * jnp.maximum(length, 1) ** 2)
         count = collectives.psum(jnp.sum(length > 0), "batch")
-        return RouterStats(jnp.sum(fraction * share) / jnp.maximum(count, 1), total)
+        balance = jnp.sum(fraction * share) / jnp.maximum(count, 1)
+        return RouterStats(balance, total, experts)
 
 
 class ExpertLinear(Matrix):

@@ -1,5 +1,6 @@
 """Training: `Trainer`, data, losses, optimizers."""
 
+from v4jax.train.anticipation import Anticipation
 from v4jax.train.choosing import matching
 from v4jax.train.data import Examples, PreferencePairs, TokenStream
 from v4jax.train.indexer_warmup import IndexerWarmup
@@ -13,6 +14,7 @@ from v4jax.train.trainer import Trainer
 
 __all__ = [
     "DPO",
+    "Anticipation",
     "Examples",
     "IndexerWarmup",
     "LossWeights",

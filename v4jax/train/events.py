@@ -12,7 +12,8 @@ _DIGITS = 5  # of numbers in metrics.jsonl
 
 
 # A line of metrics.jsonl, and what `Trainer.run` yields: the step, the metrics that are `logged` (loss, ce ...),
-# grad_norm, expert_load, and heldout_ce where it was measured. `run` adds what depends on the machine:
+# grad_norm, expert_load, with `anticipate` whether the step was anticipated (1 or 0), and heldout_ce where it was
+# measured. `run` adds what depends on the machine:
 # tokens_per_second, flop_utilisation, memory.
 Record = dict[str, float]
 
@@ -46,7 +47,8 @@ class StepDone(Event):
     """A step whose numbers are told: every `log_every`, where held-out loss is measured, and the last.
 
     Attributes:
-      metrics: terms of the loss, in nats; norm of the gradient before clipping; tokens of each expert.
+      metrics: terms of the loss, in nats; norm of the gradient before clipping; tokens of each expert;
+        whether these were chosen ahead.
       tokens_per_second: padding included, since the last such event, without evaluations and saves.
       flop_utilisation: share of the devices' bfloat16 peak; None where that is not known.
       memory: bytes, the most that a device had in use so far (on a CPU, the process).
@@ -78,6 +80,8 @@ class StepDone(Event):
         line: Record = {"step": self.step, **terms}
         if self.expert_load is not None:
             line["expert_load"] = rounded(self.expert_load)
+        if self.metrics.anticipated is not None:
+            line["anticipated"] = int(self.metrics.anticipated)
         if self.heldout_ce is not None:
             line["heldout_ce"] = rounded(self.heldout_ce)
         return line
@@ -126,12 +130,25 @@ class Skipped(Event):
       loss, grad_norm: of that step.
       grad_limit: the largest norm that it would have been taken by.
       in_a_row: skipped steps up to this one, without one between that was taken.
+      anticipated: as in `Metrics`.
     """
 
     loss: float
     grad_norm: float
     grad_limit: float
     in_a_row: int
+    anticipated: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Anticipating(Event):
+    """This step is the first whose experts earlier parameters chose, or the first of which they are its own.
+
+    Attributes:
+      is_on: whether they were chosen ahead.
+    """
+
+    is_on: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from v4jax.train.events import Evaluated, Event, Sampled, Skipped, StepDone
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 # Groups of TensorBoard's tags; terms of a loss are in "loss".
 _GROUPS = {
-    "step": ("grad_norm", "expert_load"),
+    "step": ("grad_norm", "expert_load", "anticipated"),
     "speed": ("tokens_per_second", "flop_utilisation", "memory"),
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}

@@ -56,7 +56,7 @@ class LossWeights:
     jax.tree_util.register_dataclass,
     data_fields=[
         *("loss", "ce", "mtp_ce", "indexer", "balance", "expert_counts"),
-        *("z", "grad_norm", "grad_limit", "skipped"),
+        *("z", "grad_norm", "grad_limit", "skipped", "anticipated"),
     ],
     meta_fields=[],
 )
@@ -69,6 +69,8 @@ class Metrics:
       grad_norm: global norm of the gradients before clipping, float32. 0 of a loss without a step.
       grad_limit: the largest norm that the step would have been taken by.
       skipped: whether the step changed nothing, since its loss or gradients were not fit for one; bool.
+      anticipated: whether parameters of steps before chose its experts (`Anticipation`); None: the run
+        has no such option.
     """
 
     logged: ClassVar[tuple[str, ...]] = ("loss", "ce", "mtp_ce", "indexer", "balance", "z")
@@ -82,6 +84,7 @@ class Metrics:
     grad_norm: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros(()))
     grad_limit: jax.Array = dataclasses.field(default_factory=lambda: jnp.full((), jnp.inf))
     skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), bool))
+    anticipated: bool | None = None
 
 
 @functools.partial(
@@ -120,9 +123,9 @@ class Batch(NamedTuple):
     inputs: jax.Array  # [B, T] int32
     following: jax.Array  # [B, T] the tokens after them
     after: jax.Array  # [B, T] and those after these
-    loss_weights: jax.Array  # [B, T] float32, of `following`
-    after_weights: jax.Array  # [B, T] float32, of `after`
-    documents: Documents
+    loss_weights: jax.Array | None = None  # [B, T] float32, of `following`
+    after_weights: jax.Array | None = None  # [B, T] float32, of `after`
+    documents: Documents | None = None
     choices: Choices = Choices()
 
 

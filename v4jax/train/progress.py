@@ -4,7 +4,16 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from v4jax.train.events import Evaluated, Event, Resumed, Sampled, Skipped, StepDone, Stopped
+from v4jax.train.events import (
+    Anticipating,
+    Evaluated,
+    Event,
+    Resumed,
+    Sampled,
+    Skipped,
+    StepDone,
+    Stopped,
+)
 from v4jax.train.stopping import StopOnSignal
 
 
@@ -35,6 +44,7 @@ def _numbers(event: StepDone) -> dict[str, str]:
         "ce": f"{float(metrics.ce):.4f}",
         "mtp": f"{float(metrics.mtp_ce):.4f}" if float(metrics.mtp_ce) else None,
         "norm": f"{float(metrics.grad_norm):.3g}",
+        "ahead": "on" if metrics.anticipated else None,
         "load": None if load is None else f"{load:.2f}",
         "tok/s": f"{event.tokens_per_second:,.0f}",
         "flop": None if event.flop_utilisation is None else f"{event.flop_utilisation:.1%}",
@@ -60,6 +70,9 @@ def _lines(event: Event, stop: StopOnSignal) -> Iterator[str]:
                 f"step {event.step} was skipped, {event.in_a_row} in a row: loss {event.loss:.4g}, "
                 f"norm of the gradient {event.grad_norm:.4g}, of at most {event.grad_limit:.4g}"
             )
+        case Anticipating():
+            whose = "parameters of steps before" if event.is_on else "its own parameters, as before"
+            yield f"step {event.step}: experts are chosen by {whose}"
         case Stopped():
             saved = f"its state is in {event.folder}" if event.folder else "nothing was saved"
             yield (

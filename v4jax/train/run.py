@@ -5,13 +5,23 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import jax
 
 from v4jax.train.data import Data
-from v4jax.train.events import Evaluated, Event, Resumed, Sampled, Saved, Skipped, StepDone, Stopped
+from v4jax.train.events import (
+    Anticipating,
+    Evaluated,
+    Event,
+    Resumed,
+    Sampled,
+    Saved,
+    Skipped,
+    StepDone,
+    Stopped,
+)
 from v4jax.train.log import Log
 from v4jax.train.losses import Metrics
 from v4jax.train.samples import Prompts
@@ -34,10 +44,10 @@ class Training(Protocol):
     def num_devices(self) -> int:
         """That compute a step."""
 
-    def batch(self, data: Data, step: int, batch_size: int) -> tuple:
-        """Of a step."""
+    def next_batch(self, data: Data, batch_size: int) -> Sequence:
+        """Of the next step."""
 
-    def step(self, tokens: tuple) -> Metrics:
+    def step(self, tokens: Sequence) -> Metrics:
         """Takes it."""
 
     def evaluate(self, data: Data, batch_size: int) -> float:
@@ -98,6 +108,7 @@ class _Skips:
             grad_norm=norm,
             grad_limit=float(metrics.grad_limit),
             in_a_row=self._in_a_row,
+            anticipated=metrics.anticipated,
         )
         if self._in_a_row == self._most:
             raise ValueError(
@@ -164,12 +175,16 @@ def _events(
     first, batch_size = trainer.steps, options.batch_size
     skips, saves = _Skips(options.max_skipped), None if saver is None else _Saves(saver)
     speed = Speed(batch_size * data.seq_len, options.step_flops, trainer.num_devices)
+    is_ahead = False
     best = math.inf if saver is None or saver.best is None else saver.best[1]
     for number in range(first, steps):
-        metrics = trainer.step(trainer.batch(data, number, batch_size))
+        metrics = trainer.step(trainer.next_batch(data, batch_size))
         done, is_last = number + 1, number + 1 == steps
         speed.step()
         yield from skips.add(done, metrics)
+        if bool(metrics.anticipated) != is_ahead:
+            is_ahead = bool(metrics.anticipated)
+            yield Anticipating(step=done, is_on=is_ahead)
         is_eval = options.evaluation is not None and (done % options.eval_every == 0 or is_last)
         is_due = done % options.log_every == 0 or is_last or is_eval
         is_stopped = options.stop() and not is_last

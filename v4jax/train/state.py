@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN,
 
 from v4jax.checkpoint.errors import CheckpointError
 from v4jax.nn.layers import RoutingBias
+from v4jax.train.anticipation import Ahead, Routing
 from v4jax.train.step import TrainState
 
 # Orbax logs pages of what `Saver` says in a sentence; those who listen to its logger get them.
 logging.getLogger("absl").addHandler(logging.NullHandler())
 _CHECKSUMS, _HELDOUT = "checksums", "heldout_ce"
+_AHEAD = "routing.ahead"
 
 
 class Saver:
@@ -110,7 +112,7 @@ class Saver:
         Raises:
           CheckpointError: the newest state that can be read has other arrays than `state`.
         """
-        wanted = _leaves(_changing(state)[0])
+        wanted = _leaves(_changing(state.without_ahead())[0])
         for step in self._steps():
             announced = None
             with contextlib.suppress(Exception):  # damaged: `restore` says so
@@ -118,7 +120,12 @@ class Saver:
             if announced is not None:
                 return self._compare(step, announced, wanted)
 
-    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, int] | None:
+    def restore(
+        self,
+        state: TrainState,
+        step: int | None = None,
+        tokens: jax.sharding.Sharding | None = None,
+    ) -> tuple[TrainState, int] | None:
         """The newest saved state, placed like `state`, and its step; None if there is none.
 
         A state that cannot be read, or whose numbers are not those that were written, is left aside for
@@ -128,6 +135,8 @@ class Saver:
           state: arrays, or their shapes and shardings (`TrainStep.shapes`), so that no second state
             is held. Weights that do not change are taken from it.
           step: of that step, and no other.
+          tokens: where experts go that were chosen ahead for tokens [B, T]. As many come back as were
+            saved, whatever `state` has. Default: where other arrays are.
 
         Raises:
           CheckpointError: no state can be read, or they are of something else.
@@ -135,12 +144,12 @@ class Saver:
         candidates = self._steps() if step is None else [step]
         if not candidates:
             return None
-        changing, rest = _changing(state)
+        changing, rest = _changing(state.without_ahead())
         wanted = _leaves(changing)
         wanted = {path: ocp.utils.to_shape_dtype_struct(leaf) for path, leaf in wanted.items()}
         for number in candidates:
             try:
-                leaves = self._read(number, wanted)
+                leaves = self._read(number, wanted, tokens)
             except (_OtherStateError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # noqa: BLE001 - what TensorStore raises has no other class
@@ -149,8 +158,12 @@ class Saver:
             self._leave_aside()
             ordered = [leaves[path] for path in wanted]  # Orbax returns them sorted by name
             found = jax.tree.unflatten(jax.tree.structure(changing), ordered)
-            fixed = nnx.merge_state(found["bias"], rest)
-            return TrainState(found["params"], fixed, found["opt_state"], found["norms"]), number
+            fixed, routing = nnx.merge_state(found["bias"], rest), found["routing"]
+            if routing is not None:
+                ahead = [leaves[path] for path in _paths_ahead(leaves)]
+                routing = Routing(routing.left, tuple(map(Ahead, ahead[::2], ahead[1::2])))
+            state = TrainState(found["params"], fixed, found["opt_state"], found["norms"], routing)
+            return state, number
         whys = "; ".join(f"step {number}: {why}" for number, why in self.damaged.items())
         raise CheckpointError(
             f"{self.folder} has no state that can be read ({whys}). Nothing was changed: give another "
@@ -188,13 +201,19 @@ class Saver:
         """What a state says that it has."""
         return dict(self._manager.item_metadata(step).tree)
 
-    def _read(self, step: int, wanted: dict) -> dict[str, jax.Array]:
+    def _read(
+        self, step: int, wanted: dict, tokens: jax.sharding.Sharding | None
+    ) -> dict[str, jax.Array]:
         announced = self._announced(step)
         self._compare(step, announced, wanted)
+        place = jax.tree.leaves(wanted)[0].sharding
+        if isinstance(place, jax.NamedSharding):
+            place = jax.NamedSharding(place.mesh, jax.P())
+        for path in _paths_ahead(announced):
+            shape, dtype = announced[path].shape, announced[path].dtype
+            ahead = jax.ShapeDtypeStruct(shape, dtype, sharding=tokens or place)
+            wanted = {**wanted, path: ahead}
         if _CHECKSUMS in announced:
-            place = jax.tree.leaves(wanted)[0].sharding
-            if isinstance(place, jax.NamedSharding):
-                place = jax.NamedSharding(place.mesh, jax.P())
             sums = jax.ShapeDtypeStruct(announced[_CHECKSUMS].shape, jnp.uint32, sharding=place)
             wanted = {**wanted, _CHECKSUMS: sums}
         leaves = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
@@ -209,7 +228,7 @@ class Saver:
 
     def _compare(self, step: int, announced: dict, wanted: dict) -> None:
         """Refuses a state of something else."""
-        other = sorted(({*announced} ^ {*wanted}) - {_CHECKSUMS})
+        other = sorted(({*announced} ^ {*wanted}) - {_CHECKSUMS, *_paths_ahead(announced)})
         other += [
             f"{path} ({found.dtype}{list(found.shape)}, expected {leaf.dtype}{list(leaf.shape)})"
             for path, leaf in wanted.items()
@@ -290,11 +309,11 @@ def _free(path: str) -> str:
 
 def _changing(
     state: TrainState,
-) -> tuple[dict[str, nnx.State | optax.OptState | jax.Array | None], nnx.State]:
+) -> tuple[dict[str, nnx.State | optax.OptState | jax.Array | Routing | None], nnx.State]:
     """What steps change of a state, and the variables that they do not."""
     bias, rest = nnx.split_state(state.fixed, RoutingBias, ...)
     changing = {"params": state.params, "bias": bias, "opt_state": state.opt_state}
-    return {**changing, "norms": state.norms}, rest
+    return {**changing, "norms": state.norms, "routing": state.routing}, rest
 
 
 def freed(state: TrainState) -> TrainState:
@@ -308,7 +327,9 @@ def freed(state: TrainState) -> TrainState:
 
     shapes = jax.tree.map(free, changing)
     fixed = nnx.merge_state(shapes["bias"], rest)
-    return TrainState(shapes["params"], fixed, shapes["opt_state"], shapes["norms"])
+    return TrainState(
+        shapes["params"], fixed, shapes["opt_state"], shapes["norms"], shapes["routing"]
+    )
 
 
 def _leaves(changing) -> dict[str, jax.Array]:
@@ -317,6 +338,12 @@ def _leaves(changing) -> dict[str, jax.Array]:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(changing)
     }
+
+
+def _paths_ahead(paths: Iterable[str]) -> list[str]:
+    """Those of experts that were chosen ahead, by step; inputs and experts of each."""
+    steps = sum(path.startswith(f"{_AHEAD}.") for path in paths) // 2
+    return [f"{_AHEAD}.{step}.{part}" for step in range(steps) for part in ("inputs", "experts")]
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from v4jax.nn.lora import dropping, drops
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, reduce_gradients, require_whole_blocks, specs
 from v4jax.nn.quantization import Chosen, everything, with_rounding
+from v4jax.train.anticipation import Anticipation, Routing, experts_of, has_next
 from v4jax.train.data import Data
 from v4jax.train.losses import Counts, Loss, LossWeights, Metrics, mean_share, without_ignored
 from v4jax.train.optimizers import update_routing_bias
@@ -28,20 +29,28 @@ from v4jax.train.spikes import Spikes
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "fixed", "opt_state", "norms"],
+    data_fields=["params", "fixed", "opt_state", "norms", "routing"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Parameters that gradients change, variables they do not, and the optimizer's state.
 
-    `norms` are those of `Spikes`: [steps] float32, of gradients; None without.
+    `norms` are those of `Spikes`: [steps] float32, of gradients; None without. `routing` is that of
+    `Anticipation`; None without.
     """
 
     params: nnx.State
     fixed: nnx.State
     opt_state: optax.OptState
     norms: jax.Array | None = None
+    routing: Routing | None = None
+
+    def without_ahead(self) -> "TrainState":
+        """This state without the experts that wait for their steps, whose number changes."""
+        if self.routing is None:
+            return self
+        return dataclasses.replace(self, routing=Routing(self.routing.left))
 
 
 class TrainStep:
@@ -63,6 +72,7 @@ class TrainStep:
         needs the memory of one of them. The result is that of the whole batch.
       skip_above: a step whose gradients have a larger global norm (before any clipping) is skipped, or one
         that stands out (`Spikes`). One whose loss or norm is NaN or infinite always is.
+      anticipate: experts of a batch may come from parameters before; see `Lookahead`, which makes such batches.
       loss: another one, as `preferences.DPO`; default `weights`, the training loss.
       seed: of adapters' dropout.
 
@@ -85,6 +95,7 @@ class TrainStep:
         loss: Loss | None = None,
         micro_batches: int = 1,
         skip_above: float | Spikes = math.inf,
+        anticipate: Anticipation | None = None,
         seed: int = 0,
     ):
         keep_programs()
@@ -101,6 +112,8 @@ class TrainStep:
             )
         if micro_batches < 1:
             raise ValueError(f"micro_batches={micro_batches}: expected 1 or more.")
+        if anticipate is not None:
+            anticipate.check(model.cfg, loss, skip_above)
         self.cfg, self.rules, self.drops = model.cfg, rules, drops(model)
         is_trained = trained_by(trainable)
         self.graphdef, *states = nnx.split(model, is_trained, ...)
@@ -108,6 +121,7 @@ class TrainStep:
         _require_floats(states[0])
         self.optimizer = optimizer
         self._spikes = skip_above if isinstance(skip_above, Spikes) else None
+        self._anticipate = anticipate
         if qat:
             require_whole_blocks(nnx.state(model), rules)
         computed = nnx.graphdef(with_rounding(model)) if qat else self.graphdef
@@ -123,19 +137,25 @@ class TrainStep:
                 is_trained,
                 micro_batches,
                 skip_above,
+                anticipate,
                 seed,
             ),
             donate_argnums=(0,),
         )
         self._loss = jax.jit(functools.partial(_mean_loss, computed, rules))
+        self._experts = jax.jit(functools.partial(_experts, computed, rules, micro_batches))
         self._likeliest = jax.jit(functools.partial(_likeliest, computed, rules))
 
     def init(self) -> TrainState:
         """The state before the first step. The model's arrays are moved into it."""
         params, fixed = self._states
         self._states = []
+        return TrainState(params, fixed, self.optimizer.init(params), *self._start())
+
+    def _start(self) -> tuple[jax.Array | None, Routing | None]:
+        """Norms and routing before the first step."""
         norms = None if self._spikes is None else self._spikes.start()
-        return TrainState(params, fixed, self.optimizer.init(params), norms)
+        return norms, None if self._anticipate is None else self._anticipate.start()
 
     def shapes(self) -> TrainState:
         """`init`'s state without the arrays of parameters and optimizer: their shapes, and where they lie.
@@ -146,8 +166,8 @@ class TrainStep:
         params = jax.tree.map(_shape, params)
         opt_state = jax.eval_shape(self.optimizer.init, params)
         place = jax.tree.leaves(params)[0].sharding
-        norms = None if self._spikes is None else jax.eval_shape(self._spikes.start)
-        return TrainState(params, fixed, *_placed((opt_state, norms), self.rules, place))
+        rest = (opt_state, *jax.eval_shape(self._start))
+        return TrainState(params, fixed, *_placed(rest, self.rules, place))
 
     def forget(self) -> None:
         """Frees the arrays of parameters, in place of `init`: a saved state has others."""
@@ -182,11 +202,25 @@ class TrainStep:
         Raises:
           ValueError: no number, with dropout.
         """
-        if not self.drops:
-            return self.compiled_step(state, *tokens)
-        if number is None:
-            raise ValueError("number=None with LoRA dropout: expected that of the step, from 0 on.")
-        return self.compiled_step(state, *tokens, number=np.uint32(number))
+        options = {}
+        if self.drops:
+            if number is None:
+                raise ValueError(
+                    "number=None with LoRA dropout: expected that of the step, from 0 on."
+                )
+            options["number"] = np.uint32(number)
+        before = state.routing
+        state, metrics = self.compiled_step(state.without_ahead(), *tokens, **options)
+        if before is None or state.routing is None:
+            return state, metrics
+        routing = Routing(state.routing.left, before.ahead[1:])
+        metrics = dataclasses.replace(metrics, anticipated=has_next(tokens, before))
+        return dataclasses.replace(state, routing=routing), metrics
+
+    def experts(self, state: TrainState, tokens: Sequence) -> jax.Array:
+        """Experts [B, T, L, K] that the layers choose for a batch by a state's parameters, without dropout."""
+        documents = getattr(tokens, "documents", None)
+        return self._experts(state.params, state.fixed, tokens[0], documents)
 
     def loss(self, state: TrainState, tokens: Sequence) -> jax.Array:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
@@ -302,15 +336,7 @@ def _summed(of: Callable, counts_of: Callable, batch, micro_batches: int):
 
     Terms of the loss are means over the whole step, whatever its parts have: each is weighted by its share.
     """
-    rows = batch[0].shape[0]
-    if rows % micro_batches:
-        raise ValueError(
-            f"micro_batches={micro_batches}: a device has {rows} sequences of a batch; expected a "
-            "number that divides them."
-        )
-    parts = jax.tree.map(
-        lambda x: x.reshape(micro_batches, rows // micro_batches, *x.shape[1:]), batch
-    )
+    parts = _in_parts(batch, micro_batches)
     counts = jax.lax.map(counts_of, parts)
     shares = jax.tree.map(lambda n: n / jnp.where(jnp.sum(n) > 0, jnp.sum(n), 1), counts)
 
@@ -325,6 +351,19 @@ def _summed(of: Callable, counts_of: Callable, batch, micro_batches: int):
     first = jax.tree.map(lambda x: x[0], numbered)
     start = jax.tree.map(zeros, jax.eval_shape(of, *first))
     return jax.lax.scan(add, start, numbered)[0]
+
+
+def _in_parts(batch, micro_batches: int):
+    """A device's arrays [B, ...] of a batch as [micro_batches, B / micro_batches, ...]."""
+    rows = batch[0].shape[0]
+    if rows % micro_batches:
+        raise ValueError(
+            f"micro_batches={micro_batches}: a device has {rows} sequences of a batch; expected a "
+            "number that divides them."
+        )
+    return jax.tree.map(
+        lambda x: x.reshape(micro_batches, rows // micro_batches, *x.shape[1:]), batch
+    )
 
 
 @jax.jit
@@ -349,6 +388,22 @@ def _mean_loss(graphdef, rules, state, inputs, following, *rest):
     return run(state.params, state.fixed, *tokens)
 
 
+def _experts(graphdef, rules, micro_batches, params, fixed, *tokens):
+    def on_device(params, fixed, *tokens):
+        model = nnx.merge(graphdef, params, fixed)
+
+        def of(part):
+            return experts_of(model.trunk(*part)[1])
+
+        found = jax.lax.map(of, _in_parts(tokens, micro_batches))
+        return found.reshape(-1, *found.shape[2:])
+
+    placed = (specs(params, rules), specs(fixed, rules))
+    of_tokens = jax.tree.map(lambda x: jax.P(*rules.tokens[: x.ndim]), tokens)
+    run = collectives.per_device(on_device, rules, (*placed, *of_tokens), rules.tokens)
+    return run(params, fixed, *tokens)
+
+
 def _likeliest(graphdef, rules, state, tokens):
     def on_device(params, fixed, tokens):
         model = nnx.merge(graphdef, params, fixed)
@@ -371,6 +426,7 @@ def _train_step(
     is_trained,
     micro_batches,
     skip_above,
+    anticipate,
     seed,
     state,
     *tokens,
@@ -390,7 +446,11 @@ def _train_step(
     _, *states = nnx.split(model, is_trained, ...)
     params, fixed = states
     norms = jnp.append(state.norms[1:], norm) if is_adaptive else None
-    state = _chosen(fit, TrainState(params, fixed, opt_state, norms), state)
+    routing = state.routing
+    if anticipate is not None:
+        routing = Routing(anticipate.left_after(routing.left, fit))
+    old = dataclasses.replace(state, routing=routing)
+    state = _chosen(fit, TrainState(params, fixed, opt_state, norms, routing), old)
     return state, dataclasses.replace(metrics, grad_norm=norm, grad_limit=limit, skipped=~fit)
 
 

@@ -22,6 +22,7 @@ from v4jax.nn.lora import LoRA, LoRAParam, add_lora
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, require_placed
 from v4jax.nn.quantization import Chosen, everything, is_indexer, not_expert, to_float
+from v4jax.train.anticipation import Anticipation, Lookahead
 from v4jax.train.data import Data
 from v4jax.train.events import Event, Record, StepDone
 from v4jax.train.export import export
@@ -54,6 +55,7 @@ class Trainer:
         memory of one of them. The result is that of the whole batch.
       skip_above: a step whose gradients have a larger global norm changes nothing; of `Spikes`, one whose
         norm is far above those of the steps before. One whose loss or norm is NaN or infinite never does.
+      anticipate: choose experts by the parameters of some steps before, after a skipped step or always.
       seed: of new adapters, and of what their dropout leaves out.
       loss: another one than the training loss, as `v4jax.train.DPO()` or `IndexerWarmup()`.
 
@@ -77,6 +79,7 @@ class Trainer:
         bias_speed: float = 0.0,
         micro_batches: int = 1,
         skip_above: float | Spikes = math.inf,
+        anticipate: Anticipation | None = None,
         seed: int = 0,
         loss: Loss | None = None,
     ):
@@ -107,9 +110,11 @@ class Trainer:
                 bias_speed=bias_speed,
                 micro_batches=micro_batches,
                 skip_above=skip_above,
+                anticipate=anticipate,
                 loss=loss,
                 seed=seed,
             )
+        self._lookahead = None if anticipate is None else Lookahead(anticipate, self._step)
         self._state: TrainState | None = None
 
     @property
@@ -146,6 +151,19 @@ class Trainer:
         with self._on_mesh():
             return self._step.batch(data, step, batch_size)
 
+    def next_batch(self, data: Data, batch_size: int) -> Sequence:
+        """`batch` of the next step; with `anticipate`, its experts too where they are chosen ahead.
+
+        Raises:
+          ValueError: as `batch`.
+        """
+        if self._lookahead is None:
+            return self.batch(data, self.steps, batch_size)
+        state = self.state
+        with self._on_mesh():
+            batch, self._state = self._lookahead.batch(state, self.steps, data, batch_size)
+        return batch
+
     def loss(self, tokens: Sequence) -> float:
         """Mean next-token loss in nats, without changing anything; tokens as for `step`."""
         with self._on_mesh():
@@ -158,7 +176,8 @@ class Trainer:
             batch = self.batch(data, number, batch_size)
             losses.append(self.loss(batch))
             with self._on_mesh():
-                counts.append(float(batch.loss_weights.sum()) if isinstance(batch, Batch) else 1.0)
+                weights = batch.loss_weights if isinstance(batch, Batch) else None
+                counts.append(1.0 if weights is None else float(weights.sum()))
         return float(np.average(losses, weights=counts))
 
     def events(
@@ -293,8 +312,11 @@ class Trainer:
                 self._step.forget()
             else:
                 saver.require_like(self._state)
+                if self._lookahead is not None:
+                    self._lookahead.forget()
                 shapes, self._state = freed(self._state), None
-            found = saver.restore(shapes, step)
+            tokens = None if self._mesh is None else jax.NamedSharding(self._mesh, TRAIN.tokens)
+            found = saver.restore(shapes, step, tokens)
             assert found is not None
             self._state, self.steps = found
 
