@@ -23,8 +23,9 @@ from v4jax.inference.engine import Engine
 from v4jax.inference.sampling import Sampling
 from v4jax.nn.cache import init_cache
 from v4jax.nn.choices import Choices
+from v4jax.nn.layers import copied
 from v4jax.nn.model import plan_stages
-from v4jax.nn.sharing import Shared
+from v4jax.nn.shared import Shared
 from v4jax.planning import costs
 from v4jax.planning.describe import memory_by_part
 from v4jax.planning.step_report import representatives
@@ -157,12 +158,14 @@ def test_given_picks_are_those_of_all_layers_that_use_them(model, whole, views):
 
     source, user = (block.attention for block in list(model.layers())[1:3])
     x = views[2].attention_input
-    given = jnp.where(jnp.arange(LENGTH)[:, None] > 20, jnp.array([0, 3, 5]), -1)[None]
+    given = jnp.where(jnp.arange(LENGTH)[:, None] > 24, jnp.array([0, 3, 5]), -1)[None]
     rows = Shared(jax.random.normal(jax.random.key(0), (1, LENGTH // 4, ROLES.head_dim)))
     made = jax.jit(lambda x: source(x, None, given, rows)[2])(x)
     out, loss, _ = jax.jit(lambda x, made: user(x, shared=made))(x, made)
     assert_close(out[0], _by_hand(user, x[0], _float64(rows.entries[0]), given[0]), FLOAT32)
     assert loss == 0
+    with pytest.raises(ValueError, match="CSA reuse layer without the rows of layer 0"):
+        user(x)
 
 
 def _gradients(tokens, **options):
@@ -179,18 +182,22 @@ def trained():
     return _gradients(TOKENS[:, :154])
 
 
+def _wkv(model):
+    return model.stages[1].blocks[0].attention.compressor.wkv.kernel
+
+
 def test_the_gradient_of_a_source_is_of_all_who_use_its_rows(trained):
     """By central differences along the gradient. The layers before the source are scanned."""
     model, (gradients, metrics) = random_model(TRAINED), trained
     assert [stage.repeats for stage in model.stages] == [2, 1, 1]
-    wkv = model.stages[1].blocks[0].attention.compressor.wkv.kernel
     gradient = gradients["stages.1.blocks.0.attention.compressor.wkv.kernel"]
-    norm, kernel = np.linalg.norm(gradient), wkv.get_value()
+    norm, kernel = np.linalg.norm(gradient), _wkv(model).get_value()
 
     @jax.jit
     def loss(kernel):
-        wkv.set_value(kernel)
-        return training_loss(model, *shifted(TOKENS[:, :154]), remat=False)[1].ce
+        moved = copied(model)
+        _wkv(moved).set_value(kernel)
+        return training_loss(moved, *shifted(jnp.asarray(TOKENS[:, :154])), remat=False)[1].ce
 
     assert_close(loss(kernel), metrics.ce, FLOAT32)
     above, below = (float(loss(kernel + step * gradient / norm)) for step in (STEP, -STEP))
@@ -209,7 +216,7 @@ def test_a_mesh_computes_the_same(trained):
 
 def test_a_warm_up_attends_to_all_rows_in_layers_that_share():
     """As an indexer that picks everything does; one layer of two has an indexer's loss."""
-    model, tokens = random_model(PAIR, scan_layers=False), shifted(TOKENS[:, :100])
+    model, tokens = random_model(PAIR, scan_layers=False), shifted(jnp.asarray(TOKENS[:, :100]))
     everything = model.variant(PAIR.with_indexer(topk=LENGTH))
     warm = jax.jit(lambda m: IndexerWarmup()(m, tokens, remat=False)[1])(model)
     expected = jax.jit(lambda m: training_loss(m, *tokens, remat=False)[1])(everything)

@@ -6,7 +6,7 @@
     return   (rope^-1(out), in groups of heads) @ wo_a @ wo_b
 
 Because values are rotated keys, the output is rotated back at the query's position. Entries, or which of
-them a query attends to, may be those of an earlier layer (`sharing`).
+them a query attends to, may be those of an earlier layer (`shared`).
 
 Source: report section 2.3; released `inference/model.py` (Attention).
 """
@@ -23,6 +23,7 @@ from pallas_kernels.attention import (
     selected_mass,
     window_attention,
 )
+from pallas_kernels.formats.pages import Pages
 from pallas_kernels.selection import Selection
 from sharding import collectives
 from v4jax.config import LayerSpec
@@ -39,7 +40,7 @@ from v4jax.nn.layers import (
     rope_frequencies,
     rotate,
 )
-from v4jax.nn.sharing import Shared
+from v4jax.nn.shared import Shared
 
 
 class Attention(nnx.Module):
@@ -90,13 +91,16 @@ class Attention(nnx.Module):
         Returns:
           out [B, T, D]; the loss of its indexer (a scalar, 0 for layers without one); and the entries
           and picks that it attended to.
+
+        Raises:
+          ValueError: it uses another layer's entries, and none are given.
         """
         batch, length, _ = x.shape
         positions = positions_of(documents, batch, length)
         first = first_rows(documents, self.spec.ratio)
         latent, q, kv = self.project(x, positions)
         window = jnp.concatenate([collectives.halo(kv, self.cfg.window, "seq"), kv], axis=1)
-        entries, picked = shared.entries, shared.selection
+        entries, picked = self._taken(shared)
         if self.compressor:
             entries = self.compressor(x, documents)
             entries = self.compressor.gather(entries, length)
@@ -151,7 +155,7 @@ class Attention(nnx.Module):
         """
         latent, q, kv = self.project(x, chunk.positions)
         new = dataclasses.replace(cache, window=write_window(cache.window, kv, chunk))
-        entries, selection = shared.entries, shared.selection
+        entries, selection = self._taken(shared)
         first = chunk.start // self.spec.ratio if self.spec.compressor else chunk.start
         if self.compressor:
             assert cache.entries is not None and cache.pool is not None  # of such a layer
@@ -185,6 +189,15 @@ class Attention(nnx.Module):
         is_compressed = self.spec.compressor is not None
         frequencies = rope_frequencies(self.cfg, compressed=is_compressed)
         return Rope(frequencies, self.numerics.implementation)
+
+    def _taken(self, shared: Shared) -> tuple[jax.Array | Pages | None, Selection | None]:
+        """Entries and picks that other layers made for this one; None where it has its own, or none."""
+        if self.spec.entries_from is not None and shared.entries is None:
+            raise ValueError(
+                f"{self.spec.kind} layer without the rows of layer {self.spec.entries_from}, which it "
+                "attends to: expected them in `shared`."
+            )
+        return shared.entries, shared.selection
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """latent [B, T, q_lora_rank], q [B, T, N, H] and kv [B, T, H]."""

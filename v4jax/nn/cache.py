@@ -13,7 +13,7 @@ has a row a sequence. Sequences of a batch may have different lengths. For a lay
 | index_pool  | see `OpenPool`    | as `pool`, of the indexer's compressor (CSA only)              |
 | tables[r]   | [B, n]            | pages of each sequence, int32                                  |
 
-A layer that uses rows or picks of another (`sharing`) has neither rows nor keys of those itself.
+A layer that uses rows or picks of another (`shared`) has neither rows nor keys of those itself.
 
 G is the number of parts that a mesh cuts the sequences into (1 without one): each has a pool of its own,
 and its sequences' tables point into that.
@@ -74,7 +74,7 @@ class OpenPool:
 class LayerCache:
     """State of one layer. Fields that its kind of layer does not have are None.
 
-    So are those of what another layer makes for it (`sharing`): rows and keys are kept by who makes them.
+    So are those of what another layer makes for it (`shared`): rows and keys are kept by who makes them.
     """
 
     window: jax.Array | PackedColumns

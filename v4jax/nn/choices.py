@@ -65,7 +65,7 @@ class Choices:
             self.selections.ndim != 4 or self.selections.shape[:3] != places
         ):
             raise ValueError(
-                f"choices.selections {self.selections.shape}: expected [B, T, layers with an indexer, "
+                f"choices.selections {self.selections.shape}: expected [B, T, layers with an own indexer, "
                 f"entries], {(*places, 'S')} for {cfg.name} and these tokens."
             )
 

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from v4jax.nn.sharing import Shared
+from v4jax.nn.shared import Shared
 
 
 @functools.partial(

@@ -45,7 +45,7 @@ from v4jax.nn.placement import (
     specs,
 )
 from v4jax.nn.rounding import rounded
-from v4jax.nn.sharing import Shared
+from v4jax.nn.shared import Shared
 
 
 @functools.partial(
