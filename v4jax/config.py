@@ -9,7 +9,7 @@ Values: DeepSeek-V4 report (arXiv 2606.19348) section 4.2.1 and the released `co
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 EXPERT_FORMATS = ("fp4", "fp8", None)
 
@@ -47,17 +47,44 @@ class LayerSpec:
     Every layer attends to a sliding window. With a compressor it attends to compressed KV too: to all
     rows, or to those that its indexer picks. `window_layer`, `csa_layer` and `hca_layer` are the three
     kinds of the released models.
+
+    A layer may use what an earlier one has made (cross-layer KV sharing: CLA, arXiv 2405.12981; YOCO,
+    arXiv 2405.05254): its rows, by `entries_from`, or its rows and its picks, by `selection_from` too.
+    `compressor` and `indexer` then say what those are, and equal the other layer's.
     """
 
     compressor: CompressorSpec | None = None
     indexer: IndexerSpec | None = None
     hash_routed: bool = False  # experts chosen by token id instead of by score
+    entries_from: int | None = None  # index of the layer whose rows it attends to
+    selection_from: int | None = None  # index of the layer whose picks it attends to
 
     def __post_init__(self):
         if self.indexer is not None and self.compressor is None:
             raise ValueError(
                 "indexer without compressor: expected a compressor, whose rows the indexer picks from."
             )
+        if self.entries_from is not None and self.compressor is None:
+            raise ValueError(
+                f"entries_from={self.entries_from} without compressor: expected the compressor of layer "
+                f"{self.entries_from}, which says what its rows are."
+            )
+        if self.selection_from is not None and (self.indexer is None or self.entries_from is None):
+            missing = "indexer" if self.indexer is None else "entries_from"
+            raise ValueError(
+                f"selection_from={self.selection_from} without {missing}: expected both indexer and "
+                f"entries_from. Picks of layer {self.selection_from} are rows that it attends to."
+            )
+
+    @property
+    def own_compressor(self) -> CompressorSpec | None:
+        """The compressor that is a part of this layer: none where its rows are another layer's."""
+        return self.compressor if self.entries_from is None else None
+
+    @property
+    def own_indexer(self) -> IndexerSpec | None:
+        """The indexer that is a part of this layer: none where its picks are another layer's."""
+        return self.indexer if self.selection_from is None else None
 
     @property
     def ratio(self) -> int:
@@ -66,14 +93,24 @@ class LayerSpec:
 
     @property
     def kind(self) -> str:
-        """For printing: "window", "CSA", "HCA", or what differs from these, as "HCA ratio 64"."""
+        """For printing: "window", "CSA", "HCA", or what differs from these, as "HCA ratio 64".
+
+        With another layer's rows "reuse", or "reindex" with picks of its own among them: "CSA reuse".
+        """
         if self.compressor is None:
             return "window"
         name, usual = ("CSA", CSA) if self.indexer else ("HCA", HCA)
-        if self.compressor == usual:
+        if self.compressor != usual:
+            name += f" ratio {self.ratio}{' overlapping' if self.compressor.overlap else ''}"
+        if self.entries_from is None:
             return name
-        overlap = " overlapping" if self.compressor.overlap else ""
-        return f"{name} ratio {self.ratio}{overlap}"
+        return f"{name} reindex" if self.own_indexer else f"{name} reuse"
+
+
+def sources(layers: Sequence[LayerSpec]) -> frozenset[int]:
+    """Indices of the layers whose compressed KV rows or picks others use."""
+    named = {index for spec in layers for index in (spec.entries_from, spec.selection_from)}
+    return frozenset(index for index in named if index is not None)
 
 
 CSA = CompressorSpec(ratio=4, overlap=True)
@@ -179,6 +216,8 @@ class V4Config:
                 f"moe.experts_per_token={self.moe.experts_per_token}: expected 1..num_experts "
                 f"({self.moe.num_experts})."
             )
+        for index in range(len(self.layers)):
+            _check_sources(self.layers, index)
 
     @property
     def nope_head_dim(self) -> int:
@@ -193,7 +232,8 @@ class V4Config:
     def map_layers(self, change: Callable[[LayerSpec], LayerSpec]) -> "V4Config":
         """A config whose layers are `change(layer)`.
 
-        `cfg.map_layers(lambda layer: dataclasses.replace(layer, indexer=None))` attends to all rows.
+        `cfg.map_layers(lambda layer: dataclasses.replace(layer, indexer=None))` attends to all rows;
+        where layers share picks, with `selection_from=None` too.
         """
         return dataclasses.replace(self, layers=tuple(change(spec) for spec in self.layers))
 
@@ -206,6 +246,49 @@ class V4Config:
             return dataclasses.replace(spec, indexer=dataclasses.replace(spec.indexer, **changes))
 
         return self.map_layers(change)
+
+
+def _check_sources(layers: tuple[LayerSpec, ...], index: int) -> None:
+    """Refuses a layer that names others which do not make what it takes of them."""
+    spec, name = layers[index], f"layers[{index}]"
+
+    def source(field: str, part: str, own: str) -> LayerSpec | None:
+        number = getattr(spec, field)
+        if number is None:
+            return None
+        if number not in range(index):
+            expected = f"an earlier layer, 0..{index - 1}" if index else "None: no layer is earlier"
+            raise ValueError(f"{name}.{field}={number}: expected {expected}.")
+        other = layers[number]
+        if getattr(other, own) is None:
+            another = getattr(other, field)
+            which = "a layer that has one" if another is None else f"{another}, whose it uses"
+            raise ValueError(
+                f"{name}.{field}={number}: layer {number} has no {part} of its own. Expected {which}."
+            )
+        if getattr(other, part) != getattr(spec, part):
+            raise ValueError(
+                f"{name}.{part}={getattr(spec, part)}, and {field}={number}: expected that of layer "
+                f"{number}, {getattr(other, part)}."
+            )
+        return other
+
+    rows = source("entries_from", "compressor", "own_compressor")
+    if rows is not None and (rows.indexer is None) != (spec.indexer is None):
+        raise ValueError(
+            f"{name}.indexer={spec.indexer}, and entries_from={spec.entries_from}: expected "
+            f"{'an indexer, as' if rows.indexer else 'None, as in'} layer {spec.entries_from}"
+            f"{' has one' if rows.indexer else ''}. Rows are kept either for all to be read or for some."
+        )
+    picks = source("selection_from", "indexer", "own_indexer")
+    if picks is None:
+        return
+    theirs = spec.selection_from if picks.entries_from is None else picks.entries_from
+    if spec.entries_from != theirs:
+        raise ValueError(
+            f"{name}.selection_from={spec.selection_from}, and entries_from={spec.entries_from}: layer "
+            f"{spec.selection_from} picks from rows of layer {theirs}. Expected entries_from={theirs}."
+        )
 
 
 def _layers(kinds: str, indexer: IndexerSpec, num_hash: int) -> tuple[LayerSpec, ...]:

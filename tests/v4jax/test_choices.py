@@ -159,7 +159,7 @@ def test_given_entries_are_attended_to():
         picked = rng.permutation(seen)[:2]  # of any score
         selection[0, t, : len(picked)] = picked
 
-    out, _ = jax.jit(lambda x, s: attention(x, None, s))(x, selection)
+    out, *_ = jax.jit(lambda x, s: attention(x, None, s))(x, selection)
 
     positions = jnp.arange(LENGTH)[None]
     _, q, kv = attention.project(x, positions)

@@ -128,7 +128,7 @@ def _cached(model: Transformer, index: int, streams: np.ndarray, tokens: np.ndar
     def extend(streams, tokens, length, cache):
         count = jnp.full((1,), tokens.shape[1], jnp.int32)
         chunk = Chunk.make(length, count, tokens.shape[1])
-        return block.extend(streams, tokens, chunk, cache)
+        return block.extend(streams, tokens, chunk, cache)[:2]
 
     cache, parts = model.init_cache(1, len(streams)).layers[index], []
     for start, stop in [(0, PROMPT)] + [(t, t + 1) for t in range(PROMPT, len(streams))]:

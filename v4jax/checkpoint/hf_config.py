@@ -398,13 +398,16 @@ def _own_layer(index: int, layer: Any) -> LayerSpec:
             for field in values.keys() - {"overlap"}:
                 _integer(f"{name}.{key}.{field}", values[field], 1, 1 << 24)
             parts[key] = part(**values) if values else None
+        for key in ("entries_from", "selection_from"):
+            if parts.get(key) is not None:
+                _integer(f"{name}.{key}", parts[key], 0, 4095)
         return LayerSpec(**parts)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{name}={_shown(layer)}: expected compressor (ratio, overlap), indexer (num_heads, "
-            f"head_dim, topk) and hash_routed. {error}"
+            f"head_dim, topk), hash_routed, entries_from and selection_from. {error}"
         ) from error
 
 

@@ -13,6 +13,8 @@ has a row a sequence. Sequences of a batch may have different lengths. For a lay
 | index_pool  | see `OpenPool`    | as `pool`, of the indexer's compressor (CSA only)              |
 | tables[r]   | [B, n]            | pages of each sequence, int32                                  |
 
+A layer that uses rows or picks of another (`shared`) has neither rows nor keys of those itself.
+
 G is the number of parts that a mesh cuts the sequences into (1 without one): each has a pool of its own,
 and its sequences' tables point into that.
 
@@ -70,7 +72,10 @@ class OpenPool:
 @_pytree()
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """State of one layer. Fields that its kind of layer does not have are None."""
+    """State of one layer. Fields that its kind of layer does not have are None.
+
+    So are those of what another layer makes for it (`shared`): rows and keys are kept by who makes them.
+    """
 
     window: jax.Array | PackedColumns
     entries: Pages | None = None
@@ -261,21 +266,23 @@ def empty_cache(
         window = rows((batch, cfg.window, cfg.head_dim), PackedColumns)
         if spec.compressor is None:
             return LayerCache(window)
-        overlap = spec.compressor.overlap
-        pool = init_pool(batch, cfg.head_dim, overlap=overlap)
-        if spec.indexer is None:
-            return LayerCache(window, pool=pool)
-        index_pool = init_pool(batch, spec.indexer.head_dim, overlap=overlap)
+        overlap, index, pool, index_pool = spec.compressor.overlap, spec.own_indexer, None, None
+        if spec.own_compressor:
+            pool = init_pool(batch, cfg.head_dim, overlap=overlap)
+        if index:
+            index_pool = init_pool(batch, index.head_dim, overlap=overlap)
         return LayerCache(window, pool=pool, index_pool=index_pool)
 
     def pool(spec: LayerSpec) -> PagePool:
         if spec.compressor is None:
             return PagePool()
-        space = (parts, pages[spec.ratio] * PAGE)
-        if spec.indexer is None:
-            return PagePool(rows((*space, cfg.head_dim), PackedColumns))  # all are read
-        picked = rows((*space, cfg.head_dim), PackedRows)  # some are
-        return PagePool(picked, keys((*space, spec.indexer.head_dim)))
+        space, index = (parts, pages[spec.ratio] * PAGE), spec.own_indexer
+        entries: Rows | None = None
+        if spec.own_compressor and spec.indexer:
+            entries = rows((*space, cfg.head_dim), PackedRows)  # some are read
+        elif spec.own_compressor:
+            entries = rows((*space, cfg.head_dim), PackedColumns)  # all are
+        return PagePool(entries, keys((*space, index.head_dim)) if index else None)
 
     return Cache(
         tuple(map(state, cfg.layers)),

@@ -40,8 +40,9 @@ class Choices:
       experts: ids for the L layers, K = `moe.experts_per_token` distinct ones. A token whose first id is
         -1 goes where the layer sends it, as do padding and what was not recorded. In hash-routed layers
         the given ids count too; those of the layer's table are `-1`.
-      selections: entries for the C layers with an indexer, distinct, counted from the first of their row
-        of tokens; -1 stands for none. S is the most that any layer picks.
+      selections: entries for the C layers with an indexer of their own, distinct, counted from the first
+        of their row of tokens; -1 stands for none. S is the most that any layer picks. Layers that use
+        the picks of one of these use what it is given.
     """
 
     experts: jax.Array | None = None  # [B, T, L, K], any integers
@@ -53,7 +54,7 @@ class Choices:
         Raises:
           ValueError: a shape that is not that of the model and the tokens.
         """
-        indexed = [index for index, spec in enumerate(cfg.layers) if spec.indexer is not None]
+        indexed = [index for index, spec in enumerate(cfg.layers) if spec.own_indexer]
         expected = (*shape, len(cfg.layers), cfg.moe.experts_per_token)
         if self.experts is not None and self.experts.shape != expected:
             raise ValueError(
@@ -65,7 +66,7 @@ class Choices:
             self.selections.ndim != 4 or self.selections.shape[:3] != places
         ):
             raise ValueError(
-                f"choices.selections {self.selections.shape}: expected [B, T, layers with an indexer, "
+                f"choices.selections {self.selections.shape}: expected [B, T, layers with an own indexer, "
                 f"entries], {(*places, 'S')} for {cfg.name} and these tokens."
             )
 

@@ -6,6 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from v4jax.nn.shared import Shared
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -30,7 +32,7 @@ class LayerView:
 
     Column c of the window is token t - C + 1 + c of query t. Compressed row s stands for the `ratio`
     tokens from `ratio * s` on (with overlapping windows, for those before them too). Weights of a head
-    over window, compressed rows and sink add up to 1.
+    over window, compressed rows and sink add up to 1. With another layer's picks there are no scores.
     """
 
     kind: str  # "window", "CSA", "HCA" ...
@@ -49,11 +51,11 @@ class LayerView:
 
 
 @jax.jit
-def view(block, streams: jax.Array, tokens: jax.Array, queries: jax.Array):
-    """A `Block` on whole sequences: its view of queries [Q], and the streams after it."""
+def view(block, streams: jax.Array, tokens: jax.Array, queries: jax.Array, shared: Shared):
+    """A `Block` on whole sequences: its view of queries [Q], the streams after it, and what it shares."""
     x, *mix = block.attn_hc.pre(streams)
     x = block.attn_norm(x)
-    attended, weights = _attention(block.attention, x, queries)
+    attended, made, weights = _attention(block.attention, x, queries, shared)
     after, y, *mix = block.ffn_hc.post_pre(attended, streams, *mix)
     y = block.ffn_norm(y)
     experts, expert_weights, _ = block.moe.router(y, tokens)
@@ -70,13 +72,15 @@ def view(block, streams: jax.Array, tokens: jax.Array, queries: jax.Array):
         expert_weights=expert_weights,
         **weights,
     )
-    return found, block.ffn_hc.post(out, after, *mix)
+    return found, block.ffn_hc.post(out, after, *mix), made
 
 
-def _attention(attention, x: jax.Array, queries: jax.Array) -> tuple[jax.Array, dict]:
-    """The layer's own output, and what its queries weigh: computed here once more, densely."""
+def _attention(
+    attention, x: jax.Array, queries: jax.Array, shared: Shared
+) -> tuple[jax.Array, Shared, dict]:
+    """The layer's own output, what it shares, and what its queries weigh: computed here densely."""
     batch, length, _ = x.shape
-    out, _ = attention(x)
+    out, _, made = attention(x, shared=shared)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     latent, q, kv = attention.project(x, positions)
     q = q[:, queries].astype(jnp.float32)
@@ -88,13 +92,15 @@ def _attention(attention, x: jax.Array, queries: jax.Array) -> tuple[jax.Array, 
     sink = jnp.broadcast_to(attention.sink[...].astype(jnp.float32), q.shape[:3])
     logits = [near, sink[..., None]]
     scores = picks = None
-    if attention.compressor:
-        compressed = attention.compressor(x).astype(jnp.float32)
+    if made.entries is not None:
+        compressed = made.entries.astype(jnp.float32)
         count = compressed.shape[1]
         seen = jnp.arange(count) < (queries[:, None] + 1) // attention.spec.ratio  # [Q, S]
         seen = jnp.broadcast_to(seen, (batch, *seen.shape))
-        if attention.indexer:
-            scores, picks = _picks(attention, x, latent, positions, queries, seen)
+        if made.selection is not None:
+            picks = made.selection.to_indices()[:, queries]
+            if attention.indexer:
+                scores = _scores(attention, x, latent, positions, queries, seen)
             chosen = jnp.any(picks[..., None] == jnp.arange(count), axis=-2)
             far_seen = seen & chosen
         else:
@@ -102,21 +108,21 @@ def _attention(attention, x: jax.Array, queries: jax.Array) -> tuple[jax.Array, 
         far = jnp.einsum("bqnh,bsh->bqns", q, compressed) * scale
         logits.insert(1, jnp.where(far_seen[:, :, None], far, -jnp.inf))
     weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
-    return out, {
+    found = {
         "window_weights": weights[..., :size],
-        "compressed_weights": weights[..., size:-1] if attention.compressor else None,
+        "compressed_weights": weights[..., size:-1] if len(logits) == 3 else None,
         "sink_weights": weights[..., -1],
         "indexer_scores": scores,
         "picks": picks,
     }
+    return out, made, found
 
 
-def _picks(attention, x, latent, positions, queries, seen) -> tuple[jax.Array, jax.Array]:
+def _scores(attention, x, latent, positions, queries, seen) -> jax.Array:
     indexer = attention.indexer
     index_q, head_weights = indexer.queries(x, latent, positions)
     keys = indexer.compressor(x)
     index_q, head_weights = index_q[:, queries], head_weights[:, queries]
-    selection = indexer.select(index_q, head_weights, keys, positions[:, queries])
     products = jnp.einsum("bqai,bsi->bqas", *(y.astype(jnp.float32) for y in (index_q, keys)))
     scores = jnp.einsum("bqas,bqa->bqs", jax.nn.relu(products), head_weights.astype(jnp.float32))
-    return jnp.where(seen, scores, -jnp.inf), selection.to_indices()
+    return jnp.where(seen, scores, -jnp.inf)

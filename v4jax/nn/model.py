@@ -14,7 +14,6 @@ Source: report section 2; released `inference/model.py` (Block, MTPBlock, Transf
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -26,7 +25,7 @@ from jaxtyping import Float, Float32, Int, Int32
 
 from pallas_kernels import signatures
 from sharding import DECODE, AxisRules, collectives
-from v4jax.config import LayerSpec, V4Config
+from v4jax.config import LayerSpec, V4Config, sources
 from v4jax.nn.attention import Attention
 from v4jax.nn.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
 from v4jax.nn.choices import Choices, LayerChoices
@@ -46,6 +45,7 @@ from v4jax.nn.placement import (
     specs,
 )
 from v4jax.nn.rounding import rounded
+from v4jax.nn.shared import Shared
 
 
 @functools.partial(
@@ -77,20 +77,28 @@ class Block(nnx.Module):
         tokens: jax.Array,
         documents: Documents | None = None,
         choices: LayerChoices = LayerChoices(),
-    ) -> tuple[jax.Array, BlockStats]:
+        shared: Shared = Shared(),
+    ) -> tuple[jax.Array, BlockStats, Shared]:
         """Whole sequences from position 0, or rows of documents; tokens [B, T]."""
         x, *mix = self.attn_hc.pre(streams)
-        out, indexer_loss = self.attention(self.attn_norm(x), documents, choices.selection)
+        out, indexer_loss, made = self.attention(
+            self.attn_norm(x), documents, choices.selection, shared
+        )
         streams, router = self._feed_forward(out, streams, mix, tokens, documents, choices.experts)
-        return streams, BlockStats(jnp.asarray(indexer_loss, jnp.float32), router)
+        return streams, BlockStats(jnp.asarray(indexer_loss, jnp.float32), router), made
 
     def extend(
-        self, streams: jax.Array, tokens: jax.Array, chunk: Chunk, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache]:
+        self,
+        streams: jax.Array,
+        tokens: jax.Array,
+        chunk: Chunk,
+        cache: LayerCache,
+        shared: Shared = Shared(),
+    ) -> tuple[jax.Array, LayerCache, Shared]:
         """A chunk of tokens after what the cache holds."""
         x, *mix = self.attn_hc.pre(streams)
-        out, cache = self.attention.extend(self.attn_norm(x), chunk, cache)
-        return self._feed_forward(out, streams, mix, tokens)[0], cache
+        out, cache, made = self.attention.extend(self.attn_norm(x), chunk, cache, shared)
+        return self._feed_forward(out, streams, mix, tokens)[0], cache, made
 
     def _feed_forward(self, out, streams, mix, tokens, documents=None, experts=None):
         """From the output of attention on: the streams are passed over once between the two."""
@@ -124,12 +132,16 @@ class Vocabulary(nnx.Module):
         return self.numerics.product(collectives.copy_to(x, "vocab"), table.T)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _extend(rules, as_released, block, streams, tokens, chunk, cache):
-    """`Block.extend`, traced once for all layers of a kind. `rules` only tells traces apart."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _extend(rules, as_released, is_source, block, streams, tokens, chunk, cache, shared):
+    """`Block.extend`, traced once for all layers of a kind. `rules` only tells traces apart.
+
+    What the layer made comes back if it `is_source` of others: it would be results of the program else.
+    """
     del rules
     block = gathered(block, streams.dtype, as_released=as_released)
-    return block.extend(streams, tokens, chunk, cache)
+    streams, cache, made = block.extend(streams, tokens, chunk, cache, shared)
+    return streams, cache, made if is_source else Shared()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -160,18 +172,26 @@ class StagePlan:
 def plan_stages(layers: Sequence[LayerSpec], max_period: int = 2) -> tuple[StagePlan, ...]:
     """Cuts a heterogeneous list of layers into the fewest repeating patterns, greedily.
 
-    Ratios [0, 0, 4, 128, 4, 128, 4] give 2 x (0), 2 x (4, 128), 1 x (4).
+    Ratios [0, 0, 4, 128, 4, 128, 4] give 2 x (0), 2 x (4, 128), 1 x (4). Layers that share, those that
+    make and those that use, are repeated in no pattern: each is a stage of its own, which has what it
+    makes as a result and what it uses as an argument.
     """
+    used = sources(layers)
+    # By its number a layer that shares is told from all others.
+    kinds = [
+        (spec, index if index in used or spec.entries_from is not None else -1)
+        for index, spec in enumerate(layers)
+    ]
     stages, start = [], 0
     while start < len(layers):
         best = StagePlan((layers[start],), 1)
         for period in range(1, max_period + 1):
-            pattern = tuple(layers[start : start + period])
+            pattern = kinds[start : start + period]
             repeats = 1
-            while tuple(layers[start + repeats * period :][:period]) == pattern:
+            while kinds[start + repeats * period :][:period] == pattern:
                 repeats += 1
             if repeats > 1 and repeats * period > len(best.pattern) * best.repeats:
-                best = StagePlan(pattern, repeats)
+                best = StagePlan(tuple(layers[start : start + period]), repeats)
         stages.append(best)
         start += len(best.pattern) * best.repeats
     return tuple(stages)
@@ -199,19 +219,25 @@ class Stage(nnx.Module):
         tokens: jax.Array,
         documents: Documents | None,
         choices: Sequence[LayerChoices],
+        shared: Shared = Shared(),
         *,
+        is_source: bool = False,
         remat: bool,
         as_released: bool,
-    ) -> tuple[jax.Array, tuple[BlockStats, ...]]:
+    ) -> tuple[jax.Array, tuple[BlockStats, ...], Shared]:
         """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...].
 
         Args:
           choices: one for each of the stage's layers.
+          shared: what earlier layers made for the stage's only layer.
+          is_source: others use what the stage's only layer makes. It is returned then, and kept for the
+            backward pass with `remat` too: made once, its gradient is the sum of all users'.
         """
 
-        def layer(block, streams, chosen):
+        def layer(block, streams, chosen, shared):
             block = gathered(block, streams.dtype, as_released=as_released)
-            return block(streams, tokens, documents, chosen)
+            streams, stats, made = block(streams, tokens, documents, chosen, shared)
+            return streams, stats, made if is_source else Shared()
 
         # Layer by layer: the backward pass then holds the gathered, or rounded, weights of one at a time.
         layer = jax.checkpoint(layer) if remat else layer
@@ -219,7 +245,7 @@ class Stage(nnx.Module):
         def body(streams, layers):
             stats = []
             for block, chosen in layers:
-                streams, one = layer(block, streams, chosen)
+                streams, one, _ = layer(block, streams, chosen, Shared())
                 stats.append(one)
             return streams, tuple(stats)
 
@@ -227,9 +253,10 @@ class Stage(nnx.Module):
         if self.repeats > 1:
             of_block = [choices[index :: len(blocks)] for index in range(len(blocks))]
             stacked = [jax.tree.map(lambda *x: jnp.stack(x), *chosen) for chosen in of_block]
-            return jax.lax.scan(body, streams, tuple(zip(blocks, stacked)))
-        streams, stats = body(streams, tuple(zip(blocks, choices)))
-        return streams, jax.tree.map(lambda x: x[None], stats)
+            return *jax.lax.scan(body, streams, tuple(zip(blocks, stacked))), Shared()
+        ((block, chosen),) = zip(blocks, choices, strict=True)
+        streams, stats, made = layer(block, streams, chosen, shared)
+        return streams, (jax.tree.map(lambda x: x[None], stats),), made
 
     def layers(self) -> Iterator[Block]:
         """The blocks one by one, in the order of the layers."""
@@ -269,7 +296,7 @@ class MTP(nnx.Module):
         batch, length, _ = streams.shape
         apart = streams.reshape(batch, length, self.num_streams, -1)
         x = self.e_proj(self.enorm(embedded))[:, :, None] + self.h_proj(self.hnorm(apart))
-        streams, stats = self.block(x.reshape(streams.shape), tokens, documents)
+        streams, stats, _ = self.block(x.reshape(streams.shape), tokens, documents)
         return self.norm(self.hc_head(streams)), stats
 
 
@@ -391,13 +418,23 @@ class Transformer(nnx.Module):
           ValueError: `choices` have other shapes than model and tokens.
         """
         streams = self.streams(self.embedding(tokens))
-        stats, chosen = [], iter(choices.by_layer(self.cfg, tokens.shape))
+        stats, chosen = [], choices.by_layer(self.cfg, tokens.shape)
+        used, first = sources(self.cfg.layers), 0
+        made: dict[int, Shared] = {}
         for stage in self.stages:
-            mine = list(itertools.islice(chosen, len(stage.blocks) * stage.repeats))
-            streams, one = stage(
-                streams, tokens, documents, mine, remat=remat, as_released=self.as_released
+            after = first + len(stage.blocks) * stage.repeats
+            streams, one, made[first] = stage(
+                streams,
+                tokens,
+                documents,
+                chosen[first:after],
+                Shared.of(self.cfg.layers[first], made),
+                is_source=first in used,
+                remat=remat,
+                as_released=self.as_released,
             )
             stats.append(one)
+            first = after
         return streams, tuple(stats)
 
     @signatures.shaped
@@ -422,21 +459,28 @@ class Transformer(nnx.Module):
             cache.require_room(counts)
         chunk = Chunk.make(cache.lengths, counts, tokens.shape[1])
         streams = self.streams(self.embedding(tokens))
-        caches = []
-        blocks = (block for stage in self.stages for block in stage.layers())
-        for block, layer_cache in zip(blocks, cache.layers, strict=True):
-            streams, layer_cache = _extend(
+        caches, used = [], sources(self.cfg.layers)
+        made: dict[int, Shared] = {}
+        for index, (block, layer_cache) in enumerate(zip(self.layers(), cache.layers, strict=True)):
+            streams, layer_cache, made[index] = _extend(
                 collectives.rules(),
                 self.as_released,
+                index in used,
                 block,
                 streams,
                 tokens,
                 chunk,
                 layer_cache,
+                Shared.of(self.cfg.layers[index], made),
             )
             caches.append(layer_cache)
         lengths = cache.lengths + counts
         return streams, cache.of_layers(caches, lengths)
+
+    def layers(self) -> Iterator[Block]:
+        """The blocks one by one, in the order of the layers."""
+        for stage in self.stages:
+            yield from stage.layers()
 
     def inspect(
         self, tokens: jax.Array, *, queries: Sequence[int] | None = None
@@ -465,8 +509,12 @@ class Transformer(nnx.Module):
                 f"queries={at.tolist()}: expected positions in {-length}..{length - 1}."
             )
         streams, views = self.streams(self.embedding(tokens)), []
-        for block in (block for stage in self.stages for block in stage.layers()):
-            one, streams = view(block, streams, tokens, jnp.asarray(at % length))
+        made: dict[int, Shared] = {}
+        for index, block in enumerate(self.layers()):
+            shared = Shared.of(self.cfg.layers[index], made)
+            one, streams, made[index] = view(
+                block, streams, tokens, jnp.asarray(at % length), shared
+            )
             views.append(one)
         return views
 

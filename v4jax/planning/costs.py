@@ -15,6 +15,7 @@ grouped output projection counts as FP8. V3.2 is taken in absorbed-MLA form with
 Source of V3.2's sizes: its report (arXiv 2512.02556) and released config.
 """
 
+import collections
 import dataclasses
 
 from pallas_kernels.formats.records import FP4_WEIGHTS, FP8_WEIGHTS, INDEX_KEYS, KV_ROWS
@@ -152,9 +153,9 @@ def training_flops(
 def _warmup_flops(cfg: V4Config, length: int, *, remat: bool) -> Flops:
     flops = prefill_flops(cfg, length, masked=True) + head_flops(cfg) * (length - 1)
     for spec in cfg.layers:
-        if not (spec.indexer and spec.compressor):
+        if not (spec.own_indexer and spec.compressor):
             continue
-        index, seen = spec.indexer, _prefill_context_flops(cfg, spec, length, masked=True)
+        index, seen = spec.own_indexer, _prefill_context_flops(cfg, spec, length, masked=True)
         halves = 2 if spec.compressor.overlap else 1
         own = Flops(
             linear=2.0 * cfg.q_lora_rank * index.num_heads * index.head_dim * length,
@@ -189,8 +190,11 @@ def index_key_bytes(indexer: IndexerSpec | None) -> int:
 def cache_bytes_per_token(cfg: V4Config) -> float:
     """Bytes by which a packed cache grows with each token of context."""
     row = kv_row_bytes(cfg)
-    compressed = [spec for spec in cfg.layers if spec.compressor]
-    return sum((row + index_key_bytes(spec.indexer)) / spec.ratio for spec in compressed)
+    rows = sum(row / spec.ratio for spec in cfg.layers if spec.own_compressor)
+    keys = sum(
+        index_key_bytes(spec.own_indexer) / spec.ratio for spec in cfg.layers if spec.compressor
+    )
+    return rows + keys
 
 
 def cache_bytes(cfg: V4Config, context: int) -> float:
@@ -202,7 +206,10 @@ def cache_bytes(cfg: V4Config, context: int) -> float:
 def cache_bytes_read(
     cfg: V4Config, spec: LayerSpec, context: int, recipe: Recipe = RELEASED
 ) -> float:
-    """Bytes of a layer's cache that one token reads: window, chosen or all entries, all index keys."""
+    """Bytes of cache that one token reads in a layer: window, chosen or all entries, all index keys.
+
+    Entries of another layer are read as its own would be.
+    """
     row, key = _row_bytes(cfg, spec, recipe)
     rows, keys = _rows_seen(cfg, spec, context)
     return row * rows + key * keys
@@ -213,8 +220,9 @@ def layer_cache_bytes(
 ) -> float:
     """Bytes of a layer's cache for a sequence. Open pools are not counted."""
     row, key = _row_bytes(cfg, spec, recipe)
-    entries = context / spec.ratio if spec.compressor else 0
-    return row * (cfg.window + entries) + key * entries
+    rows = context / spec.ratio if spec.own_compressor else 0
+    keys = context / spec.ratio if spec.own_indexer else 0
+    return row * (cfg.window + rows) + key * keys
 
 
 def layer_weight_bytes(
@@ -250,17 +258,28 @@ class KindCosts:
 
 
 def by_kind(cfg: V4Config, context: int, recipe: Recipe = RELEASED) -> list[KindCosts]:
-    """Costs of each kind of layer of a model, in the order they first appear."""
+    """Costs of each kind of layer of a model, in the order they first appear.
+
+    Layers that differ in whose rows or picks they use alone are of one kind.
+    """
+
+    def alike(spec: LayerSpec) -> LayerSpec:
+        return dataclasses.replace(
+            spec,
+            entries_from=None if spec.entries_from is None else 0,
+            selection_from=None if spec.selection_from is None else 0,
+        )
+
     return [
         KindCosts(
             f"{spec.kind}{', hash-routed' if spec.hash_routed else ''}",
-            cfg.layers.count(spec),
+            number,
             layer_flops(cfg, spec, context),
             layer_weight_bytes(cfg, spec, 1, recipe),
             cache_bytes_read(cfg, spec, context, recipe),
             layer_cache_bytes(cfg, spec, context, recipe),
         )
-        for spec in dict.fromkeys(cfg.layers)
+        for spec, number in collections.Counter(map(alike, cfg.layers)).items()
     ]
 
 
@@ -298,11 +317,11 @@ def _layer_weights(cfg: V4Config, spec: LayerSpec) -> tuple[int, int, int]:
         + cfg.o_groups * cfg.o_lora_rank * dim
     )
     wide = 0 if spec.hash_routed else dim * moe.num_experts
-    if spec.compressor:
-        halves = 2 if spec.compressor.overlap else 1
+    halves = 2 if spec.compressor and spec.compressor.overlap else 1
+    if spec.own_compressor:
         wide += 2 * dim * cfg.head_dim * halves  # value and gate
-    if spec.indexer:
-        index = spec.indexer
+    if spec.own_indexer:
+        index = spec.own_indexer
         linear += cfg.q_lora_rank * index.num_heads * index.head_dim
         wide += dim * index.num_heads + 2 * dim * halves * index.head_dim
     streams = cfg.num_streams
@@ -323,7 +342,7 @@ def _rows_seen(cfg: V4Config, spec: LayerSpec, context: float) -> tuple[float, f
     rows, keys = min(context, cfg.window), 0.0
     if spec.compressor:
         entries = context // spec.ratio
-        keys = entries if spec.indexer else 0.0
+        keys = entries if spec.own_indexer else 0.0
         rows += min(entries, spec.indexer.topk) if spec.indexer else entries
     return rows, keys
 
@@ -337,8 +356,9 @@ def _row_bytes(cfg: V4Config, spec: LayerSpec, recipe: Recipe) -> tuple[float, f
 
 
 def _scoring_flops(spec: LayerSpec, keys: float) -> float:
-    """Of an indexer's queries with that many keys."""
-    return 2.0 * spec.indexer.num_heads * spec.indexer.head_dim * keys if spec.indexer else 0.0
+    """Of an indexer's queries with that many keys; none with another layer's picks."""
+    index = spec.own_indexer
+    return 2.0 * index.num_heads * index.head_dim * keys if index else 0.0
 
 
 def _context_flops(cfg: V4Config, spec: LayerSpec, context: float) -> Flops:

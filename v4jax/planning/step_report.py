@@ -219,11 +219,31 @@ def _with_layers(costs: Costs, kinds: Mapping[str, Costs], counts: Mapping[str, 
 
 
 def representatives(cfg: V4Config) -> dict[str, LayerSpec]:
-    """For each kind of layer, in order, the form that most layers of the kind have."""
+    """For each kind of layer, in order, the form that most layers of the kind have.
+
+    Layers that use others' rows or picks come last, and use those of these, by their place among them.
+    """
     found: dict[str, collections.Counter[LayerSpec]] = {}
     for spec in cfg.layers:
         found.setdefault(spec.kind, collections.Counter())[spec] += 1
-    return {kind: counts.most_common(1)[0][0] for kind, counts in found.items()}
+    specs = {kind: counts.most_common(1)[0][0] for kind, counts in found.items()}
+
+    def borrowed(kind: str) -> int:  # nothing, rows, or picks too
+        is_own = specs[kind].own_compressor == specs[kind].compressor
+        return 0 if is_own else 1 if specs[kind].own_indexer else 2
+
+    specs = {kind: specs[kind] for kind in sorted(specs, key=borrowed)}
+    places = {kind: place for place, kind in enumerate(specs)}
+
+    def at(source: int | None) -> int | None:
+        return None if source is None else places[cfg.layers[source].kind]
+
+    return {
+        kind: dataclasses.replace(
+            spec, entries_from=at(spec.entries_from), selection_from=at(spec.selection_from)
+        )
+        for kind, spec in specs.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Counts:
     following: jax.Array  # weights of the next tokens
     after: jax.Array  # weights of MTP's targets
     documents: jax.Array
-    queries: tuple[jax.Array, ...]  # that an indexer learns from, of each layer that has one
+    queries: tuple[jax.Array, ...]  # that an indexer learns from, of each layer with one of its own
 
 
 class Loss(Protocol):
@@ -214,7 +214,9 @@ def layer_losses(
     balances = [jnp.sum(block.router.balance_loss) for stage in stats for block in stage]
     balance = sum(balances, jnp.zeros(())) / max(num_scored, 1)
     indexers = [loss for stage in stats[: len(model.stages)] for loss in _by_layer(stage)]
-    indexed = [loss for loss, spec in zip(indexers, model.cfg.layers, strict=True) if spec.indexer]
+    indexed = [
+        loss for loss, spec in zip(indexers, model.cfg.layers, strict=True) if spec.own_indexer
+    ]
     if shares is not None:
         balance = shares.documents * balance
         indexed = [share * loss for share, loss in zip(shares.queries, indexed, strict=True)]
@@ -248,7 +250,7 @@ def counts_of(
         return jnp.zeros(()) if targets is None else total(without_ignored(targets, weights)[1])
 
     queries: list[jax.Array] = []
-    indexed = [(spec.ratio, spec.indexer.topk) for spec in cfg.layers if spec.indexer]
+    indexed = [(spec.ratio, spec.own_indexer.topk) for spec in cfg.layers if spec.own_indexer]
     for number, (ratio, topk) in enumerate(indexed):
         entries = jnp.minimum((positions + 1) // ratio, topk)
         if choices.selections is not None:
