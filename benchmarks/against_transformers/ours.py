@@ -5,9 +5,9 @@ import sys
 
 import jax
 import numpy as np
-from worker import DECODED, prompt, serve
 
 import v4jax
+from benchmarks.against_transformers.worker import DECODED, prompt, serve
 from v4jax import Engine, Sampling, Trainer
 from v4jax.train.losses import LossWeights, shifted
 

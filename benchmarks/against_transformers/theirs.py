@@ -4,7 +4,8 @@ import sys
 
 import torch
 from transformers import AutoModelForCausalLM
-from worker import DECODED, prompt, serve
+
+from benchmarks.against_transformers.worker import DECODED, prompt, serve
 
 CHUNK = 1024  # of prompts: in one piece, 4,096 tokens take three times as long
 
