@@ -20,7 +20,8 @@ from v4jax.config import window_layer
 from v4jax.nn.documents import Documents
 from v4jax.train import Anticipation, IndexerWarmup, Spikes, TokenStream, Trainer, adamw
 from v4jax.train import trainer as trainer_module
-from v4jax.train.anticipation import Lookahead, Routing
+from v4jax.train.anticipation import Routing
+from v4jax.train.lookahead import Lookahead
 from v4jax.train.losses import Batch
 from v4jax.train.state import Saver, freed
 from v4jax.train.step import TrainStep

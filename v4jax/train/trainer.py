@@ -22,10 +22,11 @@ from v4jax.nn.lora import LoRA, LoRAParam, add_lora
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, require_placed
 from v4jax.nn.quantization import Chosen, everything, is_indexer, not_expert, to_float
-from v4jax.train.anticipation import Anticipation, Lookahead
+from v4jax.train.anticipation import Anticipation
 from v4jax.train.data import Data
 from v4jax.train.events import Event, Record, StepDone
 from v4jax.train.export import export
+from v4jax.train.lookahead import Lookahead
 from v4jax.train.losses import Batch, Loss, LossWeights, Metrics
 from v4jax.train.progress import show
 from v4jax.train.run import Options, run
