@@ -30,7 +30,6 @@ TOLERANCE = 1e-4  # of logits and gradients, and of the loss relative to it
 # largest value too, or to the 1e-9 that is left of the rounding where 1,088 terms cancel. A sum over
 # devices that is missing or done twice moves an eighth at least.
 RELATIVE_TOLERANCE, FLOOR = 1e-3, 5e-9
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}  # a fifth less time to compile
 NOISE = 2e-7  # relative, of parameters: three times what float32 rounds them by
 # Of 4,000 rows of random tokens, those where rounding decides nothing in either model. The last expert
 # or entry that is chosen and the first that is not are 1e-4 of the largest score apart; where a
@@ -92,9 +91,9 @@ def _compiled(model: Transformer):
         return nnx.merge(graphdef, params, fixed)(inputs)
 
     step = loss_and_gradients(graphdef, LossWeights(balance=1.0), TRAIN, remat=model.cfg == tiny())
-    step = jax.jit(step, compiler_options=COMPILER_OPTIONS)
+    step = jax.jit(step)
     forward = collectives.per_device(forward, TRAIN, (*placed, TRAIN.tokens), TRAIN.tokens)
-    forward = jax.jit(forward, compiler_options=COMPILER_OPTIONS)
+    forward = jax.jit(forward)
 
     def run(*state):
         if not jax.sharding.get_abstract_mesh().empty:

@@ -140,18 +140,19 @@ def test_who_leaves_its_slot_goes_on_in_its_grammar(engine, free):
 def test_the_reasoning_is_free(engine):
     """Its tokens are those without a grammar; the turn does not end in it."""
     prompt = prompt_of("think-high")
-    bias = {index: -100.0 for index in TOKENIZER.stop_ids}
-    free = engine.submit(prompt, Sampling(seed=2, max_new_tokens=150, logit_bias=bias))
-    engine.run_until_idle()
     end = TOKENIZER.id(THINK_END)
-    sampling = Sampling(seed=2, max_new_tokens=400)
+    ends = {end: 4.0}  # two layers alone never would
+    bias = {index: -100.0 for index in TOKENIZER.stop_ids}
+    free = engine.submit(prompt, Sampling(seed=2, max_new_tokens=150, logit_bias=bias | ends))
+    engine.run_until_idle()
+    sampling = Sampling(seed=2, max_new_tokens=400, logit_bias=ends)
     request = engine.submit(prompt, sampling, grammar=Grammar.regex("[0-9]{4}"))
     engine.run_until_idle()
     assert request.finish_reason == "stop"
     length = request.tokens.index(end) + 1
     assert request.tokens[:length] == free.tokens[:length]
     assert re.fullmatch("[0-9]{4}", TOKENIZER.decode(request.tokens[length:-1]))
-    reply = engine.chat("Who?", "think-high", sampling, grammar=Grammar.regex("[0-9]{4}"))
+    reply = engine.chat("Tell me of Emma.", "think-high", sampling, grammar=Grammar.regex("[0-9]{4}"))
     assert reply.reasoning and re.fullmatch("[0-9]{4}", reply.content)
 
 
