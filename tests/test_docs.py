@@ -154,6 +154,21 @@ def test_every_command_is_understood(path, monkeypatch, capsys):
             assert not args.mesh or all(p.split("=")[0] in AXES for p in args.mesh.split(","))
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(path):
+    """Those of links, seen from the page, and those in `code` that begin with a folder of the project."""
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)", text)
+    named = re.findall(
+        r"`((?:v4jax|pallas_kernels|sharding|scripts|tests|benchmarks)/[\w/-]+\.(?:py|md|sh|json))`",
+        text,
+    )
+
+    missing = [link for link in links if not (path.parent / link).exists()]
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
 def test_commands_are_found():
     """The test above has something to test: each command is shown on some page."""
     found = [command.words for page in PAGES for command in _commands(page)]

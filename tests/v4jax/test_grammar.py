@@ -152,7 +152,9 @@ def test_the_reasoning_is_free(engine):
     length = request.tokens.index(end) + 1
     assert request.tokens[:length] == free.tokens[:length]
     assert re.fullmatch("[0-9]{4}", TOKENIZER.decode(request.tokens[length:-1]))
-    reply = engine.chat("Tell me of Emma.", "think-high", sampling, grammar=Grammar.regex("[0-9]{4}"))
+    reply = engine.chat(
+        "Tell me of Emma.", "think-high", sampling, grammar=Grammar.regex("[0-9]{4}")
+    )
     assert reply.reasoning and re.fullmatch("[0-9]{4}", reply.content)
 
 
