@@ -3,13 +3,15 @@
     python -m benchmarks.grouped_matmul --list
     python -m benchmarks.grouped_matmul --only "Flash FP4, 256 rows"
 
-"16 rows" is rows an expert, all experts alike.
+"256 rows" is rows an expert on average: each row's expert is drawn evenly, so that experts have more
+or fewer rows, and begin anywhere. With "1 rows" and "16 rows" all experts are alike.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.case import Case, Trips, main
 from pallas_kernels.formats.quantize import FP4_WEIGHT_BLOCK, FP8_WEIGHT_BLOCK, QuantizedArray
@@ -21,7 +23,7 @@ from pallas_kernels.grouped_matmul import (
     vjp,
     weights,
 )
-from v4jax.planning.kernel_trips import few_rows_trips
+from v4jax.planning.kernel_trips import few_rows_trips, grouped_trips, weight_gradient_trips
 
 NUM_EXPERTS, LIMIT = 32, 10.0
 DIMS = {"Flash": (4096, 2048), "Pro": (7168, 3072)}  # model width, expert width
@@ -57,10 +59,13 @@ def weight(fmt: str, *shape: int) -> jax.Array | QuantizedArray:
 
 def _make(num_weights: int, fmt: str, rows: int, num_inputs: int, num_outputs: int) -> tuple:
     num_rows = rows * NUM_EXPERTS
-    sizes = jnp.full((NUM_EXPERTS,), rows, jnp.int32)
+    sizes = np.full(NUM_EXPERTS, rows)
+    if rows > max(block_sizes.FEW_ROWS):
+        sizes = np.random.default_rng(0).multinomial(num_rows, sizes / num_rows)
     x = jnp.ones((num_rows, num_inputs), jnp.bfloat16)
     ws = [weight(fmt, NUM_EXPERTS, num_inputs, num_outputs) for _ in range(num_weights)]
     row_weights = jnp.ones((num_rows,), jnp.float32)
+    sizes = jnp.asarray(sizes, jnp.int32)
     return (x, *ws, sizes) if num_weights == 1 else (x, *ws, sizes, row_weights)
 
 
@@ -92,24 +97,13 @@ def _case(op, model, fmt, rows, num_weights, num_inputs, num_outputs) -> Case:
 def _trips(op: str, make, chip: str) -> Trips:
     x, *ws = jax.tree.leaves(jax.eval_shape(make), is_leaf=_is_weight)
     formats = [weights.format_of(w, x.dtype, chip) for w in ws if w.ndim == 3]
-    (num_rows, num_inputs), num_outputs = x.shape, formats[0].num_outputs
+    num_rows, num_inputs = x.shape
     rows = block_sizes.few_rows(num_rows, NUM_EXPERTS, num_inputs)
     if rows is not None:
         visits = NUM_EXPERTS * -(-num_rows // NUM_EXPERTS // rows)
         return {f"{op}_few_rows": few_rows_trips(chip, formats, num_rows, rows, visits)}
     product = tpu.Product(op, None, (x.dtype,))
-    return {op: _tiled_trips(product, formats, chip, num_rows, num_outputs, 0)}
-
-
-def _tiled_trips(product, formats, chip, num_rows, num_columns, num_extras) -> tuple:
-    rows = block_sizes.row_tile(num_rows, NUM_EXPERTS)
-    sizes = tpu.sizes_for(product, chip, rows, formats, num_extras)
-    visits, steps = num_rows // rows, sizes.columns // sizes.step
-    grid = num_columns // sizes.columns * visits
-    if not formats[0].is_packed:
-        return (grid, 0, steps, 0) if steps > 1 else (grid, 0, 0)
-    first = NUM_EXPERTS / visits
-    return grid, 0, first, steps * first, steps * (1 - first), 0
+    return {op: grouped_trips(chip, product, formats, num_rows, NUM_EXPERTS)}
 
 
 def _is_weight(leaf) -> bool:
@@ -158,17 +152,16 @@ def _gradient(op, model, fmt, rows, num_weights, num_inputs, num_outputs) -> Cas
         ws = [_weight_shape(fmt, num_inputs, num_outputs)] * num_weights
         formats = [weights.format_of(w, jnp.bfloat16, chip) for w in ws]
         back = vjp.transposed(jnp.bfloat16)
-        found = {back.name: _tiled_trips(back, formats, chip, num_rows, num_inputs, 0)}
+        of_product = functools.partial(
+            grouped_trips, chip, formats=formats, num_rows=num_rows, groups=NUM_EXPERTS
+        )
+        found = {back.name: of_product(back)}
         if num_weights == 2:
             again = tpu.Product("", None, (jnp.bfloat16,) * 2, has_row_sums=True)
-            again_trips = _tiled_trips(again, formats, chip, num_rows, num_outputs, 1)
-            found["grouped_swiglu_gradient"] = again_trips
+            found["grouped_swiglu_gradient"] = of_product(again, num_extras=1)
         if is_float:
-            tiles = num_rows // block_sizes.row_tile(num_rows, NUM_EXPERTS)
-            for width in (num_inputs, num_outputs):
-                sizes = block_sizes.GRADIENT_BLOCKS
-                tiles *= width // next(s for s in sizes if width % s == 0)
-            found["grouped_weight_gradient"] = (tiles * num_weights,)
+            (grid,) = weight_gradient_trips(num_rows, NUM_EXPERTS, num_inputs, num_outputs)
+            found["grouped_weight_gradient"] = (grid * num_weights,)
         # As jax names what a gradient rule calls.
         return {f"transpose_jvp_{name}": trips for name, trips in found.items()}
 

@@ -125,7 +125,7 @@ V6E = Chip(
     vector_bfloat16=True,
     native_e4m3=False,
     fast_e5m2=False,
-    grouped_step_weights=1 << 22,
+    grouped_step_weights=1 << 23,
     **_LARGE_VMEM,
 )
 V7X = Chip(

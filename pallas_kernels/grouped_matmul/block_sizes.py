@@ -1,6 +1,7 @@
 """Sizes of the blocks the kernels work on, by chip, shape and format."""
 
 import dataclasses
+import math
 
 from pallas_kernels import chips
 
@@ -12,6 +13,8 @@ VMEM_LIMIT = chips.table("grouped_vmem")
 MXU_DEPTH = chips.table("mxu_depth")
 CORES = chips.table("cores")  # that share a grid by its column blocks
 MAX_ROW_TILE = 256
+MAX_GROUP_TILE = 304
+PACKED_ROWS = 16  # of bfloat16 in a register: tiles begin at multiples
 FEW_ROWS = (8, 16)  # row tiles of the kernel for few rows an expert
 FEW_ROWS_X_BYTES = 16 * MIB  # its rows lie in VMEM as float32
 COLUMNS = (2048, 1536, 1024, 768, 512, 384, 256, 128)
@@ -19,7 +22,7 @@ GRADIENT_BLOCKS = (1024, 768, 512, 384, 256, 128)  # of both axes of a gradient
 # A step of the loop within a block takes about so many weights: the more, the more of the unpacking
 # is hidden under products, and the rarer the matrix unit runs dry between steps; the code grows.
 STEP_WEIGHTS = chips.table("grouped_step_weights")
-STEPS = (1024, 512, 256, 128)
+STEPS = (2048, 1024, 512, 256, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +42,31 @@ def few_rows(num_rows: int, num_groups: int, num_inputs: int) -> int | None:
     return next((size for size in FEW_ROWS if fits and mean <= size), None)
 
 
-def row_tile(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: about those of an expert, so that few tiles have rows of several."""
-    mean = max(-(-num_rows // num_groups), 32)
-    return min(MAX_ROW_TILE, 1 << (mean - 1).bit_length())
+def row_tile(num_rows: int) -> int:
+    """Rows of a tile of all rows."""
+    return min(MAX_ROW_TILE, 1 << (max(num_rows, 32) - 1).bit_length())
+
+
+def group_tile(num_rows: int, num_groups: int) -> int:
+    """Rows of a tile that begins at an expert's first row, rounded down to `PACKED_ROWS`.
+
+    With balanced random routing an expert's rows are binomial, and 99 of 100 experts have no more than
+    2.5 standard deviations above the mean: they fit one tile, or as few as such a number needs.
+    """
+    mean = num_rows / num_groups
+    most = mean + 2.5 * math.sqrt(mean) + PACKED_ROWS / 2
+    tiles = math.ceil(most / MAX_GROUP_TILE)
+    return min(whole(math.ceil(most / tiles)), whole(num_rows))
+
+
+def gradient_block(width: int) -> int:
+    """Of an axis of the gradient of weights."""
+    return next(size for size in GRADIENT_BLOCKS if width % size == 0)
+
+
+def whole(num_rows: int) -> int:
+    """So many rows, and up to the next multiple of `PACKED_ROWS`."""
+    return -(-num_rows // PACKED_ROWS) * PACKED_ROWS
 
 
 def choose(

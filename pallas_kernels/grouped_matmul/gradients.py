@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul import block_sizes
+from pallas_kernels.grouped_matmul.block_sizes import PACKED_ROWS
 from pallas_kernels.grouped_matmul.visits import Visits
 from pallas_kernels.grouped_matmul.weights import dot
 
@@ -30,18 +31,21 @@ def weight_gradient(
 ) -> jax.Array:  # [E, in, out] in `dtype`
     """Runs the kernel."""
     (num_rows, num_inputs), num_outputs = x.shape, d_out.shape[1]
-    inputs, outputs = (
-        next(size for size in block_sizes.GRADIENT_BLOCKS if width % size == 0)
-        for width in (num_inputs, num_outputs)
-    )
+    inputs, outputs = map(block_sizes.gradient_block, (num_inputs, num_outputs))
     return pl.pallas_call(
-        functools.partial(_kernel, num_rows, rows),
+        functools.partial(_kernel, rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(num_inputs // inputs, num_outputs // outputs, visits.count),
             in_specs=[
-                pl.BlockSpec((rows, inputs), lambda i, o, v, c, e, tile, *_: (tile[v], i)),
-                pl.BlockSpec((rows, outputs), lambda i, o, v, c, e, tile, *_: (tile[v], o)),
+                pl.BlockSpec(
+                    (pl.Element(rows), pl.Element(inputs)),
+                    lambda i, o, v, c, e, tile, *_: (tile[v] * PACKED_ROWS, i * inputs),
+                ),
+                pl.BlockSpec(
+                    (pl.Element(rows), pl.Element(outputs)),
+                    lambda i, o, v, c, e, tile, *_: (tile[v] * PACKED_ROWS, o * outputs),
+                ),
             ],
             out_specs=pl.BlockSpec(
                 (None, inputs, outputs), lambda i, o, v, c, expert, *_: (expert[v], i, o)
@@ -64,13 +68,13 @@ def weight_gradient(
     )(visits.count[None], *visits[1:], x, d_out)
 
 
-def _kernel(num_rows, rows, count, expert, tile, start, end, x_ref, d_ref, out_ref, sum_ref):
+def _kernel(rows, count, expert, tile, start, end, x_ref, d_ref, out_ref, sum_ref):
     v = pl.program_id(2)
     is_first = (v == 0) | (expert[v] != expert[jnp.maximum(v - 1, 0)])
     is_last = (v == count[0] - 1) | (expert[v] != expert[jnp.minimum(v + 1, count[0] - 1)])
-    row = tile[v] * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    mine = (row >= start[v]) & (row < jnp.minimum(end[v], num_rows))
-    # Both: a row past the end of the arrays may hold anything.
+    row = tile[v] * PACKED_ROWS + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    mine = (row >= start[v]) & (row < end[v])
+    # Both: zero times what another expert's row holds need not be zero.
     x, d = (jnp.where(mine, ref[...], jnp.zeros_like(ref[...])) for ref in (x_ref, d_ref))
     term = dot(x, d, (0, 0))
     sum_ref[...] = term + jnp.where(is_first, 0.0, sum_ref[...])

@@ -1,9 +1,9 @@
 """Which tile of rows meets which expert, in the order the kernels go through them.
 
-Rows are sorted by expert, so an expert's rows are a range. A tile of rows that has rows of several
-experts is visited once for each, one after another, and each visit keeps what the others wrote.
-Experts without rows are not visited (for the gradient of the weights they are, to be zeroed).
-Rows past the last expert's, should there be any, are visited with an empty range, and become zero.
+Rows are sorted by expert, so an expert's rows are a range, which begins anywhere. So do tiles of rows:
+each belongs to one expert, and its last rows may be the next one's. Experts without rows are not
+visited (for the gradient of the weights they are, to be zeroed). Rows past the last expert's, should there
+be any, are visited as those of an expert that does not exist, and become zero.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.grouped_matmul import order
+from pallas_kernels.grouped_matmul.block_sizes import PACKED_ROWS
 
 
 class Visits(NamedTuple):
@@ -22,39 +23,44 @@ class Visits(NamedTuple):
     # [] how many visits there are; takes the place of a tuple's method.
     count: jax.Array  # type: ignore[assignment]
     expert: jax.Array  # [V] whose weights
-    tile: jax.Array  # [V] which rows of x
-    start: jax.Array  # [V] first row of the expert
-    end: jax.Array  # [V] after its last row; `start` for a visit that only zeroes
+    tile: jax.Array  # [V] where its rows of x begin
+    start: jax.Array  # [V] first row of the expert, or of the visit if tiles are aligned
+    end: jax.Array  # [V] after its last row; `start` if there is none
 
 
-def max_visits(num_rows: int, num_groups: int, rows: int) -> int:
-    """The most visits there can be with tiles of `rows` rows."""
-    return -(-num_rows // rows) + num_groups
+def max_visits(num_rows: int, num_groups: int, rows: int, aligned: int = 1) -> int:
+    """The most visits there can be with tiles of `rows` rows from multiples of `aligned`."""
+    return (num_rows + num_groups * (rows + aligned - 2)) // rows
 
 
 def tiled(group_sizes: jax.Array, num_rows: int, rows: int, *, visit_empty: bool = False) -> Visits:
-    """Visits of the tiles [i * rows, (i + 1) * rows)."""
-    num_tiles = -(-num_rows // rows)
+    """Visits of tiles that begin at an expert's first row, or up to `PACKED_ROWS` - 1 before it.
+
+    `tile` is a tile's first row over `PACKED_ROWS`; `start` and `end` are the visit's own rows, each
+    visit's next to the one before. Rows after the last expert's are of an expert that does not exist.
+
+    Args:
+      num_rows: a multiple of `PACKED_ROWS`, not less than `rows`, which is one, too.
+      visit_empty: visit experts without rows, and no rows without experts.
+    """
+    num_groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
-    first = jnp.minimum(starts // rows, num_tiles - 1)
-    has_rows = group_sizes > 0
-    counts = jnp.where(has_rows, -(-ends // rows) - first, int(visit_empty))
-    # One more group: tiles in which no expert has rows.
-    total = ends[-1:]
-    unvisited = 0 * total if visit_empty else num_tiles - -(-total // rows)
-    first = jnp.concatenate([first, -(-total // rows)])
-    starts, ends = jnp.concatenate([starts, total]), jnp.concatenate([ends, total])
-    size = max_visits(num_rows, group_sizes.shape[0], rows)
-    counts = jnp.concatenate([counts, unvisited])
+    if not visit_empty:
+        ends = jnp.append(ends, num_rows)
+    sizes = jnp.diff(ends, prepend=0)
+    starts = ends - sizes
+    first = starts // PACKED_ROWS * PACKED_ROWS
+    counts = jnp.where(sizes > 0, -(-(ends - first) // rows), int(visit_empty))
     last = jnp.cumsum(counts)
+    size = max_visits(num_rows, num_groups + 1, rows, PACKED_ROWS)
     index = jnp.arange(size, dtype=jnp.int32)
     group = jnp.sum(last[None, :] <= index[:, None], axis=1)  # few groups: no search
     group = jnp.minimum(group, counts.shape[0] - 1)
-    tile = first[group] + index - (last - counts)[group]
-    expert = jnp.minimum(group, group_sizes.shape[0] - 1)
-    scalars = (last[-1], expert, tile, starts[group], ends[group])
-    return Visits(*(s.astype(jnp.int32) for s in scalars))
+    begin = first[group] + (index - (last - counts)[group]) * rows
+    tile = jnp.minimum(begin, num_rows - rows) // PACKED_ROWS
+    start = jnp.maximum(starts[group], begin)
+    end = jnp.minimum(ends[group], begin + rows)
+    return Visits(*(s.astype(jnp.int32) for s in (last[-1], group, tile, start, end)))
 
 
 def from_first_rows(

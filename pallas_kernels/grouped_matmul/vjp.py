@@ -26,7 +26,7 @@ def unsupported(x: jax.Array, ws: list[tpu.Weight]) -> str | None:
         return next(r for r in reasons if r)
     if len({(w.shape, *(a.dtype for a in jax.tree.leaves(w))) for w in ws}) > 1:
         return "gate and up must have one shape and format"
-    chip, rows = target_chip(), block_sizes.MAX_ROW_TILE
+    chip, rows = target_chip(), block_sizes.MAX_GROUP_TILE
     formats = [weights.format_of(w, x.dtype, chip) for w in ws]
     dtypes = (x.dtype,) * len(ws)
     again = tpu.Product("", lambda products, _: products, dtypes, has_row_sums=True)  # gradient's
@@ -140,16 +140,18 @@ def forward(product, x, ws, group_sizes, row_values, interpret) -> jax.Array:
 
 def _product(product, xs, ws, group_sizes, **kwargs):
     num_rows = xs[0].shape[0]
-    rows = block_sizes.row_tile(num_rows, ws[0].shape[0])
-    found = visits.tiled(group_sizes, num_rows, rows)
+    rows = block_sizes.group_tile(num_rows, ws[0].shape[0])
+    found = visits.tiled(group_sizes, block_sizes.whole(num_rows), rows)
     return tpu.grouped_product(product, xs, ws, found, rows, target_chip(), **kwargs)
 
 
 def _weight_gradient(x, w, d_out, group_sizes, interpret):
     if isinstance(w, QuantizedArray):
         return None
-    rows = block_sizes.row_tile(x.shape[0], w.shape[0])
-    found = visits.tiled(group_sizes, x.shape[0], rows, visit_empty=True)
+    rows = block_sizes.group_tile(x.shape[0], w.shape[0])
+    num_rows = block_sizes.whole(x.shape[0])
+    found = visits.tiled(group_sizes, num_rows, rows, visit_empty=True)
+    x, d_out = (jnp.pad(a, ((0, num_rows - a.shape[0]), (0, 0))) for a in (x, d_out))
     return gradients.weight_gradient(
         x, d_out, found, w.shape[0], rows, target_chip(), w.dtype, interpret=interpret
     )

@@ -120,7 +120,10 @@ def rows_of_operands(fmt: Format, num_inputs: int) -> list[int]:
 def scale_rows(fmt: Format, scale: jax.Array) -> jax.Array:
     """Scales [groups, out] as the 32-bit rows that `unpack` takes."""
     assert fmt.read_as is not None and fmt.scale_dtype is not None  # it is packed
-    bits = jax.lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
+    if scale.dtype == jnp.float8_e8m0fnu:  # an exponent, as it stands in float32
+        bits = pltpu.bitcast(scale, jnp.uint8).astype(jnp.uint32) << 23
+    else:
+        bits = jax.lax.bitcast_convert_type(scale, jnp.uint32)
     return tpu_formats.scale_words(bits, fmt.read_as, fmt.scale_dtype)
 
 

@@ -67,7 +67,7 @@ def sizes_for(
         fixed = (2 + parts) * rows * num_inputs * size + scales
         if sizes := choose(rows=rows, fixed=fixed, per_column=int(per_column)):
             return sizes, True
-    rows = block_sizes.row_tile(num_rows, 1)
+    rows = block_sizes.row_tile(num_rows)
     kept = 0 if is_one_tile else size
     per_column = (fmt.vmem_bytes() - size + kept) * num_inputs + 3 * 4 * rows
     fixed = 2 * rows * num_inputs * size + scales

@@ -10,7 +10,13 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats.quantize import QuantizedArray, quantize_weight
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu, visits
+from pallas_kernels.grouped_matmul import (
+    block_sizes,
+    grouped_matmul,
+    grouped_swiglu,
+    swiglu,
+    visits,
+)
 from tests.reference.fp4 import two_codes
 from tests.tolerances import BFLOAT16, FLOAT32, GRADIENT_FLOAT32, assert_close
 
@@ -469,6 +475,29 @@ def test_kernel_gradients_equal_differences():
     assert_gradients_equal_differences(grads, truth, [np.asarray(x), np.asarray(row_weights)])
 
 
+@pytest.mark.parametrize("kind", ["fp4", "f32"])
+def test_groups_may_begin_and_end_anywhere(kind):
+    x, gate, *_ = kernel_case(kind, jnp.float32, (33, 5, 60))
+    x = jnp.round(4 * x)
+    gate = gate if kind == "fp4" else jnp.round(16 * gate)  # products and sums are exact
+    w = dense(gate) if kind == "fp4" else np.asarray(gate)
+    run = jax.jit(functools.partial(grouped_matmul, implementation="interpret"))
+    assert block_sizes.group_tile(98, 3) == 64
+    for group_sizes in (
+        (33, 5, 60),  # one lies within 16 rows that have rows of the others
+        (48, 16, 34),  # at multiples of 16
+        (47, 1, 1),  # rows of no expert after them
+        (0, 98, 0),  # all rows, in two tiles
+        (1, 96, 1),
+        (63, 34, 1),  # ends with a tile
+        (0, 0, 17),
+    ):
+        out = run(x, gate, jnp.asarray(group_sizes, jnp.int32))
+        np.testing.assert_array_equal(
+            out, matmul_loop(np.asarray(x), w, group_sizes), str(group_sizes)
+        )
+
+
 def test_kernel_touches_no_weights_of_experts_without_rows():
     x, gate, up, sizes, row_weights, _ = kernel_case("f32", jnp.float32, (90, 0, 61))
     gate, up = (w.at[1].set(jnp.nan) for w in (gate, up))
@@ -504,28 +533,49 @@ def test_what_the_kernel_cannot_take_is_refused(x, w, message):
     assert grouped_matmul(x, w, sizes).shape == (x.shape[0], w.shape[2])
 
 
-def test_visits_cover_each_row_once():
+def test_visits_from_first_rows_cover_each_row_once():
     rng = np.random.default_rng(0)
-    for rows in (8, 64):
-        make = {
-            True: jax.jit(visits.tiled, static_argnums=(1, 2)),
-            False: jax.jit(
-                functools.partial(visits.from_first_rows, interpret=True), static_argnums=(1, 2)
-            ),
-        }
-        for _ in range(20):
-            sizes = rng.integers(0, 90, 6) * rng.integers(0, 2, 6)
-            num_rows = 600
-            for aligned in (False, True):
-                found = jax.tree.map(np.asarray, make[aligned](sizes, num_rows, rows))
-                assert found.count <= len(found.tile)
-                owner = np.full(num_rows, -1)
-                for i in range(found.count):
-                    first = found.tile[i] * (rows if aligned else 1)
-                    taken = range(
-                        max(first, found.start[i]), min(first + rows, found.end[i], num_rows)
-                    )
-                    assert (owner[taken] == -1).all()
-                    owner[taken] = found.expert[i]
-                np.testing.assert_array_equal(owner[: sizes.sum()], np.repeat(np.arange(6), sizes))
-                assert (owner[sizes.sum() :] == -1).all()
+    make = jax.jit(functools.partial(visits.from_first_rows, interpret=True), static_argnums=(1, 2))
+    for _ in range(20):
+        sizes = rng.integers(0, 90, 6) * rng.integers(0, 2, 6)
+        num_rows, rows = 600, 8
+        found = jax.tree.map(np.asarray, make(sizes, num_rows, rows))
+        assert found.count <= len(found.tile)
+        owner = np.full(num_rows, -1)
+        for first, expert, end in list(zip(found.tile, found.expert, found.end))[: found.count]:
+            taken = range(first, min(first + rows, end))
+            assert (owner[taken] == -1).all()
+            owner[taken] = expert
+        np.testing.assert_array_equal(owner[: sizes.sum()], np.repeat(np.arange(6), sizes))
+        assert (owner[sizes.sum() :] == -1).all()
+
+
+@pytest.mark.parametrize("rows", [16, 112])
+def test_visits_of_tiles_follow_each_other(rows):
+    """As the kernel needs it: rows that two visits share a group of are kept from one to the next."""
+    rng = np.random.default_rng(0)
+    num_rows = 608
+    make = jax.jit(visits.tiled, static_argnums=(1, 2), static_argnames="visit_empty")
+    for draw in range(20):
+        sizes = rng.integers(0, 101, 6) * rng.integers(0, 2, 6) if draw else np.zeros(6, int)
+        sizes = np.append(sizes, num_rows - sizes.sum())  # the last are of no expert
+        found = jax.tree.map(np.asarray, make(sizes[:6], num_rows, rows))
+        assert found.count <= len(found.tile)
+        expert, tile, start, end = (x[: found.count] for x in found[1:])
+        np.testing.assert_array_equal(start, [0, *end[:-1]])
+        assert end[-1] == num_rows
+        np.testing.assert_array_equal(
+            np.repeat(expert, end - start), np.repeat(np.arange(7), sizes)
+        )
+        first = tile * block_sizes.PACKED_ROWS
+        assert (first <= start).all() and (end <= first + rows).all()
+        assert (first >= 0).all() and (first + rows <= num_rows).all()
+        fewest = -(-sizes // rows)
+        spare = -(-(sizes + block_sizes.PACKED_ROWS - 1) // rows)
+        visited = np.bincount(expert, minlength=7)
+        assert (fewest <= visited).all() and (visited <= spare * (sizes > 0)).all()
+
+        found = make(sizes[:6], num_rows, rows, visit_empty=True)
+        visited = np.bincount(found.expert[: found.count], minlength=6)
+        assert (visited[sizes[:6] == 0] == 1).all() and len(visited) == 6
+        assert (np.repeat(np.arange(6), visited) == found.expert[: found.count]).all()

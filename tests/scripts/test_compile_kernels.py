@@ -29,7 +29,7 @@ MEASURED = {
         "v6e": 8.26,
         "v7x": 14.67,
     },
-    "grouped_swiglu: Flash FP4, 256 rows": {"v5e": 1.04, "v5p": 1.04, "v6e": 1.47, "v7x": 1.20},
+    "grouped_swiglu: Flash FP4, 256 rows": {"v5e": 1.23, "v5p": 1.24, "v6e": 1.47, "v7x": 1.34},
     "hc_post_pre: Flash prefill 8k": {"v5e": 0.78, "v5p": 1.13, "v6e": 0.86, "v7x": 1.48},
     "indexer: Flash prefill 8k": {"v5e": 1.38, "v5p": 1.38, "v6e": 3.54, "v7x": 3.31},
     "indexer: Flash decode 1M x8 packed": {"v5e": 2.64, "v5p": 2.63, "v6e": 3.18, "v7x": 4.80},

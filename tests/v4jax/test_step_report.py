@@ -7,13 +7,17 @@ become fewer.
 import collections
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from benchmarks import grouped_matmul
+from pallas_kernels.grouped_matmul import visits
 from v4jax import flash
 from v4jax.config import csa_layer
-from v4jax.planning import schedules
+from v4jax.planning import kernel_trips, schedules
 from v4jax.planning.compiled import Compiled, compile_apart
-from v4jax.planning.launches import operations
+from v4jax.planning.launches import Kernel, operations
 from v4jax.planning.plan import Job
 from v4jax.planning.schedules import Region, Schedule
 from v4jax.planning.step_report import Reader, assemble, representatives, seconds_of
@@ -162,6 +166,39 @@ def test_loops_of_a_schedule_turn_as_often_as_their_exit_test_says(tmp_path):
     assert found.depends_on_data
     assert found.least_cycles == 1 + 2 + 16 * 2
     assert found.cycles((10, 16)) == 1 + 10 * 2 + 160 * 2
+
+
+@pytest.mark.parametrize("rows", [256, 304])
+def test_visits_of_experts_are_those_of_rows_that_are_routed_evenly(rows):
+    """One an expert in tiles of 304 rows, in which 256 and their fluctuation fit; two in many of 256."""
+    rng = np.random.default_rng(1)
+    counted, visited = [], []
+    for _ in range(64):
+        sizes = np.bincount(rng.integers(0, 32, 8192), minlength=32)
+        found = visits.tiled(jnp.asarray(sizes), 8192, rows)
+        counted.append(int(found.count))
+        visited.append(np.count_nonzero(sizes))
+
+    visits_found, visited_found = kernel_trips.balanced_visits(8192, 32, rows)
+
+    assert visits_found == pytest.approx(np.mean(counted), rel=0.02)
+    assert visited_found == np.mean(visited) == 32
+    assert (visits_found < 33) == (rows == 304)
+
+
+def test_experts_of_a_program_have_the_trips_of_the_benchmark():
+    """A kernel as it stands in HLO."""
+    weight = ("u8", (32, 2048, 2048)), ("f8e8m0fnu", (32, 128, 2048))
+    rows = ("bf16", (8192, 4096)), *weight, *weight, ("f32", (8192, 1))
+    operands = (("s32", (1,)), *[("s32", (60,))] * 4, *rows)
+    kernel = Kernel("grouped_swiglu", operands, (("bf16", (8192, 2048)),), 0.0, 0.0)
+    schedule = Schedule("grouped_swiglu", (), 7, {}, (None,) * 7)
+    (case,) = (c for c in grouped_matmul.cases() if c.name == "grouped_swiglu: Flash FP4, 256 rows")
+
+    found = kernel_trips.trips(kernel, schedule, "v6e")
+
+    assert found == case.trips("v6e")["grouped_swiglu"]
+    assert found is not None and found[0] == pytest.approx(32.3, rel=0.01)  # one block of columns
 
 
 def test_kinds_are_those_of_most_layers():

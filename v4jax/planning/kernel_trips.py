@@ -7,6 +7,7 @@ not here have loops of fixed trips alone, or their schedule counts such loops on
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.attention import tpu_decode
 from pallas_kernels.chips import CHIPS
@@ -14,7 +15,7 @@ from pallas_kernels.formats import tpu_rows
 from pallas_kernels.formats.pages import PAGE
 from pallas_kernels.formats.tpu_pages import HELD, UNROLL
 from pallas_kernels.grouped_matmul import block_sizes as product_sizes
-from pallas_kernels.grouped_matmul import few_rows
+from pallas_kernels.grouped_matmul import few_rows, tpu
 from pallas_kernels.grouped_matmul.weights import Format
 from pallas_kernels.indexer import block_sizes as index_sizes
 from v4jax.planning.launches import Kernel
@@ -40,6 +41,10 @@ def trips(
     found: Trips | None = None
     if kernel.name.endswith("_few_rows"):
         found = _few_rows(kernel, chip, experts)
+    elif "grouped_weight_gradient" in kernel.name:
+        found = _weight_gradient(kernel)
+    elif "grouped_" in kernel.name:
+        found = _grouped(kernel, chip)
     elif kernel.name == "index_list":
         table, queries = kernel.operands[1][1], kernel.operands[2][1]
         pages = table[0] // queries[0]
@@ -55,20 +60,99 @@ def trips(
 
 
 def _few_rows(kernel: Kernel, chip: str, experts: float | None) -> Trips | None:
-    weights = [(d, shape) for d, shape in kernel.operands if len(shape) == 3 and d in _BYTES]
-    if not weights:
+    formats, groups = _formats(kernel)
+    if not formats:
         return None
-    num_rows, groups = kernel.results[0][1][0], weights[0][1][0]
-    formats = []
-    for dtype, (_, height, columns) in weights:
-        kind, size = _BYTES[dtype]
-        num_inputs = height * 2 if kind == "fp4" else height
-        formats.append(Format(kind, num_inputs, columns, jnp.dtype(jnp.bfloat16), size))
+    num_rows = kernel.results[0][1][0]
     rows = product_sizes.few_rows(num_rows, groups, formats[0].num_inputs)
     if rows is None:
         return None
     visits = groups * -(-num_rows // groups // rows) if experts is None else max(experts, 1.0)
     return few_rows_trips(chip, formats, num_rows, rows, visits)
+
+
+def _formats(kernel: Kernel) -> tuple[list[Format], int]:
+    """Of the weights of a grouped product with bfloat16 rows, and how many groups they have."""
+    weights = [(d, shape) for d, shape in kernel.operands if len(shape) == 3 and d in _BYTES]
+    formats = []
+    for dtype, (_, height, columns) in weights:
+        kind, size = _BYTES[dtype]
+        num_inputs = height * 2 if kind == "fp4" else height
+        formats.append(Format(kind, num_inputs, columns, jnp.dtype(jnp.bfloat16), size))
+    return formats, weights[0][1][0] if weights else 0
+
+
+def _grouped(kernel: Kernel, chip: str) -> Trips | None:
+    formats, groups = _formats(kernel)
+    if not formats:
+        return None
+    num_rows = kernel.results[0][1][0]
+    has_row_sums = "grouped_swiglu_gradient" in kernel.name
+    num_results = len(kernel.results) - has_row_sums
+    product = tpu.Product(
+        kernel.name,
+        lambda products, _: products,
+        (jnp.bfloat16,) * num_results,
+        transposed="transposed" in kernel.name,
+        has_row_sums=has_row_sums,
+    )
+    return grouped_trips(chip, product, formats, num_rows, groups, num_extras=has_row_sums)
+
+
+def _weight_gradient(kernel: Kernel) -> Trips:
+    (num_rows, num_inputs), (_, num_outputs) = (s for _, s in kernel.operands if len(s) == 2)
+    return weight_gradient_trips(num_rows, kernel.results[0][1][0], num_inputs, num_outputs)
+
+
+def grouped_trips(
+    chip: str,
+    product: tpu.Product,
+    formats: Sequence[Format],
+    num_rows: int,
+    groups: int,
+    num_extras: int = 0,
+) -> Trips:
+    """Of products of many rows with an expert each, which balanced random routing gave them.
+
+    Args:
+      num_extras: operands that have a value for each row and column.
+    """
+    rows = product_sizes.group_tile(num_rows, groups)
+    sizes = tpu.sizes_for(product, chip, rows, formats, num_extras)
+    assert sizes is not None  # it was compiled
+    visits, visited = balanced_visits(num_rows, groups, rows)
+    num_steps = sizes.columns // sizes.step
+    steps = (num_steps,) if num_steps > 1 else ()  # a loop of one turn is none
+    columns = formats[0].num_inputs if product.transposed else formats[0].num_outputs
+    grid = columns // sizes.columns * visits
+    last_waits = 2 / visits
+    if not formats[0].is_packed:
+        return grid, 1, *steps, 0, last_waits
+    unpacking = visited / visits
+    return grid, unpacking, *steps, 1 - unpacking, *steps, 0, last_waits
+
+
+def weight_gradient_trips(num_rows: int, groups: int, num_inputs: int, num_outputs: int) -> Trips:
+    """Of `grouped_weight_gradient`, with balanced random routing."""
+    rows = product_sizes.group_tile(num_rows, groups)
+    visits, visited = balanced_visits(num_rows, groups, rows)
+    visits += groups - visited  # the others are zeroed
+    for width in (num_inputs, num_outputs):
+        visits *= width // product_sizes.gradient_block(width)
+    return (visits,)
+
+
+def balanced_visits(num_rows: int, groups: int, rows: int) -> tuple[float, float]:
+    """Visits of tiles of `rows` rows, and groups that have any, if each row's group is drawn evenly.
+
+    Means of draws. Tiles begin as those of `pallas_kernels.grouped_matmul.visits.tiled`.
+    """
+    even = np.full(groups, 1 / groups)
+    sizes = np.random.default_rng(0).multinomial(num_rows, even, size=256)
+    ends = np.cumsum(sizes, axis=1)
+    before = (ends - sizes) % product_sizes.PACKED_ROWS  # rows of the first tile that are others'
+    visits = np.where(sizes > 0, -(-(before + sizes) // rows), 0)
+    return float(visits.sum(axis=1).mean()), float((sizes > 0).sum(axis=1).mean())
 
 
 def few_rows_trips(
