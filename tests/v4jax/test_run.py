@@ -38,6 +38,14 @@ DATA = TokenStream(np.arange(5000) % 251 + 2, 30)
 
 
 @pytest.fixture
+def interruptible():
+    """Ctrl-C does what it does in a terminal: what a script runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def make(monkeypatch):
     """Makes trainers whose steps are skipped where their numbers say so, and whose losses are listed."""
     model = random_model(SMALL)
@@ -183,10 +191,10 @@ def test_signals_end_a_run_with_a_save(make, tmp_path, number, error, capfd):
     assert f"stopped by {number.name} after step 3: its state is in {tmp_path / 'state'}" in out
 
 
-def test_a_second_signal_ends_at_once(make, tmp_path):
+def test_a_second_signal_ends_at_once(make, interruptible, tmp_path):
     def at(step):
         for _ in range(2):
-            signal.raise_signal(signal.SIGINT)  # to this thread: two from outside may become one
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         make(at=at).fit(DATA, 9, output=tmp_path, progress=False)
