@@ -295,8 +295,6 @@ def _kernel(product: Product, formats, sizes: BlockSizes, num_groups, num_x, num
             sums_ref[slot] = part + jnp.where(j == 0, 0.0, sums_ref[slot])
         return ()
 
-    pl.when(v >= 2)(lambda: results.wait(v - 2))
-
     def compute(_, carry, unpacks: bool):
         if unpacks:
             for i, (fmt, w_refs) in enumerate(zip(formats, weight_refs)):
@@ -305,7 +303,7 @@ def _kernel(product: Product, formats, sizes: BlockSizes, num_groups, num_x, num
         jax.lax.fori_loop(0, num_steps, lambda j, _: step(j, unpacks), ())
         return carry
 
-    pl.when(v >= 2)(lambda: results.wait(v - 2))
+    pl.when(v >= 2)(lambda: results.wait(v - 2))  # whose buffer this visit fills
     # Branches, as loops that turn once or not at all: a schedule says how long each is.
     unpacking = 0
     if formats[0].is_packed:

@@ -21,6 +21,8 @@ from pallas_kernels.formats import packed_append, tpu_rows
 from pallas_kernels.formats.packed_rows import PackedKeys
 from pallas_kernels.formats.pages import Pages
 from pallas_kernels.formats.quantize import round_fp4
+from pallas_kernels.grouped_matmul import tpu as experts
+from pallas_kernels.grouped_matmul import visits, vjp
 from pallas_kernels.indexer import block_sizes as indexer_sizes
 from pallas_kernels.indexer import index_topk
 from pallas_kernels.indexer import tpu_decode as indexer_decode
@@ -158,3 +160,24 @@ def test_appending(on_lanes, words, capfd):
     assert FOUND not in capfd.readouterr().out
     expected = packed_append.append(*args, on_lanes=on_lanes, table=table, implementation="xla")
     np.testing.assert_array_equal(changed, expected)
+
+
+@pytest.mark.parametrize("sizes", [(33, 5, 58), (0, 90, 0), (47, 1, 1)], ids=str)
+def test_experts_whose_rows_begin_anywhere(sizes, capfd):
+    """Three visits and more, of which two are under way while the next is computed."""
+    num_rows, tile = 96, 32
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, (num_rows, 128)).astype(np.float32)
+    w = rng.integers(-3, 4, (len(sizes), 128, 256)).astype(np.float32)
+    plan = visits.tiled(jnp.asarray(sizes, jnp.int32), num_rows, tile)
+    product = vjp.matmul_product(jnp.float32)
+    (out,) = experts.grouped_product(
+        product, [jnp.asarray(x)], [jnp.asarray(w)], plan, tile, "v6e", interpret=RACES
+    )
+    assert FOUND not in capfd.readouterr().out
+    assert int(plan.count) >= 3
+    expected = np.zeros((num_rows, 256), np.float32)
+    for expert, end in enumerate(np.cumsum(sizes)):
+        rows = slice(end - sizes[expert], end)
+        expected[rows] = x[rows] @ w[expert]
+    np.testing.assert_array_equal(out, expected)
