@@ -1,5 +1,6 @@
 """transformers on torch: python theirs.py FOLDER, tasks on stdin (benchmarks/compare_transformers.py)."""
 
+import functools
 import sys
 
 import torch
@@ -54,11 +55,14 @@ def decode(clock, tokens: int, batch: int) -> list[int]:
     return logits.argmax(-1).tolist()
 
 
+@functools.cache
+def adamw() -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95))
+
+
 def train(clock, tokens: int) -> float:
     model.train()
-    optimizer = train.__dict__.setdefault(
-        "optimizer", torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95))
-    )
+    optimizer = adamw()
     ids = batch_of(tokens + 1, 1)
     with clock.counting():
         optimizer.zero_grad()

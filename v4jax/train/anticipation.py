@@ -8,8 +8,8 @@ older parameters keep the two apart. No older parameters are held for that. The 
 
     bytes = (delay + 1) * tokens of a batch * (2 * layers * experts per token + 4)
 
-cut over devices as tokens are. When anticipation begins, at step s, the experts of the batches s .. s + delay are
-chosen by theta[s]: ids of step t are from theta[max(s, t - delay)].
+cut over devices as tokens are. When anticipation begins, at step s, the experts of the batches s .. s +
+delay are chosen by theta[s]: ids of step t are from theta[max(s, t - delay)].
 
 Source: report section 4.2.3, which gives neither the delay, nor how long it stays on, nor what a spike is.
 """

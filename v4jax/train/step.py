@@ -72,7 +72,8 @@ class TrainStep:
         needs the memory of one of them. The result is that of the whole batch.
       skip_above: a step whose gradients have a larger global norm (before any clipping) is skipped, or one
         that stands out (`Spikes`). One whose loss or norm is NaN or infinite always is.
-      anticipate: experts of a batch may come from parameters before; see `Lookahead`, which makes such batches.
+      anticipate: experts of a batch may come from parameters before; see `Lookahead`, which makes such
+        batches.
       loss: another one, as `preferences.DPO`; default `weights`, the training loss.
       seed: of adapters' dropout.
 
@@ -218,7 +219,7 @@ class TrainStep:
         return dataclasses.replace(state, routing=routing), metrics
 
     def experts(self, state: TrainState, tokens: Sequence) -> jax.Array:
-        """Experts [B, T, L, K] that the layers choose for a batch by a state's parameters, without dropout."""
+        """Experts [B, T, L, K] that layers choose for a batch by a state's parameters, without dropout."""
         documents = getattr(tokens, "documents", None)
         return self._experts(state.params, state.fixed, tokens[0], documents)
 

@@ -46,8 +46,9 @@ class Trainer:
       model: from `v4jax.load(folder, use="train")`, or a new one. Its arrays are moved into the trainer.
       optimizer: any optax transformation; `v4jax.train.adamw(1e-4)` is that of the report.
       trainable: "all"; "no-experts", which leaves the routed experts packed as they are stored;
-        "indexer", which trains those of CSA layers alone; a `LoRA`, which leaves everything and trains adapters; or a function of a parameter's path
-        ("stages.0.blocks.0.attention.wq_a.kernel") and variable. What trains becomes float32.
+        "indexer", which trains those of CSA layers alone; a `LoRA`, which leaves everything and trains
+        adapters; or a function of a parameter's path ("stages.0.blocks.0.attention.wq_a.kernel") and
+        variable. What trains becomes float32.
       weights: of the terms of the loss.
       qat: train with the rounding of the released format in the loop (docs/low_precision.md).
       remat: recompute layers in the backward pass.
