@@ -21,6 +21,9 @@ def _flags(devices: int) -> str:
 
 # Before jax is imported, here or in a test.
 os.environ["JAX_PLATFORMS"] = PLATFORM
+# Threads of XLA. It makes one a device, and a program whose devices wait for each other needs all of
+# them: where other work has one, all wait until XLA ends the process (seen with two cores at work).
+os.environ["NPROC"] = "16"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + _flags(8)
 
 import jax

@@ -94,9 +94,15 @@ def with_rounding(model: Transformer) -> Transformer:
 
 
 def _map_variables(function, model: Transformer, only: Chosen) -> Transformer:
+    """A copy with `function` of every variable that `only` chooses.
+
+    Waits for each, so that no more than one's temporaries are there, and few programs in flight: XLA
+    ends a process of many fake CPU devices whose programs keep each other from running.
+    """
     graphdef, state = nnx.split(model)
-    changed = [
-        (path, function(variable) if only(".".join(map(str, path)), variable) else variable)
-        for path, variable in nnx.to_flat_state(state)
-    ]
+    changed = []
+    for path, variable in nnx.to_flat_state(state):
+        if only(".".join(map(str, path)), variable):
+            variable = jax.block_until_ready(function(variable))
+        changed.append((path, variable))
     return nnx.merge(graphdef, nnx.from_flat_state(changed))
