@@ -62,7 +62,7 @@ def scores(logits: jax.Array) -> jax.Array:
 
 def weights_of(logits: jax.Array, experts: jax.Array, scale: float) -> jax.Array:
     """Weights [..., k] of experts that were chosen in whatever way."""
-    chosen = jnp.take_along_axis(scores(logits), experts, axis=-1)
+    chosen = jnp.take_along_axis(scores(logits), experts, axis=-1, mode="clip")
     return chosen / jnp.sum(chosen, axis=-1, keepdims=True) * scale
 
 

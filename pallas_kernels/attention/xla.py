@@ -313,7 +313,7 @@ def _pad_axis1(x, padding):
 
 def gather_rows(entries, indices):
     """entries [B, S, H], indices [B, t, K] -> [B, t, K, H]; index -1 gives row 0."""
-    return jax.vmap(lambda e, i: jnp.take(e, jnp.maximum(i, 0), axis=0))(entries, indices)
+    return jax.vmap(lambda e, i: jnp.take(e, i, axis=0, mode="clip"))(entries, indices)
 
 
 def _picked(entries, indices, dtype):

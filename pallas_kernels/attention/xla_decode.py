@@ -82,7 +82,7 @@ def decode_reference(q, window, entries: Pages | None, indices, sink, positions,
     window = _unpacked(window, q.dtype)
     size = window.shape[1]
     order = (positions[:, None] - size + jnp.arange(size + 1)) % size
-    history = jnp.take_along_axis(window, order[..., None], axis=1)
+    history = jnp.take_along_axis(window, order[..., None], axis=1, mode="clip")
     if indices is None:
         mask = reference.visible_entries(positions[:, None], rows.shape[1], ratio)
     else:

@@ -133,7 +133,7 @@ def _call(data, new, start, counts, table, num_lines, on_lanes, interpret):
     page, place = start // LINE, start % LINE
     if table is not None:
         array = jnp.zeros_like(array)
-        page = jnp.take_along_axis(table, page[:, None], axis=1)[:, 0]
+        page = jnp.take_along_axis(table, page[:, None], axis=1, mode="clip")[:, 0]
     first, offset = page * words, place
     if not on_lanes:
         line = jnp.minimum(place * words // LINE, words - num_lines)  # the next page is another's

@@ -53,7 +53,12 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.formats import packed_append, packed_words
 from pallas_kernels.formats.packed_append import LINE
-from pallas_kernels.formats.quantize import join_codes, split_codes
+from pallas_kernels.formats.quantize import (
+    cast_exactly,
+    join_codes,
+    scale_of_exponent,
+    unpack_codes,
+)
 from pallas_kernels.formats.quantize_rows import dequantize_rows, quantize_rows
 from pallas_kernels.formats.records import INDEX_KEYS, KV_ROWS
 
@@ -344,14 +349,24 @@ class PackedKeys(_OnLanes):
         scale = jnp.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, -scale.shape[-1] % 4)])
         return _words_of_bytes(jnp.concatenate([codes, scale], axis=-1))
 
-    def _from_words(self, words: jax.Array, dtype) -> jax.Array:
-        codes, scale = jnp.split(_bytes_of_words(words), [self.width // 2], axis=-1)
-        codes = codes.reshape(*codes.shape[:-1], -1, self._half)
-        codes = jnp.concatenate(split_codes(codes), axis=-1)
-        codes = codes.reshape(*codes.shape[:-2], 2, self.width // 2)
-        codes = codes[..., 0, :] | codes[..., 1, :] << 4
-        scale = scale[..., : -(-self.width // KEY_BLOCK)]
-        return dequantize_rows(codes, scale, "fp4", KEY_BLOCK, dtype)
+    def unpack(self, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
+        """Keys [..., S, I]."""
+        return jnp.swapaxes(self.columns(dtype), -1, -2)
+
+    def columns(self, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
+        """Keys as columns [..., I, S]: as they lie, so items stay side by side while they are unpacked."""
+        batch = self.data.shape[:-2]
+        used = self.data.shape[-2] // self.num_words * self.num_words
+        lines = self.data[..., :used, :].reshape(*batch, -1, self.num_words, LINE)
+        words = jnp.swapaxes(lines, -2, -3).reshape(*batch, self.num_words, -1)[..., : self.length]
+        codes = _bytes_of_lanes(words[..., : self.width // 8, :])
+        codes = codes.reshape(*batch, -1, 1, self._half, self.length)
+        values = unpack_codes(codes, axis=-3)  # [..., of 64 channels, 2, half, S]
+        scale = _bytes_of_lanes(words[..., self.width // 8 :, :])
+        scale = scale[..., : -(-self.width // KEY_BLOCK), :]
+        scale = scale.reshape(*values.shape[:-3], -1, 1, self.length)
+        values = cast_exactly(values * scale_of_exponent(scale), dtype)
+        return values.reshape(*batch, self.width, self.length)
 
     @property
     def _half(self) -> int:
@@ -415,6 +430,13 @@ def _words_of_bytes(values: jax.Array) -> jax.Array:
 
 def _bytes_of_words(words: jax.Array) -> jax.Array:
     return _bitcast(words, jnp.uint8).reshape(*words.shape[:-1], -1)
+
+
+def _bytes_of_lanes(words: jax.Array) -> jax.Array:
+    """uint32 [..., n, S] -> their bytes, the low one first: uint32 [..., 4 n, S]."""
+    shifts = jnp.arange(0, 32, 8, dtype=jnp.uint32)[:, None]
+    values = words[..., None, :] >> shifts & 0xFF
+    return values.reshape(*words.shape[:-2], -1, words.shape[-1])
 
 
 def _bitcast(x, dtype):

@@ -63,21 +63,25 @@ class Pages:
         """Rows of the pool that rows [B, ...] of the sequences are; of -1 any."""
         indices = jnp.maximum(indices, 0)
         flat = indices.reshape(indices.shape[0], -1)
-        page = jnp.take_along_axis(self.table, flat // PAGE, axis=1)
+        page = jnp.take_along_axis(self.table, flat // PAGE, axis=1, mode="clip")
         return (page * PAGE + flat % PAGE).reshape(indices.shape)
 
     def take(self, indices: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows [B, K, W] by their indices [B, K] (-1: any), floats as they are, packed in `dtype`."""
         rows = self.rows_of(indices)
         if isinstance(self.pool, jax.Array):
-            return jnp.take(self.pool[0], rows, axis=0)
+            return jnp.take(self.pool[0], rows, axis=0, mode="clip")
         assert isinstance(self.pool, PackedRows)  # which are for picking
         return self.pool.take(rows.reshape(1, -1), dtype).reshape(*rows.shape, -1)
 
     def part(self, first: jax.Array, count: int, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows [B, count * 128, W] of pages `first` .. first + count - 1 of each sequence."""
-        rows = self._gather(jax.lax.dynamic_slice_in_dim(self.table, first, count, axis=1))
+        rows = self.rows_from(first, count)
         return rows if isinstance(rows, jax.Array) else rows.unpack(dtype)
+
+    def rows_from(self, first: jax.Array, count: int) -> Rows:
+        """The same in the format of the pool."""
+        return self._gather(jax.lax.dynamic_slice_in_dim(self.table, first, count, axis=1))
 
     def contiguous(self) -> Rows:
         """All rows [B, n * 128, W] side by side, in the format of the pool."""
@@ -109,8 +113,8 @@ class Pages:
         pool = self.pool
         if isinstance(pool, jax.Array):
             paged = pool.reshape(-1, PAGE, pool.shape[-1])
-            return jnp.take(paged, table, axis=0).reshape(batch, count * PAGE, -1)
-        lines = jnp.take(self._lines(), table, axis=0)  # [B, count, W, 128]
+            return jnp.take(paged, table, axis=0, mode="clip").reshape(batch, count * PAGE, -1)
+        lines = jnp.take(self._lines(), table, axis=0, mode="clip")  # [B, count, W, 128]
         data = lines.reshape(batch, count * pool.num_words, -1)
         return dataclasses.replace(pool, data=data, length=count * PAGE)
 

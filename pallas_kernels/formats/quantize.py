@@ -127,7 +127,10 @@ def _dequantize(w: QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
     # Along outputs first, while there are few: on a TPU that is a copy in memory, the other is not.
     for axis, size in ((-1, w.block[1]), (-2, w.block[0])):
         scale = jnp.repeat(scale, size, axis=axis) if size > 1 else scale
-    return (values * scale[..., :rows, :cols]).astype(dtype)
+    values = values * scale[..., :rows, :cols]
+    if w.scale.dtype == jnp.float8_e8m0fnu:
+        return cast_exactly(values, dtype)
+    return values.astype(dtype)
 
 
 def float32_scale(w: QuantizedArray) -> jax.Array:
@@ -142,15 +145,18 @@ def unpack_fp4(packed: jax.Array) -> jax.Array:
     """uint8 [..., in / 2, out] -> float32 [..., in, out] of e2m1 values, scales not applied."""
     *batch, rows, cols = packed.shape
     half = fp4_block(2 * rows) // 2
-    packed = packed.reshape(*batch, rows // half, half, cols)
+    values = unpack_codes(packed.reshape(*batch, rows // half, half, cols), axis=-2)
+    return values.reshape(*batch, rows * 2, cols)
+
+
+def unpack_codes(packed: jax.Array, axis: int) -> jax.Array:
+    """Bytes of `join_codes`, in any integer dtype -> float32 of all first, then all second along `axis`."""
     if target_platform() == "cpu":
         packed = packed.astype(jnp.uint16)
         first = (packed & 0x0E) << 8 | (packed & 0x80) << 8
         second = (packed & 0x70) << 5 | packed << 15
-        values = _float_of_half(jnp.concatenate([first, second], axis=-2), 14)
-        return values.reshape(*batch, rows * 2, cols)
-    codes = jnp.concatenate(split_codes(packed), axis=-2)
-    return decode_e2m1(codes.reshape(*batch, rows * 2, cols))
+        return _float_of_half(jnp.concatenate([first, second], axis=axis), 14)
+    return decode_e2m1(jnp.concatenate(split_codes(packed), axis=axis))
 
 
 def decode_e4m3(values: jax.Array) -> jax.Array:
@@ -180,6 +186,18 @@ def encode_e4m3(values: jax.Array) -> jax.Array:
 def scale_of_exponent(exponent: jax.Array) -> jax.Array:
     """E8M0 bytes, the exponent fields of float32 powers of two -> float32."""
     return jax.lax.bitcast_convert_type(exponent.astype(jnp.int32) << 23, jnp.float32)
+
+
+def cast_exactly(values: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """float32 values that `dtype` holds exactly, in it.
+
+    For bfloat16 on a CPU by dropping the bits that are 0: rounding is some ten operations, and LLVM
+    makes slow code of it.
+    """
+    if dtype != jnp.bfloat16 or target_platform() != "cpu":
+        return values.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32) >> 16
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
 
 
 def _float_of_half(bits: jax.Array, exponent: int) -> jax.Array:

@@ -128,7 +128,7 @@ def dequantize_rows(
     else:
         values = quantize.decode_e4m3(values)
     scale = jnp.repeat(quantize.scale_of_exponent(scale), block, axis=-1)
-    return (values * scale[..., : values.shape[-1]]).astype(dtype)
+    return quantize.cast_exactly(values * scale[..., : values.shape[-1]], dtype)
 
 
 def _check(fmt, block):

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target_platform
+from pallas_kernels.formats.packed_rows import PackedKeys
 from pallas_kernels.formats.pages import PAGE, Pages
 
 BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 1024
+PIECE = 16_384  # scores of a query among which the largest are searched at once
 
 
 def all_visible(
@@ -53,8 +55,12 @@ def index_topk(
     if first is not None:
         first = jnp.pad(first, [(0, 0), (0, padding)])
     chunk = min(BLOCK_ENTRIES, num_entries)
+    if block == 1 and target_platform() == "cpu":
+        q = q.astype(jnp.float32)  # products of one row are faster in it
 
-    def select(i):
+    def select(
+        scores, i
+    ):  # what an earlier block left in `scores` is no further than it is overwritten
         def mine(x):
             return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
 
@@ -66,25 +72,62 @@ def index_topk(
             at = jnp.minimum(
                 c * chunk, num_entries - chunk
             )  # the last one may begin inside another
-            if isinstance(keys, Pages):
-                keys_c = keys.part(at // PAGE, chunk // PAGE, q.dtype)
-            else:
-                keys_c = jax.lax.dynamic_slice_in_dim(keys, at, chunk, axis=1)
-            part = scores_of(q_i, weights_i, keys_c, "bsi")
+            part = scores_of(q_i, weights_i, *_part(keys, at, chunk, q.dtype))
             return jax.lax.dynamic_update_slice_in_dim(scores, part, at, axis=2)
 
-        scores = jnp.zeros((q.shape[0], block, num_entries), jnp.float32)
         scores = jax.lax.fori_loop(begin, -(-jnp.max(visible_i) // chunk), fill, scores)
-        seen = _is_visible(jnp.arange(num_entries), visible_i, first_i)
-        _, index = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), topk)
+        index = _largest(scores, visible_i, first_i, topk)
         is_visible = _is_visible(index, visible_i, first_i)
         if isinstance(keys, Pages):
             index = jnp.sort(jnp.where(is_visible, index, num_entries), axis=-1)
-            return jnp.where(index < num_entries, index, -1)
-        return jnp.where(is_visible, index, -1)
+            return scores, jnp.where(index < num_entries, index, -1)
+        return scores, jnp.where(is_visible, index, -1)
 
-    indices = jnp.moveaxis(jax.lax.map(select, jnp.arange(num_blocks)), 0, 1)
-    return indices.reshape(q.shape[0], -1, topk)[:, :num_queries]
+    scores = jnp.zeros((q.shape[0], block, num_entries), jnp.float32)
+    _, indices = jax.lax.scan(select, scores, jnp.arange(num_blocks))
+    return jnp.moveaxis(indices, 0, 1).reshape(q.shape[0], -1, topk)[:, :num_queries]
+
+
+def _part(keys: jax.Array | Pages, at: jax.Array, count: int, dtype) -> tuple[jax.Array, str]:
+    """Keys at .. at + count - 1 and their axes, see `scores_of`."""
+    if not isinstance(keys, Pages):
+        return jax.lax.dynamic_slice_in_dim(keys, at, count, axis=1), "bsi"
+    rows = keys.rows_from(at // PAGE, count // PAGE)
+    if isinstance(rows, PackedKeys):
+        return rows.columns(dtype), "bis"
+    assert isinstance(rows, jax.Array)
+    return rows, "bsi"
+
+
+def _largest(
+    scores: jax.Array, num_visible: jax.Array, first: jax.Array | None, topk: int
+) -> jax.Array:
+    """Indices [B, T, topk] of the largest visible of scores [B, T, S]; any where fewer are visible.
+
+    Piece by piece, no further than some query sees. Of equals the first.
+    """
+    num_entries = scores.shape[2]
+    size = min(PIECE, num_entries)
+
+    def piece(c):
+        begin = c * size
+        at = jnp.minimum(begin, num_entries - size)  # the last one may begin inside another
+        index = at + jnp.arange(size, dtype=jnp.int32)
+        seen = _is_visible(index, num_visible, first) & (index >= begin)
+        part = jax.lax.dynamic_slice_in_dim(scores, at, size, axis=2)
+        return jnp.where(seen, part, -jnp.inf), jnp.broadcast_to(index, part.shape)
+
+    if size == num_entries:
+        return jax.lax.top_k(piece(0)[0], topk)[1]
+
+    def join(c, best):
+        values, index = (jnp.concatenate(x, axis=-1) for x in zip(best, piece(c), strict=True))
+        values, place = jax.lax.top_k(values, topk)
+        return values, jnp.take_along_axis(index, place, axis=-1, mode="clip")
+
+    shape = (*scores.shape[:2], topk)
+    best = jnp.full(shape, -jnp.inf), jnp.full(shape, num_entries, jnp.int32)
+    return jax.lax.fori_loop(0, -(-jnp.max(num_visible) // size), join, best)[1]
 
 
 def selected_scores(
@@ -113,7 +156,7 @@ def selected_scores(
     @jax.checkpoint
     def scores(args):
         q, weights, indices = args
-        rows = jax.vmap(lambda k, i: jnp.take(k, jnp.maximum(i, 0), axis=0))(wide, indices)
+        rows = jax.vmap(lambda k, i: jnp.take(k, i, axis=0, mode="clip"))(wide, indices)
         return scores_of(q, weights, rows.astype(keys.dtype), "btsi")
 
     found = jnp.moveaxis(jax.lax.map(scores, (blocks(q), blocks(weights), blocks(indices))), 0, 1)
@@ -122,7 +165,7 @@ def selected_scores(
 
 
 def scores_of(q: jax.Array, weights: jax.Array, keys: jax.Array, axes: str) -> jax.Array:
-    """[B, T, S] float32 of keys [B, S, I] (axes "bsi") or [B, T, S, I] ("btsi")."""
+    """[B, T, S] float32 of keys [B, S, I] (axes "bsi"), [B, I, S] ("bis") or [B, T, S, I] ("btsi")."""
     wide = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     dots = jnp.einsum(
         f"btai,{axes}->btas", q, keys, precision=wide, preferred_element_type=jnp.float32

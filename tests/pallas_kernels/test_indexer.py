@@ -68,11 +68,12 @@ def inputs(num_queries: int, num_entries: int, starts=(0, 37), *, integer=True, 
     return q.astype(dtype), weights.astype(np.float32), keys.astype(dtype), positions
 
 
-@pytest.fixture(params=[(128, 1024), (16, 8)], ids=["one block", "small blocks"])
+@pytest.fixture(params=[(128, 1024, 16_384), (16, 8, 12)], ids=["one block", "small blocks"])
 def blocks(request, monkeypatch):
     """The module's block sizes, and sizes so small that several blocks and chunks are visited."""
     monkeypatch.setattr(xla, "BLOCK_QUERIES", request.param[0])
     monkeypatch.setattr(xla, "BLOCK_ENTRIES", request.param[1])
+    monkeypatch.setattr(xla, "PIECE", request.param[2])
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,19 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import v4jax
 from benchmarks import operations
 from tests.conftest import ROOT, environment
 from v4jax import Engine, Sampling, Transformer
+from v4jax.nn import compilation
 
 # Instructions of nano's optimised programs per layer, those in fusions included.
 MOST_PREFILL, MOST_DECODE = 5400, 5500
@@ -56,6 +60,29 @@ def test_the_place_is_under_home_and_can_be_turned_off(tmp_path):
 
 def test_a_cache_of_jax_stays(tmp_path):
     assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path)) == ["None", "0", str(tmp_path)]
+
+
+@pytest.mark.usefixtures("optimized")
+def test_the_library_for_cpus_takes_products_alone():
+    """What surrounds them it takes too by default, and is slow at that (docs/measurements/cpu.md)."""
+
+    def scores(q, keys, weights):
+        return jnp.sum(jax.nn.relu(q @ keys) * weights[..., None], axis=1)
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 4, 64), (64, 256), (8, 4))]
+    text = compilation.jit(scores).lower(*shapes).compile().as_text()
+
+    (called,) = re.findall(r"kind=kCustom, calls=%([\w.-]+).*ynn", text)
+    (body,) = re.findall(rf"%{re.escape(called)} .*?\n}}", text, re.DOTALL)
+    assert {opcode for opcode, _ in operations.operations(body)} - {"parameter", "bitcast"} == {
+        "dot"
+    }
+
+
+def test_an_option_that_xla_no_longer_has_is_left_out(monkeypatch):
+    monkeypatch.setattr(compilation, "_PRODUCTS", {"xla_cpu_no_such_option": "x"})
+
+    assert compilation._known_products.__wrapped__() == {}
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,13 @@ import functools
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from sharding import DECODE, PREFILL, collectives
 from v4jax.nn.cache import CacheFormat
-from v4jax.nn.compilation import keep_programs
+from v4jax.nn.compilation import jit, keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, mesh_of, on_mesh, require_placed, specs
@@ -75,13 +74,11 @@ class Scorer:
         placed, tokens = specs(self._params, at_once), at_once.tokens
         rows = stepwise.spec("batch")
         per_device = functools.partial(collectives.per_device, followed=at_once)
-        self._whole = jax.jit(per_device(whole, in_specs=(placed, tokens), out_specs=tokens))
-        self._losses = jax.jit(
-            per_device(losses, in_specs=(placed, tokens, tokens), out_specs=tokens)
-        )
+        self._whole = jit(per_device(whole, in_specs=(placed, tokens), out_specs=tokens))
+        self._losses = jit(per_device(losses, in_specs=(placed, tokens, tokens), out_specs=tokens))
         placed = specs(self._params, stepwise)
         step = collectives.per_device(extend, stepwise, (placed, rows, rows), (rows, rows))
-        self._extend = jax.jit(step, donate_argnums=(2,))
+        self._extend = jit(step, donate_argnums=(2,))
 
     @_on_its_mesh
     def logits(self, tokens: np.ndarray, *, decode_from: int | None = None) -> np.ndarray:

@@ -46,6 +46,7 @@ from v4jax.nn.cache import (
     pages_of,
     ratios_of,
 )
+from v4jax.nn.compilation import jit
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import num_batch_parts, specs
@@ -53,6 +54,8 @@ from v4jax.nn.placement import num_batch_parts, specs
 NO_TOKEN = -1  # of a row that has ended
 STOP_SLOTS = 8  # stop ids of a row come in multiples of this
 MOST_STEPS = 32  # of one call of decode
+# On a CPU: its programs take half as long as those of the third (docs/measurements/compile_time.md).
+LLVM_LEVEL = 2
 PROGRAMS = 32  # steps of a kind that are kept: models of the same parts share them
 
 Tables = dict[int, Any]  # by ratio: pages [S, n] int32
@@ -197,7 +200,7 @@ def _prefill_step(parts: "_Parts") -> Callable:
         )
 
     step = parts.per_device(on_device, (rows, rows, rules.tokens, rows, rows), rows)
-    return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
+    return jit(step, level=LLVM_LEVEL, donate_argnums=(1,))
 
 
 def decode_step(model: Transformer, rules: AxisRules = DECODE) -> Callable:
@@ -248,7 +251,7 @@ def _decode_step(parts: "_Parts") -> Callable:
         return jax.tree.map(lambda x: gather(x, "batch"), output), slots
 
     step = parts.per_device(on_device, (rows, rows, jax.P(), rows, rows), (jax.P(), rows))
-    return jax.jit(step, donate_argnums=(1,), compiler_options=_compiler_options())
+    return jit(step, level=LLVM_LEVEL, donate_argnums=(1,))
 
 
 def _decode_one(
@@ -435,7 +438,7 @@ def _chunk_step(parts: "_Parts") -> Callable:
         return cache, logits
 
     step = parts.per_device(on_device, (rules.tokens, rows, rows, rows), (rows, rows))
-    return jax.jit(step, donate_argnums=(3, 4), compiler_options=_compiler_options())
+    return jit(step, level=LLVM_LEVEL, donate_argnums=(3, 4))
 
 
 def _chunk(model: Transformer, tokens, counts, cache: Cache, logits):
@@ -444,16 +447,6 @@ def _chunk(model: Transformer, tokens, counts, cache: Cache, logits):
     last = collectives.row_at(streams, jnp.maximum(counts - 1, 0), "seq")
     new = model.logits(model.hidden(last[:, None]))[:, 0]
     return jnp.where((counts > 0)[:, None], new, logits), cache
-
-
-def _compiler_options() -> dict[str, int] | None:
-    """Of XLA, on a CPU: LLVM's second level, whose programs take half as long as those of the third.
-
-    docs/measurements/compile_time.md has the figures. None where jax asks for less anyway.
-    """
-    if target_platform() != "cpu" or jax.config.values["jax_disable_most_optimizations"]:
-        return None
-    return {"xla_backend_optimization_level": 2}
 
 
 def whole_step(model: Transformer, count: int, rules: AxisRules = PREFILL) -> Callable:
@@ -475,7 +468,7 @@ def _whole_step(parts: "_Parts", count: int) -> Callable:
         few = [collectives.row_at(streams, first + i, "seq") for i in range(count)]
         return model.logits(model.hidden(jnp.stack(few, axis=1)))
 
-    return jax.jit(parts.per_device(on_device, (rules.tokens, rows), rows))
+    return jit(parts.per_device(on_device, (rules.tokens, rows), rows))
 
 
 def losses_step(model: Transformer, rules: AxisRules = PREFILL) -> Callable:
@@ -498,7 +491,7 @@ def _losses_step(parts: "_Parts") -> Callable:
         return cross_entropy(model, model.hidden(streams), following)
 
     placed = (rules.tokens, rules.tokens, rows)
-    return jax.jit(parts.per_device(on_device, placed, rules.tokens))
+    return jit(parts.per_device(on_device, placed, rules.tokens))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -338,7 +338,7 @@ def window_rows(ring: jax.Array | PackedColumns, kv: jax.Array, chunk: Chunk) ->
     before = collectives.halo(kv, size, "seq")  # of other devices' parts of the chunk
     order = (chunk.start[:, None] + jnp.arange(size)) % size
     rows = ring if isinstance(ring, jax.Array) else ring.unpack(kv.dtype)
-    old = jnp.take_along_axis(rows, order[..., None], axis=1)
+    old = jnp.take_along_axis(rows, order[..., None], axis=1, mode="clip")
     in_ring = jnp.arange(size) < size - collectives.axis_index("seq") * kv.shape[1]
     return jnp.concatenate([jnp.where(in_ring[:, None], old, before), kv], axis=1)
 
@@ -360,7 +360,7 @@ def write_window(
     column = jnp.clip(column, 0, num_columns - 1)[..., None]
 
     def put(ring, kv):
-        new = jnp.where(mine, jnp.take_along_axis(kv, column, axis=1), 0)
+        new = jnp.where(mine, jnp.take_along_axis(kv, column, axis=1, mode="clip"), 0)
         return jnp.where((token >= start[:, None])[..., None], collectives.psum(new, "seq"), ring)
 
     if isinstance(ring, PackedColumns):

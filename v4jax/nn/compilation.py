@@ -1,14 +1,20 @@
-"""Compiled programs are kept on disk, so that a second process need not compile them again.
+"""How programs of the model are compiled, and where they are kept.
 
-They lie in `V4JAX_CACHE`, by default `~/.cache/v4jax`; `V4JAX_CACHE=off` keeps none. A cache that is
-configured in jax (`JAX_COMPILATION_CACHE_DIR`) stays as it is.
+Compiled programs are kept on disk, so that a second process need not compile them again. They lie in
+`V4JAX_CACHE`, by default `~/.cache/v4jax`; `V4JAX_CACHE=off` keeps none. A cache that is configured in jax
+(`JAX_COMPILATION_CACHE_DIR`) stays as it is.
 """
 
+import functools
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+from pallas_kernels.dispatch import target_platform
 
 VARIABLE = "V4JAX_CACHE"
 _LEAST_SECONDS = 0.05  # of compiling, for a program to be kept
@@ -38,3 +44,37 @@ def keep_programs() -> pathlib.Path | None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     compilation_cache.reset_cache()  # jax has looked once, if anything was compiled before
     return folder
+
+
+# Products alone go to XLA's library for CPUs. It takes what surrounds them too by default, and is slow at
+# that: twelve times slower at a product whose rows are summed (docs/measurements/cpu.md).
+_PRODUCTS: dict[str, Any] = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+}
+
+
+def jit(fn: Callable, *, level: int | None = None, **options: Any) -> Any:
+    """`jax.jit` of a program that runs the model.
+
+    Args:
+      level: LLVM's level of optimisation on a CPU, default XLA's own, the third.
+    """
+    return jax.jit(fn, compiler_options=compiler_options(level), **options)
+
+
+def compiler_options(level: int | None = None) -> dict[str, Any] | None:
+    """Of XLA, for programs that run the model on a CPU. None where jax asks for less anyway."""
+    if target_platform() != "cpu" or jax.config.values["jax_disable_most_optimizations"]:
+        return None
+    chosen: dict[str, Any] = {} if level is None else {"xla_backend_optimization_level": level}
+    return {**chosen, **_known_products()}
+
+
+@functools.cache
+def _known_products() -> dict[str, Any]:
+    """The option above, if this jaxlib has it: it is called experimental."""
+    try:
+        jax.jit(lambda: 0).lower().compile(_PRODUCTS)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return _PRODUCTS

@@ -260,4 +260,6 @@ class Compressor(nnx.Module):
 
 def _at(pools: Pool, index: jax.Array) -> Pool:
     """[B, n, F] -> [B, F]"""
-    return jax.tree.map(lambda p: jnp.take_along_axis(p, index[:, None, None], axis=1)[:, 0], pools)
+    return jax.tree.map(
+        lambda p: jnp.take_along_axis(p, index[:, None, None], axis=1, mode="clip")[:, 0], pools
+    )

@@ -44,7 +44,7 @@ def cross_entropy_and_normalizer(
         peak = collectives.pmax(jnp.max(logits, axis=-1), "vocab")
         index = labels - collectives.axis_index("vocab") * logits.shape[-1]
         clipped = jnp.clip(index, 0, logits.shape[-1] - 1)
-        chosen = jnp.take_along_axis(logits, clipped[:, None], axis=-1)[:, 0]
+        chosen = jnp.take_along_axis(logits, clipped[:, None], axis=-1, mode="clip")[:, 0]
         chosen = jnp.where(clipped == index, chosen, 0.0)
         weight = jnp.sum(jnp.exp(logits - peak[:, None]), axis=-1)
         normalizer = jnp.log(collectives.reduce_from(weight, "vocab")) + peak

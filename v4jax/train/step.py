@@ -13,7 +13,7 @@ from flax import nnx
 
 from pallas_kernels.formats.quantize import QuantizedArray
 from sharding import TRAIN, AxisRules, collectives
-from v4jax.nn.compilation import keep_programs
+from v4jax.nn.compilation import jit, keep_programs
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.layers import copied
 from v4jax.nn.lora import dropping, drops
@@ -126,7 +126,7 @@ class TrainStep:
         if qat:
             require_whole_blocks(nnx.state(model), rules)
         computed = nnx.graphdef(with_rounding(model)) if qat else self.graphdef
-        self.compiled_step = jax.jit(
+        self.compiled_step = jit(
             functools.partial(
                 _train_step,
                 computed,
@@ -143,9 +143,9 @@ class TrainStep:
             ),
             donate_argnums=(0,),
         )
-        self._loss = jax.jit(functools.partial(_mean_loss, computed, rules))
-        self._experts = jax.jit(functools.partial(_experts, computed, rules, micro_batches))
-        self._likeliest = jax.jit(functools.partial(_likeliest, computed, rules))
+        self._loss = jit(functools.partial(_mean_loss, computed, rules))
+        self._experts = jit(functools.partial(_experts, computed, rules, micro_batches))
+        self._likeliest = jit(functools.partial(_likeliest, computed, rules))
 
     def init(self) -> TrainState:
         """The state before the first step. The model's arrays are moved into it."""
