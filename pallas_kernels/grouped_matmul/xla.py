@@ -41,7 +41,7 @@ def _matmul_bwd(in_fp8, residuals, d_out):
     def tile(i, carry):
         d_x, d_w = carry
         d_rows = tiles.rows(d_out, i)
-        d_x = tiles.put(d_x, i, _dot(d_rows, tiles.weight(w, i).T))
+        d_x = tiles.put(d_x, i, _dot(d_rows, tiles.weight(w, i, d_rows.dtype).T))
         return d_x, tiles.add_weight(d_w, i, tiles.rows(x, i), d_rows)
 
     d_x, d_w = tiles.loop(tile, (jnp.zeros_like(x), _weight_gradient(w)))
@@ -78,7 +78,7 @@ def _swiglu_bwd(limit, in_fp8, residuals, d_out):
     def tile(i, carry):
         d_x, d_gate, d_up, d_weights = carry
         rows, d_rows = tiles.rows(x, i), tiles.rows(d_out, i).astype(jnp.float32)
-        gate_w, up_w = tiles.weight(w_gate, i), tiles.weight(w_up, i)
+        gate_w, up_w = tiles.weight(w_gate, i, x.dtype), tiles.weight(w_up, i, x.dtype)
         hidden, pull = jax.vjp(
             lambda gate, up: swiglu(gate, up, limit), _dot(rows, gate_w), _dot(rows, up_w)
         )
@@ -138,11 +138,11 @@ class _Tiles:
     def product(self, rows, w, i, in_fp8):
         if in_fp8:
             return fp8_matmul(rows, _expert(w, self.expert[i]))
-        return _dot(rows, self.weight(w, i))
+        return _dot(rows, self.weight(w, i, rows.dtype))
 
-    def weight(self, w, i):
+    def weight(self, w, i, dtype):
         w = _expert(w, self.expert[i])
-        return w.dequantize() if isinstance(w, QuantizedArray) else w
+        return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
 
     def add_weight(self, d_w, i, rows, d_rows):
         if d_w is None:
@@ -183,5 +183,4 @@ def _cast_like(d_w, w):
 def _dot(a, b):
     """float32 product of [m, k] and [k, n]."""
     wide = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    b = b.astype(a.dtype)
     return jnp.dot(a, b, precision=wide, preferred_element_type=jnp.float32)

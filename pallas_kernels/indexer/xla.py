@@ -13,6 +13,7 @@ from pallas_kernels.formats.pages import PAGE, Pages
 
 BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 1024
+ROW_ENTRIES = 256  # of one query on a CPU, which has few where the context is short
 PIECE = 16_384  # scores of a query among which the largest are searched at once
 
 
@@ -57,6 +58,7 @@ def index_topk(
     chunk = min(BLOCK_ENTRIES, num_entries)
     if block == 1 and target_platform() == "cpu":
         q = q.astype(jnp.float32)  # products of one row are faster in it
+        chunk = min(ROW_ENTRIES, num_entries)
 
     def select(
         scores, i

@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels.formats.quantize import (
     QuantizedArray,
     cast,
+    cast_exactly,
     decode_e2m1,
     encode_e2m1,
     hadamard,
@@ -266,6 +267,17 @@ def test_every_e4m3_code_dequantizes_to_its_value_times_the_scale():
     weight = QuantizedArray(values, scale, (128, 128)).dequantize()
     np.testing.assert_array_equal(weight, E4M3.reshape(16, 16) * 0.125)  # NaNs equal too
     assert_same_bits(np.signbit(weight), (codes & 0x80) != 0)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 1.0, 2.0**100])
+def test_what_is_cast_exactly_is_cast(scale):
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    values = np.asarray(jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn), np.float32) * scale
+
+    found = cast_exactly(jnp.asarray(values), jnp.bfloat16)
+
+    np.testing.assert_array_equal(np.asarray(found, np.float32), values)  # NaN where NaN is
+    assert cast_exactly(jnp.asarray(values), jnp.float32).dtype == jnp.float32
 
 
 def test_first_codes_are_the_first_half_of_the_inputs():
