@@ -66,9 +66,10 @@ def by_expert(
 def _xla(expert: jax.Array, num_experts: int) -> Order:
     """In blocks of rows: those of the same expert in earlier blocks come before a block's, too."""
     num_rows, num = expert.shape[0], num_experts + 1
-    padded = jnp.pad(expert, (0, -num_rows % COUNT_BLOCK), constant_values=num)
-    blocks = padded.reshape(-1, COUNT_BLOCK)
-    before = jnp.arange(COUNT_BLOCK)[:, None] > jnp.arange(COUNT_BLOCK)
+    block = min(COUNT_BLOCK, num_rows)
+    padded = jnp.pad(expert, (0, -num_rows % block), constant_values=num)
+    blocks = padded.reshape(-1, block)
+    before = jnp.arange(block)[:, None] > jnp.arange(block)
     same = blocks[:, :, None] == blocks[:, None, :]
     within = jnp.sum(same & before, axis=-1, dtype=jnp.int32)
     chosen = blocks[:, :, None] == jnp.arange(num)
