@@ -31,7 +31,7 @@ def engine(slots: int, tokens: int) -> Engine:
 @functools.cache
 def trainer() -> Trainer:
     model = v4jax.load(folder, v4jax.plain(), use="train")
-    return Trainer(model, v4jax.train.adamw(1e-6), weights=ALONE, remat=False)
+    return Trainer(model, v4jax.train.adamw(1e-6), weights=ALONE, remat="none")
 
 
 def submit(of: Engine, tokens: int, batch: int, new_tokens: int):
