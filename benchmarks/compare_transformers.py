@@ -107,6 +107,15 @@ def row(name: str, ours: dict, theirs: dict) -> str:
     return f"| {name} | {times} | {ratios} |"
 
 
+def commands(
+    python: str, checkpoint: pathlib.Path, converted: pathlib.Path
+) -> tuple[list[str], list[str]]:
+    """What starts this project's side and that of `python`, for which the weights are converted."""
+    Conversion(checkpoint, converted, to="bf16", naming="transformers").run()
+    ours = [sys.executable, str(FOLDER / "ours.py"), str(checkpoint)]
+    return ours, [python, str(FOLDER / "theirs.py"), str(converted)]
+
+
 def main() -> None:
     """Prints the tables, and writes the figures to a file if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -120,10 +129,8 @@ def main() -> None:
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        theirs = pathlib.Path(folder) / "transformers"
-        Conversion(args.checkpoint, theirs, to="bf16", naming="transformers").run()
-        ours = [sys.executable, str(FOLDER / "ours.py"), str(args.checkpoint)]
-        torch = [args.python, str(FOLDER / "theirs.py"), str(theirs)]
+        converted = pathlib.Path(folder) / "transformers"
+        ours, torch = commands(args.python, args.checkpoint, converted)
 
         def start(**settings: str) -> list[Side]:
             return [Side(command, args.threads, **settings) for command in (ours, torch)]

@@ -3,10 +3,13 @@
     python -m benchmarks.training_memory indexer head --chip v6e
     python -m benchmarks.training_memory step --chip cpu
     python -m benchmarks.training_memory optimizer --chip v6e
+    python -m benchmarks.training_memory remat --chip cpu
 
 `indexer` is the gradient of the selected scores of one layer of Flash, `head` that of a cross-entropy through
 Flash's output head, and `step` a whole step of a small model: in bfloat16, with the rounding in the loop, and
-with experts that stay packed. `optimizer` is AdamW's update of four arrays by each dtype of its state. A chip needs `pip install 'v4jax[tpu]'` and no TPU.
+with experts that stay packed. `optimizer` is AdamW's update of four arrays by each dtype of its state. `remat` is
+a step of nano by each policy of what layers keep, which on a CPU also runs. A chip needs `pip install
+'v4jax[tpu]'` and no TPU.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import collections
 import dataclasses
 import os
 import re
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -26,6 +30,7 @@ import v4jax
 from pallas_kernels.indexer import selected_scores
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.quantization import everything, is_expert, not_expert, to_released
+from v4jax.nn.remat import POLICIES
 from v4jax.planning.topologies import compile_on
 from v4jax.train.optimizers import STATE_DTYPES, adamw
 from v4jax.train.step import TrainStep
@@ -144,7 +149,44 @@ def optimizer(chip: str) -> None:
         _print(f"AdamW, state in {dtype}", compiled, held)
 
 
-PARTS = {"indexer": indexer, "head": head, "step": step, "optimizer": optimizer}
+def remat(chip: str) -> None:
+    """Of 1,024 and 4,096 tokens through nano in float32; seconds are the least of three runs."""
+    for length in (1024, 4096):
+        for name in POLICIES:
+            tokens = [ShapeDtypeStruct((1, length), jnp.int32)] * 3
+            training = TrainStep(_abstract(v4jax.nano(), v4jax.plain()), adamw(1e-3), remat=name)
+            state = jax.eval_shape(training.init)
+            compiled = _compiled(chip, training.compiled_step, state, *tokens)
+            memory = compiled.memory_analysis()
+            kept = f"{memory.temp_size_in_bytes / 1e6:.0f} MB, on the host {memory.host_temp_size_in_bytes / 1e6:.0f}"
+            print(
+                f"{length} tokens, {name}: {kept}{_seconds(compiled, chip, state, tokens)}",
+                flush=True,
+            )
+
+
+def _seconds(compiled: jax.stages.Compiled, chip: str, *arguments) -> str:
+    """The least time of a training step, on arrays of these shapes."""
+    if chip != "cpu":
+        return ""
+    state, tokens = jax.tree.map(lambda x: jnp.full(x.shape, 1e-2).astype(x.dtype), arguments)
+    times = []
+    for _ in range(3):
+        started = time.process_time(), time.monotonic()
+        state, metrics = compiled(state, *tokens)
+        jax.block_until_ready((state, metrics))
+        times.append((time.process_time() - started[0], time.monotonic() - started[1]))
+    cpu, wall = min(times)
+    return f"; {cpu:.2f} CPU s, {wall:.2f} s"
+
+
+PARTS = {
+    "indexer": indexer,
+    "head": head,
+    "step": step,
+    "optimizer": optimizer,
+    "remat": remat,
+}
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def train(
       indexer: weight of the indexer's loss.
       steps: by their numbers, which choose rows.
     """
-    trained = TrainStep(model, muon(rate), LossWeights(indexer=indexer), remat=False)
+    trained = TrainStep(model, muon(rate), LossWeights(indexer=indexer), remat="none")
     state, losses, curve = trained.init(), [], []
     inputs, following = rows(seed + 1, 0, HELDOUT)
     for number in steps:

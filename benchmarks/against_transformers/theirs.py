@@ -1,8 +1,10 @@
 """transformers on torch: python theirs.py FOLDER, tasks on stdin (benchmarks/compare_transformers.py)."""
 
 import functools
+import pathlib
 import sys
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -73,4 +75,59 @@ def train(clock, tokens: int) -> float:
         return loss.item()
 
 
-serve({"prefill": prefill, "first": prefill, "decode": decode, "train": train})
+def recording(found: dict[str, list[np.ndarray]]) -> list:
+    """Hooks that append what layers choose, in their order; with `remove` they go."""
+
+    def experts(module, given, out):
+        found["experts"].append(out[2].numpy())  # of logits, weights and indices [T, K]
+
+    def entries(module, given, out):
+        found["selections"].append(out.numpy())  # [1, T, S], -1 for none
+
+    kinds = {".mlp.gate": experts, ".indexer": entries}
+    return [
+        module.register_forward_hook(hook)
+        for name, module in model.named_modules()
+        for end, hook in kinds.items()
+        if name.endswith(end)
+    ]
+
+
+def gradients(clock, tokens: int, output: str) -> float:
+    """The loss. Writes weights and gradients to output/weights and output/gradients, and choices.npz."""
+    model.train()
+    model.zero_grad()
+    ids = batch_of(tokens + 1, 1)
+    chosen: dict[str, list[np.ndarray]] = {"experts": [], "selections": []}
+    hooks = recording(chosen)
+    with clock.counting():
+        logits = model(ids[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:])
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    pathlib.Path(output).mkdir(parents=True)
+    np.savez(
+        pathlib.Path(output) / "choices.npz",
+        experts=np.stack(chosen["experts"], axis=1)[None],  # [1, T, layers, K]
+        selections=np.stack(chosen["selections"], axis=2),  # [1, T, layers with an indexer, S]
+    )
+    weights = dict(model.named_parameters())
+    found = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for name, weight in weights.items()
+    }
+    for name, values in (("weights", weights), ("gradients", found)):
+        model.save_pretrained(pathlib.Path(output) / name, state_dict=values)
+    return loss.item()
+
+
+serve(
+    {
+        "prefill": prefill,
+        "first": prefill,
+        "decode": decode,
+        "train": train,
+        "gradients": gradients,
+    }
+)

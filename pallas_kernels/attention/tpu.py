@@ -9,10 +9,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import block_sizes, tpu_backward, tpu_packed, tpu_prefill
 from pallas_kernels.formats import tpu_rows
 from pallas_kernels.formats.pages import Pages
+from pallas_kernels.residuals import ATTENDED
 from pallas_kernels.selection import num_reached
 
 
@@ -67,6 +69,7 @@ def _fwd(q, window, entries, sink, bits, start, ratio, scale, interpret):
         **layout.static(scale, interpret),
     )
     out, lse = layout.unrows(out), lse[:, : layout.num_queries]
+    out, lse = checkpoint_name(out, ATTENDED), checkpoint_name(lse, ATTENDED)
     return (out, lse), (q, window, entries, sink, bits, start, out, lse)
 
 

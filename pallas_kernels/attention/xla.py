@@ -19,9 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.formats.pages import PAGE, Pages
 from pallas_kernels.formats.quantize import cast
+from pallas_kernels.residuals import ATTENDED
 
 BLOCK_QUERIES = 128
 BLOCK_ENTRIES = 512
@@ -98,6 +100,7 @@ def _visible(near, q_i, entries, chunks, scale, dtype):
 
 def _fwd(q, window, entries, sink, indices, positions, first, ratio, scale):
     out, lse = _forward(q, window, entries, sink, indices, positions, first, ratio, scale)
+    out, lse = checkpoint_name(out, ATTENDED), checkpoint_name(lse, ATTENDED)
     return (out, lse), (q, window, entries, sink, indices, positions, first, out, lse)
 
 

@@ -36,7 +36,7 @@ RULE = Anticipation(delay=2, steps=3)
 @pytest.fixture(scope="module")
 def training():
     """A compiled step, and its first state as arrays of the host."""
-    options = dict(bias_speed=SPEED, skip_above=1e3, anticipate=RULE, remat=False)
+    options = dict(bias_speed=SPEED, skip_above=1e3, anticipate=RULE, remat="none")
     training = TrainStep(random_model(CFG), adamw(3e-2), **options)
     return training, jax.tree.map(np.array, training.init())
 
@@ -199,7 +199,7 @@ def test_two_devices_take_the_steps_of_one(training, tmp_path):
     rule = Anticipation(when="always", delay=2)
     mesh = make_mesh(fsdp=2)
     with jax.set_mesh(mesh):
-        options = dict(bias_speed=SPEED, micro_batches=2, anticipate=rule, remat=False)
+        options = dict(bias_speed=SPEED, micro_batches=2, anticipate=rule, remat="none")
         cut = TrainStep(random_model(CFG), adamw(3e-2), **options)
         found, state = _steps(cut, cut.init(), range(3), rule)
         for (*_, metrics), (*_, alone) in zip(found, expected, strict=True):

@@ -111,13 +111,13 @@ def test_training_is_four_forward_passes_with_a_head_for_every_token():
     forward = costs.prefill_flops(cfg, 100) + costs.head_flops(cfg) * 99
 
     assert costs.training_flops(cfg, 100).total == pytest.approx(4 * forward.total)
-    assert costs.training_flops(cfg, 100, remat=False).total == pytest.approx(3 * forward.total)
+    assert costs.training_flops(cfg, 100, remat="none").total == pytest.approx(3 * forward.total)
     # Weights that stay need no gradient; scores and sums of attention have one in any case.
-    lora = costs.training_flops(cfg, 100, remat=False, trainable="lora")
+    lora = costs.training_flops(cfg, 100, remat="none", trainable="lora")
     assert lora.linear == pytest.approx(2 * forward.linear)
     assert lora.attention == pytest.approx(3 * forward.attention)
     experts = 2 * 3 * cfg.moe.experts_per_token * cfg.embed_dim * cfg.moe.expert_dim
-    stays = costs.training_flops(cfg, 100, remat=False, trainable="no-experts")
+    stays = costs.training_flops(cfg, 100, remat="none", trainable="no-experts")
     saved = 3 * forward.linear - stays.linear
     assert saved == pytest.approx(100 * len(cfg.layers) * experts)
     with pytest.raises(ValueError, match="trainable='some': expected 'all', 'no-experts'"):

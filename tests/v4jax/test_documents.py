@@ -65,7 +65,7 @@ def _model():
 def _program():
     """(batch) -> metrics, and gradients by path."""
     graphdef, params, fixed = nnx.split(_model(), nnx.Param, ...)
-    step = jax.jit(loss_and_gradients(graphdef, WEIGHTS, TRAIN, remat=False))
+    step = jax.jit(loss_and_gradients(graphdef, WEIGHTS, TRAIN, remat="none"))
 
     def run(batch: Batch):
         gradients, metrics = step(params, fixed, *batch)
@@ -146,7 +146,7 @@ def test_packed_rows_are_cut_over_a_mesh(shape):
     expected, expected_gradients = _program()(packed(140, 140, 140))
     with jax.set_mesh(make_mesh(**shape)):
         graphdef, params, fixed = nnx.split(random_model(CFG, rules=TRAIN, seed=1), nnx.Param, ...)
-        run = jax.jit(loss_and_gradients(graphdef, WEIGHTS, TRAIN, remat=False))
+        run = jax.jit(loss_and_gradients(graphdef, WEIGHTS, TRAIN, remat="none"))
         gradients, metrics = run(params, fixed, *jax.tree.map(jnp.asarray, batch))
 
     for name in TERMS:

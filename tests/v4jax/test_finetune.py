@@ -24,6 +24,7 @@ from v4jax.train.indexer_warmup import IndexerWarmup
 from v4jax.train.losses import Metrics
 from v4jax.train.preferences import log_probs
 from v4jax.train.step import TrainStep
+from v4jax.train.trainer import Trainer
 
 
 class Killed(BaseException):
@@ -182,6 +183,23 @@ def test_a_state_is_not_continued_with_other_settings(run):
         with pytest.raises(ValueError, match=f"other settings: {name.replace('-', '_')}"):
             run(**{name: value})
     run()  # the same settings
+
+
+def test_what_layers_keep_is_said_by_name_and_may_change_in_a_run(run, monkeypatch, capsys):
+    taken = []
+
+    def recorded(*args, **options):
+        taken.append(options["remat"])
+        return Trainer(*args, **options)
+
+    monkeypatch.setattr(finetune, "Trainer", recorded)
+    run()
+    run("--remat", "outputs")
+
+    assert taken == ["layers", "outputs"]
+    with pytest.raises(SystemExit):
+        run("--remat", "all")
+    assert "argument --remat: invalid choice: 'all'" in capsys.readouterr().err
 
 
 def test_the_source_is_never_deleted(run):

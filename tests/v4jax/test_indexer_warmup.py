@@ -103,7 +103,7 @@ def tokens() -> np.ndarray:
 
 def _gradients(cfg, loss, tokens, **options):
     graphdef, params, fixed = nnx.split(random_model(cfg), nnx.Param, ...)
-    step = jax.jit(loss_and_gradients(graphdef, loss, TRAIN, remat=False, **options))
+    step = jax.jit(loss_and_gradients(graphdef, loss, TRAIN, remat="none", **options))
     gradients, metrics = step(params, fixed, *map(jnp.asarray, shifted(tokens)))
     flat = nnx.to_flat_state(gradients)
     return {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in flat}, metrics
@@ -167,8 +167,8 @@ def _arrays(model):
 def test_what_cannot_be_warmed_up_is_said(tokens):
     window = dataclasses.replace(CONFIG, layers=tiny().layers[:1])
     with pytest.raises(ValueError, match="has no indexer to warm up: expected a CSA layer"):
-        IndexerWarmup()(random_model(window), shifted(tokens), remat=False)
+        IndexerWarmup()(random_model(window), shifted(tokens), remat="none")
     picks = Choices(selections=jnp.zeros((2, LENGTH, 1, 4), jnp.int32))
     batch = Batch(*shifted(tokens), None, None, None, picks)
     with pytest.raises(ValueError, match="selections in a warm-up: expected none"):
-        IndexerWarmup()(random_model(CONFIG), batch, remat=False)
+        IndexerWarmup()(random_model(CONFIG), batch, remat="none")

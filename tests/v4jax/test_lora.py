@@ -86,7 +86,7 @@ def test_a_new_adapter_changes_nothing_and_one_that_has_learnt_can_be_merged(tok
 def _step(graphdef, mesh):
     """Compiled once for models that differ in their arrays alone."""
     del mesh  # the ambient one
-    return jax.jit(loss_and_gradients(graphdef, LossWeights(), TRAIN, remat=False))
+    return jax.jit(loss_and_gradients(graphdef, LossWeights(), TRAIN, remat="none"))
 
 
 def _gradients(model: Transformer, tokens) -> dict[str, np.ndarray]:

@@ -74,7 +74,7 @@ def test_a_steps_number_says_what_is_left_out(tokens):
     model = _adapted()
     assert drops(model) and not drops(_adapted(dataclasses.replace(LORA, dropout=0.0)))
     whole = _cross_entropy(model, tokens)
-    training = TrainStep(model, adamw(0.0), trainable=trains, remat=False, seed=3)
+    training = TrainStep(model, adamw(0.0), trainable=trains, remat="none", seed=3)
     state, found = training.init(), []
     with pytest.raises(ValueError, match="number=None with LoRA dropout"):
         training.step(state, shifted(tokens))

@@ -50,7 +50,7 @@ def gradients(model, tokens):
 
     def terms(params):
         model = nnx.merge(graphdef, params, fixed)
-        _, metrics = training_loss(model, *shifted(tokens), LossWeights(balance=0.0), remat=False)
+        _, metrics = training_loss(model, *shifted(tokens), LossWeights(balance=0.0), remat="none")
         return jnp.stack([metrics.indexer, metrics.ce + metrics.mtp_ce])
 
     jacobian = jax.jit(jax.jacrev(terms))(params)
@@ -91,7 +91,7 @@ def test_cross_entropy_is_that_of_the_logits(model, tokens):
 
 def test_terms_of_the_loss(model, tokens):
     weights = LossWeights(mtp=0.3, balance=0.01, indexer=0.5, z=0.02)
-    loss, metrics = jax.jit(lambda t: training_loss(model, *shifted(t), weights, remat=False))(
+    loss, metrics = jax.jit(lambda t: training_loss(model, *shifted(t), weights, remat="none"))(
         tokens
     )
 

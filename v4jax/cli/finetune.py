@@ -80,6 +80,7 @@ _FREE = (
     "tokenizer",
     "save",
     "mesh",
+    "remat",
     *("config", "sample", "sample_tokens", "tensorboard", "export", "max_skipped"),
     *("distributed", "coordinator", "num_processes", "process_id"),
 )
@@ -220,6 +221,7 @@ def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
         weights=weights,
         qat=args.qat,
         bias_speed=args.bias_speed,
+        remat=args.remat,
         micro_batches=args.micro_batches,
         skip_above=skip_above,
         anticipate=anticipate,
@@ -315,7 +317,7 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
     del model
     flops = None
     if args.trainable:  # of names it is not counted
-        one = costs.training_flops(cfg, args.seq_len, remat=False, trainable=args.trainable)
+        one = costs.training_flops(cfg, args.seq_len, remat="none", trainable=args.trainable)
         flops = args.batch_size * one.total
     trainer.fit(
         data,

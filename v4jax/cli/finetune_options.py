@@ -9,6 +9,7 @@ from v4jax.cli.pod import add_pod_arguments, parse_pod_args
 from v4jax.cli.settings import add_config_option, words_with_config
 from v4jax.config import VARIANTS
 from v4jax.nn.lora import PRESETS
+from v4jax.nn.remat import POLICIES
 from v4jax.train.anticipation import WHEN
 from v4jax.train.data.examples import TOO_LONG
 from v4jax.train.export import FORMATS
@@ -216,6 +217,12 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         type=positive,
         default=1,
         help="parts of a batch, whose gradients are taken one after the other and added up",
+    )
+    rule.add_argument(
+        "--remat",
+        choices=list(POLICIES),
+        default="layers",
+        help="what layers keep for the backward pass, from most memory to least; the rest is computed again",
     )
     rule.add_argument(
         "--skip-above",

@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -33,11 +34,13 @@ from v4jax.cli.errors import one_message
 from v4jax.cli.options import command_parser
 from v4jax.config import VARIANTS, V4Config
 from v4jax.nn.lora import PRESETS, LoRA
+from v4jax.nn.remat import POLICIES
 from v4jax.planning import costs
 from v4jax.planning.capacity import Workload
 from v4jax.planning.compiled import peak_of, schedule
 from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
 from v4jax.planning.plan import EXPERTS, TRAINED, Job, MeshChoice, choose_mesh, program
+from v4jax.planning.policies import PolicyCosts, by_policy
 from v4jax.planning.roofline import Roofline, roofline
 from v4jax.planning.step_report import StepReport, measure
 from v4jax.planning.topologies import COMPILER_OPTIONS, Slice, chip_of, topology_devices
@@ -81,6 +84,7 @@ class Report:
     collectives: list[Collective]
     exchanges: list[Exchange]  # asynchronous ones that carry rows of experts
     roofline: Roofline | None
+    policies: list[PolicyCosts]  # of training
     lower_seconds: float
     compile_seconds: float
     has_code: bool  # False: compilation was stopped once memory was assigned and the HLO scheduled
@@ -129,6 +133,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=16, help="lora: columns of an adapter")
     parser.add_argument(
         "--lora-targets", choices=sorted(PRESETS), default="attention", help="lora: which matrices"
+    )
+    parser.add_argument(
+        "--remat",
+        choices=list(POLICIES),
+        default="layers",
+        help="train: what layers keep for the backward pass, from most memory to least",
     )
     parser.add_argument(
         "--cache",
@@ -247,6 +257,7 @@ def plan(
         collectives=sent,
         exchanges=beside,
         roofline=bound,
+        policies=by_policy(cfg, job, sizes) if job.kind == "train" else [],
         lower_seconds=round(lowering, 1),
         compile_seconds=round(seconds, 1),
         has_code=has_code,
@@ -307,6 +318,7 @@ def describe(report: Report, cfg: V4Config) -> str:
             per_chip = f"   per chip {size * chip.devices_per_chip / GiB:9.2f}"
         lines += [f"  {name:18} {size / GiB:9.2f}{per_chip}"] if size else []
     lines.append("fits" if report.fits else "DOES NOT FIT")
+    lines += describe_policies(report.policies, report.job.remat)
     bound = report.roofline
     if bound is None:  # the program was not compiled to its end
         return "\n".join([*lines, report.error.split("\n")[0]])
@@ -337,6 +349,19 @@ def describe(report: Report, cfg: V4Config) -> str:
         f"  at most {bound.tokens_per_second:,.0f} tokens/s on {report.chips} chips: {bound.bound}",
     ]
     return "\n".join([*lines, *_kinds(cfg, report.job)])
+
+
+def describe_policies(policies: Sequence[PolicyCosts], chosen: str) -> list[str]:
+    """What --remat would change, a line each; nothing of jobs that do not train."""
+    if not policies:
+        return []
+    title = "GiB that layers keep for the backward pass, and TFLOP, of a device by arithmetic"
+    lines = [f"--remat (here {chosen}): {title}"]
+    for one in policies:
+        kept = "everything" if one.kept is None else f"{one.kept / GiB:10.2f}"
+        host = f"   on the host {one.host / GiB:.2f}" if one.host else ""
+        lines.append(f"  {one.name:10} {kept:>10} {one.flops / 1e12:10.3f}{host}")
+    return lines
 
 
 def _kinds(cfg: V4Config, job: Job) -> list[str]:
@@ -399,6 +424,7 @@ def main() -> None:
         cache=args.cache,
         trainable=args.trainable,
         lora=LoRA(rank=args.lora_rank, targets=args.lora_targets),
+        remat=args.remat,
     )
     if args.step:
         step = plan_step(cfg, args.topology, job, args.mesh, has_code=not args.schedule, say=say)

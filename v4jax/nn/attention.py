@@ -40,6 +40,7 @@ from v4jax.nn.layers import (
     rope_frequencies,
     rotate,
 )
+from v4jax.nn.remat import PICKED, named
 from v4jax.nn.shared import Shared
 
 
@@ -132,6 +133,7 @@ class Attention(nnx.Module):
             return self._output(out, positions), loss, Shared(entries)
         if selection is None:
             picked = self.indexer.select(queries, weights, keys, positions, first)
+            picked = named(picked, PICKED)
         else:
             picked = Selection.of_indices(selection, keys.shape[1])
         out, log_denominator = self._attend(q, window, entries, picked, positions, first)

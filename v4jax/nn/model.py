@@ -45,6 +45,7 @@ from v4jax.nn.placement import (
     on_mesh,
     specs,
 )
+from v4jax.nn.remat import ATTENTION, EXPERTS, STREAMS, named, recomputed
 from v4jax.nn.rounding import rounded
 from v4jax.nn.shared import Shared
 
@@ -85,6 +86,7 @@ class Block(nnx.Module):
         out, indexer_loss, made = self.attention(
             self.attn_norm(x), documents, choices.selection, shared
         )
+        out = named(out, ATTENTION)
         streams, router = self._feed_forward(out, streams, mix, tokens, documents, choices.experts)
         return streams, BlockStats(jnp.asarray(indexer_loss, jnp.float32), router), made
 
@@ -105,6 +107,7 @@ class Block(nnx.Module):
         """From the output of attention on: the streams are passed over once between the two."""
         streams, x, *mix = self.ffn_hc.post_pre(out, streams, *mix)
         out, stats = self.moe(self.ffn_norm(x), tokens, documents, experts)
+        out = named(out, EXPERTS)
         return self.ffn_hc.post(out, streams, *mix), stats
 
 
@@ -226,7 +229,7 @@ class Stage(nnx.Module):
         shared: Shared = Shared(),
         *,
         is_source: bool = False,
-        remat: bool,
+        remat: str,
         as_released: bool,
     ) -> tuple[jax.Array, tuple[BlockStats, ...], Shared]:
         """Runs all blocks; the stats have one entry per block of the pattern, [repeats, ...].
@@ -235,16 +238,18 @@ class Stage(nnx.Module):
           choices: one for each of the stage's layers.
           shared: what earlier layers made for the stage's only layer.
           is_source: others use what the stage's only layer makes. It is returned then, and kept for the
-            backward pass with `remat` too: made once, its gradient is the sum of all users'.
+            backward pass whatever `remat` says: made once, its gradient is the sum of all users'.
+          remat: what layers keep for the backward pass (`v4jax.nn.remat`).
         """
 
         def layer(block, streams, chosen, shared):
             block = gathered(block, streams.dtype, as_released=as_released)
+            streams = named(streams, STREAMS)
             streams, stats, made = block(streams, tokens, documents, chosen, shared)
             return streams, stats, made if is_source else Shared()
 
         # Layer by layer: the backward pass then holds the gathered, or rounded, weights of one at a time.
-        layer = jax.checkpoint(layer) if remat else layer
+        layer = recomputed(layer, remat)
 
         def body(streams, layers):
             stats = []
@@ -410,16 +415,17 @@ class Transformer(nnx.Module):
         documents: Documents | None = None,
         choices: Choices = Choices(),
         *,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[jax.Array, "B T MD"], tuple[tuple[BlockStats, ...], ...]]:
         """All layers: streams [B, T, M * D] and per stage and block the stats [repeats, ...].
 
         Args:
           documents: what the rows of `tokens` hold, if not one sequence each.
           choices: experts and entries to take in place of the layers' own.
+          remat: what layers keep for a backward pass (`v4jax.nn.remat`).
 
         Raises:
-          ValueError: `choices` have other shapes than model and tokens.
+          ValueError: `choices` have other shapes than model and tokens; an unknown `remat`.
         """
         streams = self.streams(self.embedding(tokens))
         stats, chosen = [], choices.by_layer(self.cfg, tokens.shape)

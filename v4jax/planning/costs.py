@@ -19,7 +19,9 @@ import collections
 import dataclasses
 
 from pallas_kernels.formats.records import FP4_WEIGHTS, FP8_WEIGHTS, INDEX_KEYS, KV_ROWS
+from pallas_kernels.selection import ENTRIES_PER_WORD_ROW
 from v4jax.config import IndexerSpec, LayerSpec, V4Config
+from v4jax.nn.remat import require_policy
 
 _FP8_WEIGHT = 1 + 1 / (FP8_WEIGHTS.block * FP8_WEIGHTS.outputs)  # bytes, with its share of a scale
 
@@ -114,21 +116,25 @@ def prefill_flops(cfg: V4Config, length: int, *, masked: bool = False) -> Flops:
 
 
 def training_flops(
-    cfg: V4Config, length: int, *, remat: bool = True, trainable: str = "all"
+    cfg: V4Config, length: int, *, remat: str = "layers", trainable: str = "all"
 ) -> Flops:
     """One sequence of `length` tokens forward and backward, with its MTP blocks.
 
     A backward pass is two forward passes' work, and one where weights stay, which need no gradient of
-    their own; `remat` adds one that computes activations again. Adapters are not counted.
+    their own. Adapters are not counted.
 
     Args:
+      remat: a policy of `v4jax.nn.remat`. What it computes again is counted: a forward pass of "layers" and
+        "offload", of the others what they do not keep. The head's logits, which are formed twice under
+        every policy, are left out of "none", so that it is the work of the model alone.
       trainable: "all"; "no-experts", where routed experts stay; "lora", where all weights do; or
         "indexer", a warm-up: a forward pass without MTP and with attention to all entries, and for
         layers with an indexer the scores of attention again, and the indexer's backward pass.
 
     Raises:
-      ValueError: another `trainable`.
+      ValueError: another `trainable` or `remat`.
     """
+    require_policy(remat)
     if trainable not in ("all", "no-experts", "lora", "indexer"):
         raise ValueError(
             f"trainable={trainable!r}: expected 'all', 'no-experts', 'lora' or 'indexer'."
@@ -147,10 +153,56 @@ def training_flops(
         "no-experts": Flops(linear=experts),
         "lora": Flops(linear=flops.linear, wide=flops.wide),
     }[trainable]
-    return flops * (4 if remat else 3) + stays * -1
+    again = Flops() if remat == "none" else flops + _spared_flops(cfg, length, remat) * -1
+    return flops * 3 + again + stays * -1
 
 
-def _warmup_flops(cfg: V4Config, length: int, *, remat: bool) -> Flops:
+def _spared_flops(cfg: V4Config, length: int, remat: str) -> Flops:
+    """Forward FLOP of a sequence whose results a policy keeps, though it computes other parts again."""
+    spared = Flops()
+    if remat in (
+        "outputs",
+        "attention",
+    ):  # the last matrices of attention, experts and shared expert
+        moe, latent = cfg.moe, cfg.o_groups * cfg.o_lora_rank
+        inputs = latent + (moe.experts_per_token + 1) * moe.expert_dim
+        spared += Flops(linear=2.0 * inputs * cfg.embed_dim * length * len(cfg.layers))
+    if remat == "attention":
+        for spec in cfg.layers:
+            spared += _prefill_context_flops(cfg, spec, length)
+    return spared
+
+
+def kept_bytes(
+    cfg: V4Config, spec: LayerSpec, length: int, remat: str, *, tensor: int = 1, width: int = 2
+) -> float | None:
+    """Bytes of device memory that a layer keeps of each token for the backward pass.
+
+    Args:
+      length: tokens of a sequence, which picks are bits of the entries of (as TPU kernels have them).
+      tensor: parts that heads are cut into.
+      width: bytes of an activation.
+
+    Returns:
+      None for "none", which keeps what the compiler does not compute again.
+
+    Raises:
+      ValueError: another `remat`.
+    """
+    require_policy(remat)
+    if remat == "none":
+        return None
+    channels = {"offload": 0, "layers": cfg.num_streams}.get(remat, cfg.num_streams + 2)
+    kept = float(width * channels * cfg.embed_dim)
+    if remat == "attention":
+        kept += (width * cfg.head_dim + 4) * cfg.num_heads / tensor
+        if spec.own_indexer and spec.compressor:
+            kept += -(-(length // spec.ratio) // ENTRIES_PER_WORD_ROW) * ENTRIES_PER_WORD_ROW / 8
+    return kept
+
+
+def _warmup_flops(cfg: V4Config, length: int, *, remat: str) -> Flops:
+    again = remat != "none"
     flops = prefill_flops(cfg, length, masked=True) + head_flops(cfg) * (length - 1)
     for spec in cfg.layers:
         if not (spec.own_indexer and spec.compressor):
@@ -162,8 +214,8 @@ def _warmup_flops(cfg: V4Config, length: int, *, remat: bool) -> Flops:
             wide=2.0 * cfg.embed_dim * (index.num_heads + 2 * halves * index.head_dim) * length,
             indexer=seen.indexer,
         )
-        # What attention looks at: its scores, half of what it computes, once more with `remat`.
-        flops += own * (3 if remat else 2) + Flops(attention=seen.attention / 2) * (1 + remat)
+        # What attention looks at: its scores, half of what it computes, once more if made again.
+        flops += own * (2 + again) + Flops(attention=seen.attention / 2) * (1 + again)
     return flops
 
 

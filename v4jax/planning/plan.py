@@ -28,6 +28,7 @@ from v4jax.nn.model import Stage, Transformer
 from v4jax.nn.numerics import plain, released
 from v4jax.nn.placement import FP4_BLOCK, check_mesh, is_rounded, specs
 from v4jax.nn.quantization import Chosen, to_float, to_released
+from v4jax.nn.remat import require_policy
 from v4jax.planning import costs
 from v4jax.train.indexer_warmup import IndexerWarmup
 from v4jax.train.optimizers import adamw
@@ -47,7 +48,8 @@ class Job:
     `experts`: "fp4", everything as the released checkpoints store it; "float", no quantised weight
     (bfloat16 when serving, float32 in training). `cache`: of `init_cache`; None is what serving takes,
     packed for "fp4". `trainable`: "all"; "no-experts", the experts stay as released; "indexer", the warm-up
-    of indexers; or "lora", adapters like `lora`. What does not train stays as released.
+    of indexers; or "lora", adapters like `lora`. What does not train stays as released. `remat`: what layers
+    keep for the backward pass (`v4jax.nn.remat`).
     """
 
     kind: str  # "prefill", "decode" or "train"
@@ -58,8 +60,14 @@ class Job:
     cache: CacheFormat = None
     trainable: str = "all"
     lora: LoRA = dataclasses.field(default_factory=LoRA)
+    remat: str = "layers"
 
     def __post_init__(self):
+        require_policy(self.remat)
+        if self.remat != "layers" and self.kind != "train":
+            raise ValueError(
+                f"remat={self.remat!r}: expected it for kind='train', and this is {self.kind!r}."
+            )
         if self.trainable not in TRAINED or (self.trainable != "all" and self.kind != "train"):
             raise ValueError(
                 f"trainable={self.trainable!r}: expected one of {tuple(TRAINED)}, for kind='train'."
@@ -177,7 +185,8 @@ def program(cfg: V4Config, job: Job, mesh: jax.sharding.Mesh) -> Program:
 def _train(model, job, mesh):
     loss = IndexerWarmup() if job.trainable == "indexer" else None
     trainable = TRAINED[job.trainable]
-    train = TrainStep(model, adamw(1e-4), rules=job.rules, trainable=trainable, loss=loss)
+    rule, rules = adamw(1e-4), job.rules
+    train = TrainStep(model, rule, rules=rules, trainable=trainable, loss=loss, remat=job.remat)
     state = jax.eval_shape(train.init)
     place = functools.partial(_place_variables, rules=job.rules, mesh=mesh)
     state = jax.tree.map(
@@ -364,11 +373,16 @@ def _estimate(
         return Estimate(
             parts.held, cache=sequence * sequences + nobody, transient=tokens * row_bytes(cfg)
         )
-    saved = sum(stage.repeats for stage in model.stages) * cfg.num_streams * cfg.embed_dim * 2
     heads = cfg.num_heads * cfg.head_dim / sizes["tensor"]
     rows = cfg.moe.experts_per_token * (cfg.embed_dim + cfg.moe.expert_dim / sizes["tensor"])
     # Arrays of a scanned body that live at once, as the compiler's memory reports show them.
     body = 2 * (20 * cfg.num_streams * cfg.embed_dim + 30 * heads + 12 * rows)
+    kept = [
+        costs.kept_bytes(cfg, spec, job.length, job.remat, tensor=sizes["tensor"])
+        for spec in cfg.layers
+    ]
+    # Of everything, 0.43 of 3.5 MB in one compiled step (docs/measurements/training_memory.md).
+    saved = sum(body / 8 if one is None else one for one in kept)
     transient = parts.largest_gathered + tokens * (saved + body)
     return Estimate(parts.held, optimizer=3 * parts.trained, transient=transient)
 

@@ -82,7 +82,8 @@ def job_flops(cfg: V4Config, job: Job) -> costs.Flops:
     """FLOP of a step on all devices together."""
     match job.kind:
         case "train":
-            return costs.training_flops(cfg, job.length, trainable=job.trainable) * job.batch
+            one = costs.training_flops(cfg, job.length, remat=job.remat, trainable=job.trainable)
+            return one * job.batch
         case "decode":
             return costs.decode_flops(cfg, job.context) * job.batch
         case _:  # the last chunk of the context, the dearest

@@ -59,7 +59,7 @@ class IndexerWarmup:
     """The loss of a warm-up, for `Trainer(..., trainable="indexer", loss=IndexerWarmup())`."""
 
     def __call__(
-        self, model: Transformer, batch: Sequence, *, remat: bool, shares: Counts | None = None
+        self, model: Transformer, batch: Sequence, *, remat: str, shares: Counts | None = None
     ) -> tuple[jax.Array, WarmupMetrics]:
         """Of what a step takes: this device's share of the indexers' loss, and metrics of all tokens.
 

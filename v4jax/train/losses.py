@@ -38,7 +38,7 @@ class LossWeights:
     z: float = 0.0
 
     def __call__(
-        self, model: Transformer, batch: Sequence, *, remat: bool, shares: "Counts | None" = None
+        self, model: Transformer, batch: Sequence, *, remat: str, shares: "Counts | None" = None
     ) -> tuple[jax.Array, "Metrics"]:
         """`training_loss` with these weights, of what a step takes: a `Batch`, or its first parts."""
         inputs, following, after, *rest = batch
@@ -106,7 +106,7 @@ class Loss(Protocol):
     """What a step is taken on. `LossWeights` are one, `preferences.DPO` another."""
 
     def __call__(
-        self, model: Transformer, batch: Sequence, *, remat: bool, shares: Counts | None = None
+        self, model: Transformer, batch: Sequence, *, remat: str, shares: Counts | None = None
     ) -> tuple[jax.Array, Metrics]:
         """This device's share of the loss, and metrics of all tokens; of a micro-batch, parts of them."""
 
@@ -142,7 +142,7 @@ def training_loss(
     after: Int32[jax.Array, "B T"],  # and those after these
     weights: LossWeights = LossWeights(),
     *,
-    remat: bool = True,
+    remat: str = "layers",
     loss_weights: Float32[jax.Array, "B T"] | None = None,  # of `following`
     after_weights: Float32[jax.Array, "B T"] | None = None,  # of `after`
     documents: Documents | None = None,

@@ -84,7 +84,7 @@ class DPO:
             )
 
     def __call__(
-        self, model: Transformer, batch: Sequence, *, remat: bool, shares: Counts | None = None
+        self, model: Transformer, batch: Sequence, *, remat: str, shares: Counts | None = None
     ) -> tuple[jax.Array, PreferenceMetrics]:
         """Of the parts of a `PairBatch`: the loss to differentiate, and metrics of all pairs.
 
@@ -151,7 +151,7 @@ class DPO:
 
 
 def row_log_probs(
-    model: Transformer, batch: PairBatch, *, remat: bool = False
+    model: Transformer, batch: PairBatch, *, remat: str = "none"
 ) -> tuple[jax.Array, tuple[tuple[BlockStats, ...], ...]]:
     """log p of each row's completion, [2 B] float32 and differentiable, and the layers' statistics."""
     streams, stats = model.trunk(batch.inputs, batch.documents, batch.choices, remat=remat)

@@ -20,6 +20,7 @@ from v4jax.nn.lora import dropping, drops
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import check_mesh, reduce_gradients, require_whole_blocks, specs
 from v4jax.nn.quantization import Chosen, everything, with_rounding
+from v4jax.nn.remat import require_policy
 from v4jax.train.anticipation import Anticipation, Routing, experts_of, has_next
 from v4jax.train.data import Data
 from v4jax.train.losses import Counts, Loss, LossWeights, Metrics, mean_share, without_ignored
@@ -66,7 +67,7 @@ class TrainStep:
       qat: take loss and gradients at the parameters as the released format would hold them, and
         apply the gradients to the float ones (docs/low_precision.md). Give the model `released`
         numerics then, so that activations are rounded too.
-      remat: recompute the layers in the backward pass.
+      remat: what layers keep for the backward pass and what they compute again (`v4jax.nn.remat`).
       bias_speed: of the routing bias, per step; the report pre-trains with 1e-3. 0: it stays.
       micro_batches: parts of a batch that gradients are taken of one after the other and added up, which
         needs the memory of one of them. The result is that of the whole batch.
@@ -79,7 +80,7 @@ class TrainStep:
 
     Raises:
       ValueError: a mesh that does not divide the model, `qat` without released numerics, nothing to
-        train, or a parameter to train that is not a float.
+        train, a parameter to train that is not a float, or an unknown `remat`.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class TrainStep:
         *,
         trainable: Chosen = everything,
         qat: bool = False,
-        remat: bool = True,
+        remat: str = "layers",
         bias_speed: float = 0.0,
         loss: Loss | None = None,
         micro_batches: int = 1,
@@ -101,6 +102,7 @@ class TrainStep:
     ):
         keep_programs()
         check_mesh(model.cfg, rules)
+        require_policy(remat)
         if qat and not model.numerics.is_released:
             raise ValueError(
                 f"qat=True with {model.numerics.name} numerics: expected released(...), whose "
@@ -290,7 +292,7 @@ def loss_and_gradients(
     graphdef,
     loss: Loss,
     rules: AxisRules,
-    remat: bool = True,
+    remat: str = "layers",
     micro_batches: int = 1,
     seed: int = 0,
 ):

@@ -22,6 +22,7 @@ from v4jax.nn.lora import LoRA, LoRAParam, add_lora
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, require_placed
 from v4jax.nn.quantization import Chosen, everything, is_indexer, not_expert, to_float
+from v4jax.nn.remat import require_policy
 from v4jax.train.anticipation import Anticipation
 from v4jax.train.data import Data
 from v4jax.train.events import Event, Record, StepDone
@@ -51,7 +52,9 @@ class Trainer:
         variable. What trains becomes float32.
       weights: of the terms of the loss.
       qat: train with the rounding of the released format in the loop (docs/low_precision.md).
-      remat: recompute layers in the backward pass.
+      remat: what layers keep for the backward pass: from most memory to least "none" (everything),
+        "attention", "outputs", "layers", which computes each layer again, or "offload"
+        (`v4jax.nn.remat`).
       bias_speed: of the routing bias, per step. Pre-training takes 1e-3; 0 leaves it.
       micro_batches: parts of a batch that gradients are taken of one after the other, which needs the
         memory of one of them. The result is that of the whole batch.
@@ -65,7 +68,7 @@ class Trainer:
       steps: steps taken so far.
 
     Raises:
-      ValueError: an unknown `trainable`, a LoRA target that no matrix has, weights that lie as serving
+      ValueError: an unknown `trainable` or `remat`, a LoRA target that no matrix has, weights that lie as serving
         reads them, or what `TrainStep` refuses.
     """
 
@@ -77,7 +80,7 @@ class Trainer:
         trainable: str | LoRA | Chosen = "all",
         weights: LossWeights = LossWeights(),
         qat: bool = False,
-        remat: bool = True,
+        remat: str = "layers",
         bias_speed: float = 0.0,
         micro_batches: int = 1,
         skip_above: float | Spikes = math.inf,
@@ -90,6 +93,7 @@ class Trainer:
                 f"trainable={trainable!r}: expected one of {', '.join(map(repr, TRAINABLE))}, a LoRA, or "
                 "a function of path and variable."
             )
+        require_policy(remat)
         self._mesh, self.steps = mesh_of(model), 0
         self.lora: LoRA | None = None
         chosen: Chosen
