@@ -60,9 +60,7 @@ def index_topk(
         q = q.astype(jnp.float32)  # products of one row are faster in it
         chunk = min(ROW_ENTRIES, num_entries)
 
-    def select(
-        scores, i
-    ):  # what an earlier block left in `scores` is no further than it is overwritten
+    def select(scores, i):  # `scores` hold those of an earlier block where this one sees nothing
         def mine(x):
             return jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
 

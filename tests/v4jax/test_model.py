@@ -17,7 +17,7 @@ from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, flash, plain, pro, released, tiny
 from v4jax.config import csa_layer, hca_layer, window_layer
 from v4jax.nn.cache import CacheFullError
-from v4jax.nn.model import plan_stages
+from v4jax.nn.stages import plan_stages
 from v4jax.planning.describe import abstract_model, bytes_by_part, count_parameters
 
 LENGTH = 301

@@ -25,8 +25,8 @@ from v4jax.inference.sampling import Sampling
 from v4jax.nn.cache import init_cache
 from v4jax.nn.choices import Choices
 from v4jax.nn.layers import copied
-from v4jax.nn.model import plan_stages
 from v4jax.nn.shared import Shared
+from v4jax.nn.stages import plan_stages
 from v4jax.planning import costs
 from v4jax.planning.describe import memory_by_part
 from v4jax.planning.step_report import representatives

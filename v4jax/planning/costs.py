@@ -160,10 +160,8 @@ def training_flops(
 def _spared_flops(cfg: V4Config, length: int, remat: str) -> Flops:
     """Forward FLOP of a sequence whose results a policy keeps, though it computes other parts again."""
     spared = Flops()
-    if remat in (
-        "outputs",
-        "attention",
-    ):  # the last matrices of attention, experts and shared expert
+    if remat in ("outputs", "attention"):
+        # The last matrices of attention, experts and shared expert.
         moe, latent = cfg.moe, cfg.o_groups * cfg.o_lora_rank
         inputs = latent + (moe.experts_per_token + 1) * moe.expert_dim
         spared += Flops(linear=2.0 * inputs * cfg.embed_dim * length * len(cfg.layers))
