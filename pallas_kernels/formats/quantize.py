@@ -252,6 +252,16 @@ def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return x.astype(dtype)
 
 
+def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """float32 `x` rounded to `dtype` (float32 or bfloat16), as float32; in kernels too."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return x
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    bits += 0x7FFF + ((bits >> 16) & 1)  # half a unit in the last place; ties to even
+    nearest = jax.lax.bitcast_convert_type(bits & -65536, jnp.float32)
+    return jnp.where(jnp.abs(x) < jnp.inf, nearest, x)
+
+
 def ceil_to_power_of_two(x: jax.Array) -> jax.Array:
     """Smallest power of two >= x, elementwise, for positive normal float32 x."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
