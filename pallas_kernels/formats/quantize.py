@@ -252,14 +252,13 @@ def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return x.astype(dtype)
 
 
-def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """float32 `x` rounded to `dtype` (float32 or bfloat16), as float32; in kernels too."""
-    if jnp.dtype(dtype) == jnp.float32:
+def rounded_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`cast` in a kernel, as float32: values that `dtype` has, ties to even."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
         return x
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    bits += 0x7FFF + ((bits >> 16) & 1)  # half a unit in the last place; ties to even
-    nearest = jax.lax.bitcast_convert_type(bits & -65536, jnp.float32)
-    return jnp.where(jnp.abs(x) < jnp.inf, nearest, x)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & jnp.int32(-0x10000)
+    return jnp.where(jnp.isnan(x), x, jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def ceil_to_power_of_two(x: jax.Array) -> jax.Array:

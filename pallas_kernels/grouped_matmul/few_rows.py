@@ -257,7 +257,7 @@ def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values,
 
     def add_pairs():
         """In the order of a token's choices; zero where a pair is of no expert here."""
-        sums_ref[...] = quantize.rounded(sums_ref[...], product.result_dtypes[0])
+        sums_ref[...] = quantize.rounded_to(sums_ref[...], product.result_dtypes[0])
         choices = position_ref.shape[0] // out_ref.shape[0]
 
         def add(token, carry):
