@@ -138,6 +138,22 @@ def test_a_layer_is_what_a_program_with_one_more_has_more():
     assert report.bound.ici_bytes == 3 * 7 / 8 * 64 * 4096 * 2
 
 
+def test_an_array_that_is_larger_with_a_layer_more_has_the_estimate_it_had():
+    """Partial sums of all layers lie in one."""
+    base = Compiled(_program(1), 7e9, {}, {})
+    reader = Reader.of(flash(), Slice.of("v6e:2x4"), JOB, SIZES, base)
+    grown = (
+        _program(2)
+        .replace(f", {ESTIMATE}", "")
+        .replace("f32[8,4096]{1,0} fus", "f32[9,4096]{1,0} fus")
+    )
+
+    layer = reader.costs(grown).plus(reader.costs(base.text), -1)
+
+    assert not layer.count("no time")
+    assert seconds_of(layer.xla) == pytest.approx(3 * 1e-6)
+
+
 def test_without_a_schedule_a_kernel_takes_its_floor():
     base = Compiled(_program(1), 7e9, {}, {})
     found = Reader.of(flash(), Slice.of("v6e:2x4"), JOB, SIZES, base).costs(base.text)
