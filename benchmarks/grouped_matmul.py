@@ -35,6 +35,7 @@ def cases() -> list[Case]:
     for rows in (1, 16, 256, 4096):
         for model, fmt in (("Flash", "FP4"), ("Flash", "FP8"), ("Flash", "bf16"), ("Pro", "FP4")):
             found += [_swiglu(model, fmt, rows), _down(model, fmt, rows)]
+    found += [_of_tokens("grouped_swiglu", 8), _of_tokens("grouped_matmul", 8)]
     for fmt in ("FP4", "bf16"):
         found += [_swiglu_gradient("Flash", fmt, 256), _down_gradient("Flash", fmt, 256)]
     return found
@@ -91,6 +92,53 @@ def _case(op, model, fmt, rows, num_weights, num_inputs, num_outputs) -> Case:
         flops=2 * rows * count,
         bytes=count * BYTES[fmt] + 2 * rows * NUM_EXPERTS * (num_inputs + num_outputs),
         trips=functools.partial(_trips, op, make),
+    )
+
+
+def _of_tokens(op: str, tokens: int) -> Case:
+    """Flash decoding on 8 devices: each has 32 of 256 experts, and all pairs of a token and an expert.
+
+    The kernel puts rows in order, or adds results to tokens.
+    """
+    choices, devices = 6, 8
+    embed, hidden = DIMS["Flash"]
+    num_pairs = tokens * choices
+    own = num_pairs // devices
+    is_first = op == "grouped_swiglu"
+    num_inputs, num_outputs = (embed, hidden) if is_first else (hidden, embed)
+
+    def make():
+        sizes = jnp.arange(NUM_EXPERTS) < own
+        places = jnp.arange(num_pairs, dtype=jnp.int32)
+        ws = [weight("FP4", NUM_EXPERTS, num_inputs, num_outputs) for _ in range(1 + is_first)]
+        x = jnp.ones((tokens if is_first else num_pairs, num_inputs), jnp.bfloat16)
+        row_weights = [jnp.ones((num_pairs,), jnp.float32)] if is_first else []
+        return x, *ws, sizes.astype(jnp.int32), *row_weights, places
+
+    def run(*args, implementation):
+        *args, places = args
+        if is_first:
+            return grouped_swiglu(*args, limit=LIMIT, pair=places, implementation=implementation)
+        position = places.reshape(tokens, choices)
+        return grouped_matmul(*args, position=position, implementation=implementation)
+
+    def trips(chip: str) -> Trips:
+        ws = jax.tree.leaves(jax.eval_shape(make)[1:], is_leaf=_is_weight)
+        formats = [weights.format_of(w, jnp.bfloat16, chip) for w in ws if w.ndim == 3]
+        rows = block_sizes.few_rows(num_pairs, NUM_EXPERTS, num_inputs)
+        ordered, summed = (own, None) if is_first else (None, tokens)
+        loops = few_rows_trips(chip, formats, num_pairs, rows, own, ordered=ordered, summed=summed)
+        return {f"{op}_few_rows": loops}
+
+    count = (1 + is_first) * own * num_inputs * num_outputs
+    return Case(
+        op=op,
+        shape=f"Flash FP4, decode {tokens}",
+        run=run,
+        make=make,
+        flops=2 * count,
+        bytes=count * BYTES["FP4"],
+        trips=trips,
     )
 
 

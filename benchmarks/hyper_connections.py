@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from benchmarks.case import Case, Trips, main
 from pallas_kernels import hyper_connections
-from pallas_kernels.hyper_connections import block_sizes, phases, tpu_backward
+from pallas_kernels.hyper_connections import block_sizes, phases, tpu, tpu_backward
 from pallas_kernels.hyper_connections.block_sizes import LANES
 from v4jax.config import flash, pro
 
@@ -23,6 +23,7 @@ DTYPE = jnp.bfloat16
 
 # What is read and written per token, in rows of D channels.
 _ROWS = {"hc_pre": M + 1, "hc_post": 2 * M + 1, "hc_post_pre": 2 * M + 2, "hc_head": M + 1}
+_COEFFICIENTS = 4 * (M + M * M)  # bytes of a token's post and comb
 _GRADIENT_ROWS = {"hc_pre": 2 * M + 1, "hc_post": 3 * M + 2, "hc_post_pre": 3 * M + 3}
 _OPS = {
     "hc_pre": functools.partial(hyper_connections.hc_pre, **PRE),
@@ -109,18 +110,24 @@ def _backward(op: str, shape: str, batch: int, length: int, d: int) -> Case:
 def _trips(chip: str, *, op: str, tokens: int, d: int) -> Trips:
     mixes, collapses = op in ("hc_post", "hc_post_pre"), op != "hc_post"
     rows = 8 if op == "hc_head" else ROWS
-    per_token = d * 2 * _ROWS[op] + mixes * _maps_bytes(M, 1 + M) + collapses * 4 * (rows + 8)
-    constant = (3 * rows * M * d * 2 + rows * 8) * collapses
+    makes = op in ("hc_pre", "hc_post_pre")
+    few = tokens <= tpu.FEW_TOKENS
+    per_token = d * 2 * _ROWS[op] + collapses * 4 * (rows + 8)
+    per_token += (mixes + (makes and few)) * _COEFFICIENTS
+    scales = 3 if makes else 1
+    constant = (3 * rows * M * d * 2 + (rows + scales) * 4) * collapses
     blocks, groups = _blocks(chip, tokens, per_token, constant)
     loops = ()
     if mixes:
         # And once more for numbers that are not finite.
-        loops += (groups * _steps(d, phases.MIX_CHANNELS), 0)
+        loops += (_chunks(groups), groups * _steps(d, phases.MIX_CHANNELS), 0)
     if collapses:
         loops += (_steps(M * d, phases.PROJECT_CHANNELS),)
         loops += (groups * _steps(d, phases.COLLAPSE_CHANNELS),)
+    if makes and few:
+        loops += (ITERS - 1,)
     found = {_KERNELS[op]: _loops(blocks, *loops)}
-    if op in ("hc_pre", "hc_post_pre"):
+    if makes and not few:
         found["hc_coefficients"] = _loops(_coefficient_blocks(tokens), ITERS - 1)
     return found
 
@@ -129,8 +136,8 @@ def _gradient_trips(chip: str, *, op: str, tokens: int, d: int) -> Trips:
     found = {}
     if op in ("hc_pre", "hc_post_pre"):
         rows = _GRADIENT_ROWS["hc_pre"] + M * (op == "hc_post_pre")
-        per_token = d * 2 * rows + 4 * (2 * (ROWS + 8) + 8)
-        constant = 3 * ROWS * M * d * 2 + ROWS * 8 + ROWS * M * d * 4
+        per_token = d * 2 * rows + 4 * (2 * ROWS + 2 * 8)
+        constant = 3 * ROWS * M * d * 2 + (ROWS + 3) * 4 + ROWS * M * d * 4
         blocks, groups = _blocks(chip, tokens, per_token, constant)
         first = groups * _steps(d, tpu_backward.FIRST_CHANNELS)
         second = M * _steps(d, tpu_backward.SECOND_CHANNELS)
@@ -138,10 +145,10 @@ def _gradient_trips(chip: str, *, op: str, tokens: int, d: int) -> Trips:
         steps = (_coefficient_blocks(tokens), ITERS - 1, ITERS - 1)
         found["hc_grad_coefficients"] = _loops(*steps)
     if op in ("hc_post", "hc_post_pre"):
-        per_token = d * 2 * _GRADIENT_ROWS["hc_post"] + _maps_bytes(1 + M, M) + 4 * LANES // 2
+        per_token = d * 2 * _GRADIENT_ROWS["hc_post"] + _COEFFICIENTS + 4 * LANES // 2
         blocks, groups = _blocks(chip, tokens, per_token, 0)
         mix = groups * _steps(d, tpu_backward.MIX_CHANNELS)
-        found["hc_grad_post"] = _loops(blocks, mix, groups)
+        found["hc_grad_post"] = _loops(blocks, _chunks(groups), mix, groups)
     # jax names a kernel of a gradient after how it was reached.
     return {f"transpose_jvp_{name}": loops for name, loops in found.items()}
 
@@ -160,10 +167,9 @@ def _blocks(chip: str, tokens: int, per_token: int, constant: int) -> tuple[int,
     return -(-tokens // block), -(-min(block, tokens) // phases.GROUP)
 
 
-def _maps_bytes(num_out: int, num_in: int) -> int:
-    """Of a token's coefficients as the kernels read them."""
-    maps = jax.ShapeDtypeStruct((num_in, num_out, phases.GROUP), jnp.float32)
-    return jax.eval_shape(lambda c: phases.maps(c, DTYPE).array, maps).size * 4 // phases.GROUP
+def _chunks(groups: int) -> int:
+    """Of 128 tokens, for which maps are put in order at once."""
+    return -(-groups * phases.GROUP // LANES)
 
 
 def _steps(channels: int, limit: int) -> int:

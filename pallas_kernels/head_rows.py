@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.formats.quantize import cast, hadamard, hadamard_matrix
+from pallas_kernels.formats.quantize import cast, hadamard, hadamard_matrix, rounded_to
 from pallas_kernels.formats.quantize_rows import (
     block_max,
     over_lanes,
@@ -334,12 +334,3 @@ def _rounded(tile: jax.Array, to: Format) -> jax.Array:
 def _scaled(tile: jax.Array, bits: jax.Array, to: Format) -> jax.Array:
     """Rounded, with scales of these bits [n, 128]."""
     return round_to_grid(tile, bits, to.values) * jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def rounded_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`quantize.cast` in a kernel: float32 values that `dtype` has, ties to even."""
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return x
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & jnp.int32(-0x10000)
-    return jnp.where(jnp.isnan(x), x, jax.lax.bitcast_convert_type(bits, jnp.float32))

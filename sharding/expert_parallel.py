@@ -31,9 +31,6 @@ ROW_MULTIPLE = 8
 EVEN_ROUNDS = 2  # that an even load takes
 UNEVEN_ROUNDS = "uneven_rounds"  # scope of the loop over the others
 
-# (params, rows [P, D], group_sizes [E_local], row_weights [P]) -> [P, D]; rows past the groups: any
-Experts = Callable[[object, jax.Array, jax.Array, jax.Array], jax.Array]
-
 
 class Order(Protocol):
     """Rows sorted by expert."""
@@ -53,6 +50,10 @@ class Order(Protocol):
 
 # (experts [R] int32, E) -> the stable order by expert; rows of E, which is none of them, come last
 Sort = Callable[[jax.Array, int], Order]
+
+# (params, x [T, D], order of the T * K pairs of a token and an expert, weights [T * K] of the pairs) ->
+# [T, D] float32, sums over the pairs that are of an expert here
+Experts = Callable[[object, jax.Array, Order, jax.Array], jax.Array]
 
 
 def apply_experts(
@@ -94,23 +95,8 @@ def _gathered(experts_fn, sort, exchanged, shared, params, x, experts, weights, 
     first = jax.lax.axis_index(axes) * num_local if axes else 0
     local = experts - first
     local = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
-    out = _run(experts_fn, sort, params, x, local, weights, num_local)
+    out = experts_fn(params, x, sort(local, num_local), weights.reshape(-1))
     return collectives.psum_scatter_over(collectives.reduce_from_over(out, shared), exchanged, 0)
-
-
-def _run(experts_fn, sort, params, x, local, weights, num_local):
-    """Rows x [T, D] with local experts [T * K] (`num_local`: none of ours) -> sums [T, D] float32."""
-    k = local.shape[0] // x.shape[0]
-    order = sort(local, num_local)
-    rows, own_weights = _taken(x, order.row // k), _taken(weights.reshape(-1), order.row)
-    out = _taken(experts_fn(params, rows, order.sizes, own_weights), order.position)
-    out = jnp.where((local < num_local)[:, None], out, 0)
-    return jnp.sum(out.reshape(-1, k, out.shape[-1]).astype(jnp.float32), axis=1)
-
-
-def _taken(x, rows):
-    """Rows that there are: XLA has nothing to check."""
-    return x.at[rows].get(mode="promise_in_bounds")
 
 
 # All-to-all ---------------------------------------------------------------------------------------
@@ -237,7 +223,7 @@ def _in_rounds(plan: _Plan, one: Callable, carry):
 def _local(experts_fn, sort, num_local, expert, params, rows, weights):
     """Received rows through this device's experts, in the order they came."""
     order = sort(expert, num_local)
-    return experts_fn(params, rows[order.row], order.sizes, weights[order.row])[order.position]
+    return experts_fn(params, rows, order, weights).astype(rows.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

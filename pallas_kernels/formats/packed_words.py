@@ -21,10 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, UInt32
 
 from pallas_kernels import dispatch, signatures
-from pallas_kernels.formats.quantize import join_codes
+from pallas_kernels.formats.quantize import join_codes, rounded_to
 from pallas_kernels.formats.quantize_rows import e2m1_codes, round_to_grid, scale_bits
 from pallas_kernels.formats.records import INDEX_KEYS, KV_ROWS
-from pallas_kernels.head_rows import rounded_to
 
 LANES = 128
 MOST_ROWS = 256

@@ -270,6 +270,15 @@ def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return x.astype(dtype)
 
 
+def rounded_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`cast` in a kernel, as float32: values that `dtype` has, ties to even."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return x
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & jnp.int32(-0x10000)
+    return jnp.where(jnp.isnan(x), x, jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+
 def ceil_to_power_of_two(x: jax.Array) -> jax.Array:
     """Smallest power of two >= x, elementwise, for positive normal float32 x."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)

@@ -17,6 +17,11 @@ go into the matrix unit as they are. It is busy with loading weights, so the lon
 costs little; the vector unit does two operations per group and register of results instead of four
 and more per register of weights.
 
+Rows need not lie in order: given the pair of token and expert at each place (`pair`), the kernel puts
+rows in order as it makes them float32, those of its experts alone; given the place of each pair
+(`position`), it adds the results of a token's pairs. Both are lost in the time that the next weights
+take to come, where gathers of XLA were launches of their own.
+
 Grid: (blocks of columns, visits).
 """
 
@@ -24,13 +29,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.formats import tpu_formats
+from pallas_kernels.formats import quantize, tpu_formats
 from pallas_kernels.grouped_matmul import block_sizes, order
 from pallas_kernels.grouped_matmul.block_sizes import BlockSizes
 from pallas_kernels.grouped_matmul.tpu import Product, Weight
@@ -69,11 +75,20 @@ def grouped_product(
     chip: str,
     *,
     row_values: Sequence[jax.Array] = (),  # [P] float32
+    pair: jax.Array | None = None,  # [P] which pair is at each place
+    position: jax.Array | None = None,  # [T, K] the place of each pair
     interpret: bool = False,
 ) -> jax.Array:  # [P, out]
-    """Runs the kernel; the blocks must exist (`sizes_for`)."""
+    """Runs the kernel; the blocks must exist (`sizes_for`).
+
+    Args:
+      pair: x is [T, in], rows of at most P / 3 tokens (`can_order`), and `row_values` are in the order of
+        pairs: pair i is of token i // (P / T).
+      position: the result is [T, out] float32, sums over a token's pairs.
+    """
     formats = [format_of(w, x.dtype, chip) for w in ws]
-    num_rows, num_inputs = x.shape
+    num_rows = x.shape[0] if pair is None else pair.shape[0]
+    num_inputs = x.shape[1]
     num_columns = ws[0].shape[2]
     sizes = sizes_for(chip, rows, formats, num_rows)
     assert sizes is not None  # the caller has asked
@@ -99,16 +114,26 @@ def grouped_product(
         pltpu.VMEM((spread_rows, num_inputs), x.dtype),
         pltpu.VMEM((padded, sizes.columns), jnp.float32),
     ]
+    places = []
+    if pair is not None:
+        places.append(pair)
+        scratch.append(pltpu.VMEM(x.shape, jnp.float32))
+        scratch += [pltpu.VMEM((num_rows, 128), jnp.float32) for _ in row_values]
+    out_rows, out_dtype = num_rows, product.result_dtypes[0]
+    if position is not None:
+        places.append(position.reshape(-1))
+        out_rows, out_dtype = position.shape[0], jnp.float32
+    is_given = pair is not None, position is not None
     return pl.pallas_call(
-        functools.partial(_kernel, product, formats, sizes, depth, len(row_values)),
+        functools.partial(_kernel, product, formats, sizes, depth, len(row_values), is_given),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=5 + len(places),
             grid=(num_columns // sizes.columns, visits.count),
             in_specs=in_specs,
-            out_specs=pl.BlockSpec((num_rows, sizes.columns), lambda n, v, *_: (0, n)),
+            out_specs=pl.BlockSpec((out_rows, sizes.columns), lambda n, v, *_: (0, n)),
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), product.result_dtypes[0]),
+        out_shape=jax.ShapeDtypeStruct((out_rows, num_columns), out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=sizes.vmem_limit
         ),
@@ -119,12 +144,17 @@ def grouped_product(
         ),
         interpret=interpret,
         name=f"{product.name}_few_rows",
-    )(visits.count[None], *visits[1:], *row_arrays, *arrays)
+    )(visits.count[None], *visits[1:], *places, *row_arrays, *arrays)
 
 
 def _padded(num_rows: int, rows: int) -> int:
     """Rows with room for the window of a tile that begins with the last."""
     return -(-num_rows // SUBLANES) * SUBLANES + -(-rows // SUBLANES) * SUBLANES
+
+
+def can_order(num_tokens: int, num_rows: int) -> bool:
+    """Whether rows of tokens, as float32 too, take no more room than those of pairs they stand for."""
+    return 3 * num_tokens <= num_rows
 
 
 def parts(fmt: Format, depth: int) -> int:
@@ -141,30 +171,51 @@ def spread(x: jax.Array, spread_ref, fmt: Format, rows: int, depth: int) -> None
         spread_ref[part * rows : part * rows + x.shape[0], :] = own.astype(spread_ref.dtype)
 
 
-def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values, *all_refs):
-    count, expert, tile, start, end, given_ref, *refs = all_refs
+def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values, is_given, *refs):
+    (count, expert, tile, start, end), others = refs[:5], list(refs[5:])
     del expert, start
-    given_row_refs, refs = refs[:num_row_values], refs[num_row_values:]
+    has_pair, has_position = is_given
+    pair_ref: Any = others.pop(0) if has_pair else None
+    position_ref: Any = others.pop(0) if has_position else None
+    given_ref, *others = others
+    given_row_refs, others = others[:num_row_values], others[num_row_values:]
     weight_refs = []
     for fmt in formats:
-        weight_refs.append(refs[: 1 + fmt.is_packed])
-        refs = refs[1 + fmt.is_packed :]
-    out_ref, x_ref, *row_refs, spread_ref, sums_ref = refs
+        weight_refs.append(others[: 1 + fmt.is_packed])
+        others = others[1 + fmt.is_packed :]
+    out_ref, x_ref, *others = others
+    row_refs, others = others[:num_row_values], others[num_row_values:]
+    spread_ref, sums_ref, *unordered = others
     v = pl.program_id(1)
     first_row, rows = tile[v], sizes.rows
 
     def begin(_, carry):
         # What is past the last row reaches no result: products of rows stay apart.
-        num_rows = given_ref.shape[0]
-        x_ref[:num_rows, :] = given_ref[...].astype(jnp.float32)
-        for given, ref in zip(given_row_refs, row_refs, strict=True):
+        to_x_ref, *to_row_refs = unordered if has_pair else [x_ref, *row_refs]
+        to_x_ref[: given_ref.shape[0], :] = given_ref[...].astype(jnp.float32)
+        for given, ref in zip(given_row_refs, to_row_refs, strict=True):
+            num_rows = given.shape[1]
             for first in range(0, num_rows, 128):
                 column = order.turned(given[:, first : min(first + 128, num_rows)])
                 ref[first : first + column.shape[0], :] = jnp.broadcast_to(
                     column, (column.shape[0], 128)
                 )
+        if has_pair:
+            put_in_order(to_x_ref, to_row_refs)
         sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
         return carry
+
+    def put_in_order(tokens_ref, pair_refs):
+        choices = pair_ref.shape[0] // tokens_ref.shape[0]
+
+        def put(place, carry):
+            pair, at = pair_ref[place], pl.ds(place, 1)
+            x_ref[at, :] = tokens_ref[pl.ds(jax.lax.div(pair, choices), 1), :]
+            for of_pair, ref in zip(pair_refs, row_refs, strict=True):
+                ref[at, :] = of_pair[pl.ds(pair, 1), :]
+            return carry
+
+        jax.lax.fori_loop(0, end[count[0] - 1], put, ())  # rows of no expert are behind
 
     jax.lax.fori_loop(0, jnp.where(v == 0, 1, 0), begin, ())
 
@@ -198,8 +249,25 @@ def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values,
     jax.lax.fori_loop(0, sizes.columns // sizes.step, step, ())
 
     def finish(_, carry):
-        out_ref[...] = sums_ref[: out_ref.shape[0], :].astype(out_ref.dtype)
+        if has_position:
+            add_pairs()
+        else:
+            out_ref[...] = sums_ref[: out_ref.shape[0], :].astype(out_ref.dtype)
         return carry
+
+    def add_pairs():
+        """In the order of a token's choices; zero where a pair is of no expert here."""
+        sums_ref[...] = quantize.rounded_to(sums_ref[...], product.result_dtypes[0])
+        choices = position_ref.shape[0] // out_ref.shape[0]
+
+        def add(token, carry):
+            total = jnp.zeros((1, out_ref.shape[1]), jnp.float32)
+            for choice in range(choices):
+                total += sums_ref[pl.ds(position_ref[token * choices + choice], 1), :]
+            out_ref[pl.ds(token, 1), :] = total
+            return carry
+
+        jax.lax.fori_loop(0, out_ref.shape[0], add, ())
 
     jax.lax.fori_loop(0, jnp.where(v == count[0] - 1, 1, 0), finish, ())
 

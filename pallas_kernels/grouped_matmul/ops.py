@@ -1,8 +1,8 @@
 """Matmuls of rows sorted by expert with one weight matrix per expert.
 
-Rows of expert e are the `group_sizes[e]` rows after those of experts 0 .. e-1. Weights are float
-[E, in, out], or a `QuantizedArray` of that logical shape (FP8 or packed FP4), which is unpacked one
-expert at a time and gets no gradient. Products accumulate in float32.
+Rows of expert e are the `group_sizes[e]` rows after those of experts 0 .. e-1; results of rows past the
+last expert's are zero. Weights are float [E, in, out], or a `QuantizedArray` of that logical shape (FP8 or
+packed FP4), which is unpacked one expert at a time and gets no gradient. Products accumulate in float32.
 
 Source: report section 2.4; clamp and place of the routing weight as in the released
 `inference/model.py` (Expert).
@@ -15,7 +15,7 @@ from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose, operation
 from pallas_kernels.formats import quantize
 from pallas_kernels.formats.quantize import QuantizedArray
-from pallas_kernels.grouped_matmul import reference, vjp, xla
+from pallas_kernels.grouped_matmul import order, reference, vjp, xla
 
 
 @operation
@@ -24,12 +24,15 @@ def grouped_matmul(
     w: Float[jax.Array, "E inputs outputs"] | QuantizedArray,
     group_sizes: Int32[jax.Array, " E"],  # sum P
     *,
+    position: Int32[jax.Array, "T K"] | None = None,
     in_fp8: bool = False,
     implementation: Implementation = None,
-) -> Float[jax.Array, "P outputs"]:  # in the dtype of x
+) -> Float[jax.Array, "rows outputs"]:  # [P, outputs] in the dtype of x
     """Each row times its expert's matrix. Differentiable in x, and in w if it is float.
 
     Args:
+      position: the place in x of each of a token's K experts, T * K = P. The result is then [T, outputs]
+        in float32, each token's sum over its experts.
       in_fp8: round x to e4m3 and multiply that with weights in FP8 (`fp8_matmul`); XLA only.
       implementation: see `pallas_kernels.dispatch`.
 
@@ -37,25 +40,34 @@ def grouped_matmul(
       ValueError: shapes do not agree, or `implementation` cannot run.
     """
     _check(x, w, group_sizes)
+    checks.check_group_sizes(group_sizes, x.shape[0])
+    if position is not None and position.size != x.shape[0]:
+        raise ValueError(
+            f"position {position.shape} must be [T, K] with T * K = {x.shape[0]} rows."
+        )
     match choose(implementation, unsupported=_unsupported(x, [w], in_fp8)):
         case "tpu" | "interpret" as kernel:
+            if position is not None:
+                return vjp.summed_matmul(x, w, group_sizes, position, kernel == "interpret")
             return vjp.grouped_matmul(x, w, group_sizes, kernel == "interpret")
         case "xla":
-            return xla.grouped_matmul(x, w, group_sizes, in_fp8)
+            out = xla.grouped_matmul(x, w, group_sizes, in_fp8)
         case _:
             x = quantize.round_fp8(x) if in_fp8 else x
-            return reference.grouped_matmul_reference(x, w, group_sizes)
+            out = reference.grouped_matmul_reference(x, w, group_sizes)
+    return out if position is None else order.summed(out, position)
 
 
 @operation
 def grouped_swiglu(
-    x: Float[jax.Array, "P inputs"],  # rows sorted by expert
+    x: Float[jax.Array, "T inputs"],  # rows sorted by expert, T = P; with `pair` those of tokens
     w_gate: Float[jax.Array, "E inputs hidden"] | QuantizedArray,
     w_up: Float[jax.Array, "E inputs hidden"] | QuantizedArray,
     group_sizes: Int32[jax.Array, " E"],  # sum P
     row_weights: Float32[jax.Array, " P"],  # routing weight of each row
     *,
     limit: float,
+    pair: Int32[jax.Array, " P"] | None = None,
     in_fp8: bool = False,
     implementation: Implementation = None,
 ) -> Float[jax.Array, "P hidden"]:  # in the dtype of x
@@ -63,22 +75,40 @@ def grouped_swiglu(
 
     Differentiable in x and row_weights, and in the weights if they are float.
 
+    Args:
+      pair: which pair of a token and one of its K experts each row of the result is; pair i is of token
+        i // K. x and row_weights are then in the order of tokens and of pairs.
+
     Raises:
       ValueError: shapes do not agree, or `implementation` cannot run.
     """
     for w in (w_gate, w_up):
         _check(x, w, group_sizes)
-    if row_weights.shape != x.shape[:1]:
-        raise ValueError(f"row_weights {row_weights.shape} must be [P] with P={x.shape[0]} rows.")
-    args = (x, w_gate, w_up, group_sizes, row_weights, limit)
-    match choose(implementation, unsupported=_unsupported(x, [w_gate, w_up], in_fp8)):
+    num_rows = x.shape[0] if pair is None else pair.shape[0]
+    if row_weights.shape != (num_rows,):
+        raise ValueError(f"row_weights {row_weights.shape} must be [P] with P={num_rows} rows.")
+    if x.shape[0] and num_rows % x.shape[0]:
+        raise ValueError(f"{num_rows} pairs must be a multiple of the {x.shape[0]} rows of x.")
+    checks.check_group_sizes(group_sizes, num_rows)
+    chosen = choose(implementation, unsupported=_unsupported(x, [w_gate, w_up], in_fp8))
+    if pair is not None:
+        if chosen in ("tpu", "interpret"):
+            interpret = chosen == "interpret"
+            return vjp.swiglu_of_pairs(
+                x, w_gate, w_up, group_sizes, row_weights, pair, limit, interpret
+            )
+        x, row_weights = order.of_pairs(x, row_weights, pair)
+    match chosen:
         case "tpu" | "interpret" as kernel:
-            return vjp.grouped_swiglu(*args, kernel == "interpret")
+            interpret = kernel == "interpret"
+            return vjp.grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, interpret)
         case "xla":
-            return xla.grouped_swiglu(*args, in_fp8)
+            return xla.grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, in_fp8)
         case _:
             x = quantize.round_fp8(x) if in_fp8 else x
-            return reference.grouped_swiglu_reference(x, *args[1:])
+            return reference.grouped_swiglu_reference(
+                x, w_gate, w_up, group_sizes, row_weights, limit
+            )
 
 
 def _unsupported(x, ws, in_fp8) -> str | None:
@@ -91,4 +121,3 @@ def _check(x, w, group_sizes):
             f"x {x.shape} must be [P, in], weights {w.shape} [E, in, out] and group_sizes "
             f"{group_sizes.shape} [E]."
         )
-    checks.check_group_sizes(group_sizes, x.shape[0])

@@ -63,6 +63,29 @@ def by_expert(
     return _xla(expert, num_experts)
 
 
+def of_pairs(
+    x: jax.Array,  # [T, D] of tokens
+    weights: jax.Array,  # [P] of pairs, P / T of each token
+    pair: jax.Array,  # [P] which is at each place, `Order.row`
+) -> tuple[jax.Array, jax.Array]:
+    """Rows [P, D] and weights [P] in the order of places."""
+    return taken(x, pair // (pair.shape[0] // x.shape[0])), taken(weights, pair)
+
+
+def summed(
+    out: jax.Array,  # [P, D] by place
+    position: jax.Array,  # [T, K] the place of each of a token's pairs
+) -> jax.Array:
+    """float32 [T, D]: the sum over a token's pairs."""
+    rows = taken(out, position.reshape(-1)).reshape(*position.shape, -1)
+    return jnp.sum(rows.astype(jnp.float32), axis=1)
+
+
+def taken(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows that there are: XLA has nothing to check."""
+    return x.at[rows].get(mode="promise_in_bounds")
+
+
 def _xla(expert: jax.Array, num_experts: int) -> Order:
     """In blocks of rows: those of the same expert in earlier blocks come before a block's, too."""
     num_rows, num = expert.shape[0], num_experts + 1

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target_chip
 from pallas_kernels.formats.quantize import QuantizedArray
-from pallas_kernels.grouped_matmul import block_sizes, few_rows, gradients, tpu, visits, weights
+from pallas_kernels.grouped_matmul import (
+    block_sizes,
+    few_rows,
+    gradients,
+    order,
+    tpu,
+    visits,
+    weights,
+)
 from pallas_kernels.grouped_matmul.reference import swiglu
 
 
@@ -55,16 +63,35 @@ def _matmul_bwd(interpret, residuals, d_out):
 grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def summed_matmul(x, w, group_sizes, position, interpret):
+    """`ops.grouped_matmul` with `position`."""
+    product = matmul_product(x.dtype)
+    return forward(product, x, [w], group_sizes, [], interpret, position=position)
+
+
+def _summed_fwd(x, w, group_sizes, position, interpret):
+    out = summed_matmul(x, w, group_sizes, position, interpret)
+    return out, (x, w, group_sizes, position)
+
+
+def _summed_bwd(interpret, residuals, d_out):
+    x, w, group_sizes, position = residuals
+
+    def in_steps(x, w):
+        out = grouped_matmul(x, w, group_sizes, interpret)
+        return order.summed(out, position)
+
+    return *gradients_of(in_steps, (x, w), d_out), None, None
+
+
+summed_matmul.defvjp(_summed_fwd, _summed_bwd)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def grouped_swiglu(x, w_gate, w_up, group_sizes, row_weights, limit, interpret):
     """See `ops.grouped_swiglu`."""
-
-    def epilogue(products, extras):
-        gate, up = (p.astype(x.dtype) for p in products)
-        return (extras[0] * swiglu(gate, up, limit),)
-
-    product = tpu.Product("grouped_swiglu", epilogue, (x.dtype,))
-    weight = row_weights.astype(jnp.float32)
+    product, weight = swiglu_product(x.dtype, limit), row_weights.astype(jnp.float32)
     return forward(product, x, [w_gate, w_up], group_sizes, [weight], interpret)
 
 
@@ -101,6 +128,47 @@ def _swiglu_bwd(limit, interpret, residuals, d_out):
 grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def swiglu_of_pairs(x, w_gate, w_up, group_sizes, row_weights, pair, limit, interpret):
+    """`ops.grouped_swiglu` with `pair`."""
+    product, weight = swiglu_product(x.dtype, limit), row_weights.astype(jnp.float32)
+    ws = [w_gate, w_up]
+    return forward(product, x, ws, group_sizes, [weight], interpret, pair=pair)
+
+
+def _pairs_fwd(x, w_gate, w_up, group_sizes, row_weights, pair, limit, interpret):
+    out = swiglu_of_pairs(x, w_gate, w_up, group_sizes, row_weights, pair, limit, interpret)
+    return out, (x, w_gate, w_up, group_sizes, row_weights, pair)
+
+
+def _pairs_bwd(limit, interpret, residuals, d_out):
+    x, w_gate, w_up, group_sizes, row_weights, pair = residuals
+
+    def in_steps(x, w_gate, w_up, row_weights):
+        rows, weights = order.of_pairs(x, row_weights, pair)
+        return grouped_swiglu(rows, w_gate, w_up, group_sizes, weights, limit, interpret)
+
+    args = x, w_gate, w_up, row_weights
+    d_x, d_gate, d_up, d_weights = gradients_of(in_steps, args, d_out)
+    return d_x, d_gate, d_up, None, d_weights, None
+
+
+swiglu_of_pairs.defvjp(_pairs_fwd, _pairs_bwd)
+
+
+def gradients_of(f, args, d_out) -> list:
+    """Of `f(*args)` in each argument; None for packed weights."""
+    is_packed = [isinstance(a, QuantizedArray) for a in args]
+
+    def of_floats(*floats):
+        given = iter(floats)
+        return f(*(a if packed else next(given) for a, packed in zip(args, is_packed)))
+
+    floats = [a for a, packed in zip(args, is_packed) if not packed]
+    found = iter(jax.vjp(of_floats, *floats)[1](d_out))
+    return [None if packed else next(found) for packed in is_packed]
+
+
 def _swiglu_with_gradients(gate, up, limit):
     """swiglu, and what to multiply a cotangent with for gate's and up's."""
     low = jnp.minimum(gate, limit)
@@ -117,24 +185,61 @@ def matmul_product(dtype: jax.typing.DTypeLike) -> tpu.Product:
     return tpu.Product("grouped_matmul", lambda products, _: products, (dtype,))
 
 
+def swiglu_product(dtype: jax.typing.DTypeLike, limit: float) -> tpu.Product:
+    """Gate and up, rounded to `dtype`, to what the second half takes."""
+
+    def epilogue(products, extras):
+        gate, up = (p.astype(dtype) for p in products)
+        return (extras[0] * swiglu(gate, up, limit),)
+
+    return tpu.Product("grouped_swiglu", epilogue, (dtype,))
+
+
 def transposed(dtype: jax.typing.DTypeLike) -> tpu.Product:
     """Products with the transposed weights, summed over them: the gradient of the rows."""
     name = "grouped_matmul_transposed"
     return tpu.Product(name, lambda products, _: products, (dtype,), transposed=True)
 
 
-def forward(product, x, ws, group_sizes, row_values, interpret) -> jax.Array:
-    """The product [P, out], by the kernel that is made for so many rows."""
+def forward(
+    product, x, ws, group_sizes, row_values, interpret, *, pair=None, position=None
+) -> jax.Array:
+    """The product [P, out], by the kernel that is made for so many rows.
+
+    Args:
+      pair: see `ops.grouped_swiglu`; it has row values then.
+      position: see `ops.grouped_matmul`.
+    """
     chip = target_chip()
-    rows = block_sizes.few_rows(x.shape[0], ws[0].shape[0], x.shape[1])
+    num_rows = x.shape[0] if pair is None else pair.shape[0]
+    rows = block_sizes.few_rows(num_rows, ws[0].shape[0], x.shape[1])
     formats = [weights.format_of(w, x.dtype, chip) for w in ws]
-    if rows is None or few_rows.sizes_for(chip, rows, formats, x.shape[0]) is None:
+    if rows is not None and few_rows.sizes_for(chip, rows, formats, num_rows) is None:
+        rows = None
+    num_tokens = x.shape[0] if position is None else position.shape[0]
+    if rows is None or not few_rows.can_order(num_tokens, num_rows):
+        if pair is not None:
+            x, *row_values = order.of_pairs(x, row_values[0], pair)
+        if position is not None:
+            out = forward(product, x, ws, group_sizes, row_values, interpret)
+            return order.summed(out, position)
+        pair = None
+    if rows is None:
         columns = [values[:, None] for values in row_values]
         (out,) = _product(product, [x], ws, group_sizes, row_values=columns, interpret=interpret)
         return out
-    found = visits.from_first_rows(group_sizes, x.shape[0], rows, interpret=interpret)
+    found = visits.from_first_rows(group_sizes, num_rows, rows, interpret=interpret)
     return few_rows.grouped_product(
-        product, x, ws, found, rows, chip, row_values=row_values, interpret=interpret
+        product,
+        x,
+        ws,
+        found,
+        rows,
+        chip,
+        row_values=row_values,
+        pair=pair,
+        position=position,
+        interpret=interpret,
     )
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Float32
 
 from pallas_kernels import dispatch
-from pallas_kernels.hyper_connections import block_sizes, reference, tpu, tpu_sinkhorn, xla
+from pallas_kernels.hyper_connections import block_sizes, reference, tpu, xla
 from pallas_kernels.hyper_connections.phases import Static
 
 
@@ -56,9 +56,9 @@ def hc_pre(
         u, raw = xla.collapse(streams, fn, scale[0], base[:m], eps, norm_eps)
         return u, *xla.coefficients(raw, base, scale, **options)
     static = Static(m, sinkhorn_iters, eps, norm_eps, chosen == "interpret")
-    affine = _affine(base, scale, m)
-    u, raw = tpu.collapse(_rows(streams), fn, affine, static)
-    return u.reshape(*streams.shape[:2], -1), *_coefficients(raw, affine, streams, static)
+    u, post, comb = tpu.collapse(_rows(streams), fn, base[None], scale[None], static)
+    shape = streams.shape[:2]
+    return u.reshape(*shape, -1), post.T.reshape(*shape, m), comb.T.reshape(*shape, m, m)
 
 
 @dispatch.operation
@@ -83,7 +83,8 @@ def hc_post(
     if chosen == "xla":
         return xla.mix(f, streams, post, comb)
     static = Static(m, 0, 0.0, 0.0, chosen == "interpret")
-    mixed = tpu.mix(_rows(f), _rows(streams), _by_token(post, comb), static)
+    post, comb = _by_row(post, comb)
+    mixed = tpu.mix(_rows(f), _rows(streams), post, comb, static)
     return mixed.reshape(streams.shape)
 
 
@@ -127,14 +128,15 @@ def hc_post_pre(
         streams = hc_post(f, streams, post, comb, implementation=chosen)
         return streams, *hc_pre(streams, fn, base, scale, implementation=chosen, **options)
     static = Static(m, sinkhorn_iters, eps, norm_eps, chosen == "interpret")
-    affine = _affine(base, scale, m)
-    mixed, u, raw = tpu.mix_collapse(
-        _rows(f), _rows(streams), _by_token(post, comb), fn, affine, static
+    by_row = _by_row(post, comb)
+    mixed, u, next_post, next_comb = tpu.mix_collapse(
+        _rows(f), _rows(streams), by_row[0], by_row[1], fn, base[None], scale[None], static
     )
     return (
         mixed.reshape(streams.shape),
         u.reshape(f.shape),
-        *_coefficients(raw, affine, streams, static),
+        next_post.T.reshape(post.shape),
+        next_comb.T.reshape(comb.shape),
     )
 
 
@@ -167,9 +169,9 @@ def hc_head(
     if chosen == "xla":
         return xla.collapse(streams, fn, scale[0], base, eps, norm_eps)[0]
     static = Static(m, 0, eps, norm_eps, chosen == "interpret")
-    affine = jnp.stack([jnp.broadcast_to(scale, (m,)), base], axis=-1)
-    fn, affine = jnp.pad(fn, ((0, 0), (0, 8 - m))), jnp.pad(affine, ((0, 8 - m), (0, 0)))
-    return tpu.collapse(_rows(streams), fn, affine, static)[0].reshape(*streams.shape[:2], -1)
+    fn, base = jnp.pad(fn, ((0, 0), (0, 8 - m))), jnp.pad(base, (0, 8 - m))
+    (u,) = tpu.collapse(_rows(streams), fn, base[None], scale[None], static)
+    return u.reshape(*streams.shape[:2], -1)
 
 
 # Between [B, T, ...] and the kernels' [N, ...] ----------------------------------------------------
@@ -179,23 +181,9 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _affine(base: jax.Array, scale: jax.Array, m: int) -> jax.Array:
-    """[(2 + M) * M, 2]: scale and base of each row."""
-    repeats = jnp.array([m, m, m * m])
-    return jnp.stack([jnp.repeat(scale, repeats, total_repeat_length=len(base)), base], axis=-1)
-
-
-def _coefficients(raw, affine, streams, static):
-    m = static.num_streams
-    by_token = tpu_sinkhorn.coefficients(raw, affine, static).T
-    post = by_token[:, m : 2 * m].reshape(*streams.shape[:2], m)
-    return post, by_token[:, 2 * m :].reshape(*streams.shape[:2], m, m)
-
-
-def _by_token(post: jax.Array, comb: jax.Array) -> jax.Array:
-    """[(2 + M) * M, N]; the rows of pre are not used."""
-    post, comb = _rows(post), comb.reshape(-1, comb.shape[-1] ** 2)
-    return jnp.concatenate([jnp.zeros_like(post), post, comb], axis=-1).T
+def _by_row(post: jax.Array, comb: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[M, N] and [M * M, N], which the kernels gave."""
+    return _rows(post).T, comb.reshape(-1, comb.shape[-1] ** 2).T
 
 
 def _unsupported(streams: jax.Array, m: int) -> str | None:

@@ -162,22 +162,66 @@ def loader(tokens: int, num_tokens: int) -> Callable:
     return load
 
 
-def maps(
-    coefficients: jax.Array,  # [I, O, N] float32: a linear map of I streams to O for each token
-    dtype: jax.typing.DTypeLike,
-) -> Operand:
-    """The maps as `mapped` takes them, for streams of `dtype`.
+def maps(tokens: int, num_in: int, num_out: int, dtype: jax.typing.DTypeLike) -> Any:
+    """Scratch for the maps of a block's tokens: linear, of I streams of `dtype` to O for each token.
 
     Row g has the tokens of group g: for each output, for each part of the coefficients (three
     bfloat16 numbers that sum to them, or themselves), for each input, 16 tokens.
     """
-    num_in, num_out, n = coefficients.shape
-    parts = jnp.stack(cut(coefficients, 3) if dtype == jnp.bfloat16 else [coefficients])
-    parts = jnp.pad(parts, ((0, 0), (0, 0), (0, 0), (0, -n % GROUP)))
-    parts = parts.reshape(len(parts), num_in, num_out, -1, GROUP).transpose(3, 2, 0, 1, 4)
-    rows = parts.reshape(*parts.shape[:2], -1)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % LANES)))
-    return Operand(rows.reshape(len(rows), -1), 0, GROUP)
+    width = pl.cdiv(_num_parts(dtype) * num_in * GROUP, LANES) * LANES
+    return pltpu.VMEM((tokens // GROUP, num_out * width), jnp.float32)
+
+
+def _num_parts(dtype: jax.typing.DTypeLike) -> int:
+    """Numbers that a coefficient is cut into for streams of `dtype`."""
+    return 3 if dtype == jnp.bfloat16 else 1
+
+
+def row(ref, i: int):
+    """Row `i` of a reference, as one."""
+    return ref.at[pl.ds(i, 1)]
+
+
+def arrange(
+    rows: Sequence[Sequence[jax.Array]],  # rows[o][i]: reference [1, tokens] of input i in output o
+    maps_ref,  # as `maps` says
+    dtype: jax.typing.DTypeLike,
+    num_tokens: int,
+    worked: int,
+) -> None:
+    """Writes the maps of a block, eight groups of tokens at a time; zero behind the last token.
+
+    A coefficient of 128 tokens on lanes becomes a register with a group in each row, its 16 tokens
+    again and again along the lanes, from which every place takes what belongs there.
+    """
+    real = num_tokens - pl.program_id(0) * maps_ref.shape[0] * GROUP
+    shape = (LANES // GROUP, LANES)
+    group = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    place = lane // GROUP
+    width = maps_ref.shape[1] // len(rows)
+
+    def chunk(c, _):
+        first = pl.multiple_of(c * LANES, LANES)
+        is_own = (place == group) & (first + lane < real)
+
+        def parts(ref) -> list[jax.Array]:
+            x = jnp.where(is_own, ref[:, pl.ds(first, LANES)], 0.0)
+            for shift in (LANES // 2, LANES // 4, LANES // 8):
+                x += pltpu.roll(x, shift, 1)
+            return cut(x, _num_parts(dtype))
+
+        for o, inputs in enumerate(rows):
+            each = [part for of_part in zip(*map(parts, inputs)) for part in of_part]
+            for start in range(0, width, LANES):
+                put = jnp.zeros(shape, jnp.float32)
+                for i, part in enumerate(each[start // GROUP : (start + LANES) // GROUP]):
+                    put = jnp.where(place == i, part, put)
+                at = pl.ds(pl.multiple_of(c * shape[0], shape[0]), shape[0])
+                maps_ref[at, o * width + start : o * width + start + LANES] = put
+        return 0
+
+    jax.lax.fori_loop(0, pl.cdiv(worked, LANES), chunk, 0)
 
 
 def mapped(maps_ref, rows, streams: Sequence[jax.Array], num_out: int) -> list[jax.Array]:
@@ -189,7 +233,7 @@ def mapped(maps_ref, rows, streams: Sequence[jax.Array], num_out: int) -> list[j
     unit. Exact in the coefficients, as their parts go side by side.
     """
     width = maps_ref.shape[1] // num_out
-    right = jnp.concatenate(list(streams) * (3 if streams[0].dtype == jnp.bfloat16 else 1))
+    right = jnp.concatenate(list(streams) * _num_parts(streams[0].dtype))
     token = jax.lax.broadcasted_iota(jnp.int32, (GROUP, width), 0)
     is_own = jax.lax.broadcasted_iota(jnp.int32, (GROUP, width), 1) % GROUP == token
     row = maps_ref[pl.ds(rows.start // GROUP, 1), :]
@@ -247,7 +291,18 @@ def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 # The phases ---------------------------------------------------------------------------------------
 
 
-def mix(maps_ref, f_ref, x_ref, y_ref, *, m: int, worked: int, num_tokens: int) -> None:
+def mix(
+    f_ref,  # [tokens, D]
+    x_ref,  # [tokens, M * D]
+    post_ref,  # [M, tokens]
+    comb_ref,  # [M * M, tokens]
+    y_ref,  # [tokens, M * D]
+    maps_ref,
+    *,
+    m: int,
+    worked: int,
+    num_tokens: int,
+) -> None:
     """streams'[k] = post[k] * f + sum_j comb[j, k] * streams[j].
 
     Where a token has a number that is not finite, the others of its group are worked out again
@@ -255,6 +310,8 @@ def mix(maps_ref, f_ref, x_ref, y_ref, *, m: int, worked: int, num_tokens: int) 
     """
     d = f_ref.shape[1]
     load = loader(f_ref.shape[0], num_tokens)
+    rows_of = [[row(post_ref, k), *(row(comb_ref, j * m + k) for j in range(m))] for k in range(m)]
+    arrange(rows_of, maps_ref, x_ref.dtype, num_tokens, worked)
 
     def loaded(rows, start, size):
         return [
@@ -313,9 +370,26 @@ def project(fn_ref, x_ref, raw_ref, square_ref, product_ref, *, norm_eps: float,
     raw_ref[rows_out:] = inverse_rms
 
 
-def pre_weights(raw_ref, affine_ref, eps: float) -> jax.Array:
+def affine(base_ref, scale_ref, m: int) -> tuple[jax.Array, jax.Array]:
+    """Columns [E, 1]: what each row of the projections is multiplied by, and what is added.
+
+    Args:
+      base_ref: [1, E].
+      scale_ref: [1, 3], of rows pre, post and comb; [1, 1] for the head.
+    """
+    e = base_ref.shape[1]
+    row = jax.lax.broadcasted_iota(jnp.int32, (e, e), 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (e, e), 1)
+    base = jnp.sum(jnp.where(row == lane, base_ref[...], 0.0), axis=1, keepdims=True)
+    scale = jnp.broadcast_to(scale_ref[:, :1], (e, 1))
+    for i in range(1, scale_ref.shape[1]):
+        scale = jnp.where(row[:, :1] < i * m, scale, scale_ref[:, i : i + 1])
+    return scale, base
+
+
+def pre_weights(raw_ref, scale: jax.Array, base: jax.Array, eps: float) -> jax.Array:
     """[8, tokens], of which the first M rows are used."""
-    return jax.nn.sigmoid(raw_ref[:8] * affine_ref[:8, 0:1] + affine_ref[:8, 1:2]) + eps
+    return jax.nn.sigmoid(raw_ref[:8] * scale[:8] + base[:8]) + eps
 
 
 def collapse(spread_ref, x_ref, u_ref, *, m: int, worked: int) -> None:

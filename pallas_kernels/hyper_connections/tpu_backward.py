@@ -18,15 +18,15 @@ Grid: blocks of tokens, in order for `collapse`, whose d_fn is summed in VMEM.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.hyper_connections import block_sizes, phases
+from pallas_kernels.hyper_connections import block_sizes, phases, tpu_sinkhorn
 from pallas_kernels.hyper_connections.phases import GROUP, LANES, Operand, Static
-from pallas_kernels.hyper_connections.tpu_sinkhorn import d_affine
 
 # Channels of one step.
 FIRST_CHANNELS = 1024
@@ -37,14 +37,15 @@ MIX_CHANNELS = 2048
 def collapse(
     streams: jax.Array,  # [N, M * D]
     fn: jax.Array,  # [M * D, E]
-    affine: jax.Array,  # [E, 2]
+    base: jax.Array,  # [1, E]
+    scale: jax.Array,  # [1, 3], or [1, 1] for the head
     raw: jax.Array,  # [E + 8, N]
     d_streams: jax.Array | None,  # [N, M * D] to be added
     d_u: jax.Array,  # [N, D]
-    d_raw: jax.Array,  # [E + 8, N]
+    d_coefficients: Sequence[jax.Array],  # of post [M, N] and comb [M * M, N]; none for the head
     static: Static,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of the streams, of `fn` and of `affine`."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of the streams, of `fn`, of `base` and of `scale`."""
     n, width = streams.shape
     e, m = fn.shape[1], static.num_streams
     if streams.dtype == jnp.bfloat16:
@@ -52,13 +53,24 @@ def collapse(
         parts = jnp.concatenate([high, low, high]).astype(jnp.bfloat16)
     else:
         parts = fn.T
+    if d_coefficients:
+        d_post, d_comb = d_coefficients
+        of_others = tpu_sinkhorn.d_logits(raw, d_post, d_comb, base, scale, static)
+    else:
+        of_others = jnp.zeros((e, n), jnp.float32)
     added = [] if d_streams is None else [Operand(d_streams, 0)]
-    d_streams, d_fn, d_logits = phases.launch(
+    d_streams, d_fn, of_pre = phases.launch(
         functools.partial(_collapse_kernel, num_tokens=n, adds=bool(added)),
         "hc_grad_pre",
         [
-            *(Operand(streams, 0), Operand(d_u, 0), *added, Operand(raw, 1), Operand(d_raw, 1)),
-            *(Operand(parts, None), Operand(affine, None)),
+            Operand(streams, 0),
+            Operand(d_u, 0),
+            *added,
+            Operand(raw, 1),
+            Operand(of_others, 1),
+            Operand(parts, None),
+            Operand(base, None),
+            Operand(scale, None),
         ],
         [
             Operand(jax.ShapeDtypeStruct((n, width), streams.dtype), 0),
@@ -76,36 +88,51 @@ def collapse(
     # In a scan over layers XLA would fuse the write of the stacked d_fn into the kernel, and forget the
     # kernel's VMEM limit.
     d_fn = jax.lax.optimization_barrier(d_fn)
-    return d_streams, d_fn.T, jnp.pad(d_affine(d_logits, raw), ((0, e - 8), (0, 0)))
+    d_logits = of_others + jnp.pad(of_pre, ((0, e - 8), (0, 0)))
+    d_scales = jnp.sum(d_logits * raw[:e], axis=1)
+    if scale.shape[1] > 1:
+        d_scales = jnp.stack([jnp.sum(x) for x in jnp.split(d_scales, (m, 2 * m))])
+    else:
+        d_scales = jnp.sum(d_scales)
+    return d_streams, d_fn.T, jnp.sum(d_logits, axis=1)[None], d_scales.reshape(scale.shape)
 
 
 def mix(
     f: jax.Array,  # [N, D]
     streams: jax.Array,  # [N, M * D]
-    coefficients: jax.Array,  # [E, N]
+    post: jax.Array,  # [M, N]
+    comb: jax.Array,  # [M * M, N]
     d_mixed: jax.Array,  # [N, M * D]
     static: Static,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of the three arguments of `tpu.mix`."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of the four arguments of `tpu.mix`."""
     n, m = len(f), static.num_streams
-    groups, backwards = pl.cdiv(n, GROUP), coefficients[m:].reshape(1 + m, m, n).swapaxes(0, 1)
+    groups = pl.cdiv(n, GROUP)
     d_f, d_streams, sums = phases.launch(
-        *(functools.partial(_mix_kernel, num_tokens=n), "hc_grad_post"),
+        functools.partial(_mix_kernel, num_tokens=n),
+        "hc_grad_post",
         [
-            *(Operand(a, 0) for a in (f, streams, d_mixed)),
-            phases.maps(backwards, streams.dtype),
+            Operand(f, 0),
+            Operand(streams, 0),
+            Operand(d_mixed, 0),
+            Operand(post, 1),
+            Operand(comb, 1),
         ],
         [
             *(Operand(jax.ShapeDtypeStruct(a.shape, a.dtype), 0) for a in (f, streams)),
             Operand(jax.ShapeDtypeStruct((groups * 8, LANES), jnp.float32), 0, GROUP // 8),
         ],
-        lambda tokens: [pltpu.VMEM(((1 + m) * tokens, m * GROUP), jnp.float32)],
+        lambda tokens: [
+            phases.maps(tokens, m, 1 + m, streams.dtype),
+            pltpu.VMEM(((1 + m) * tokens, m * GROUP), jnp.float32),
+        ],
         flops_per_byte=2 * m,
         static=static,
     )
     sums = sums.reshape(groups, 8, LANES)[:, : 1 + m, : m * GROUP]
     sums = sums.reshape(groups, 1 + m, m, GROUP).transpose(1, 2, 0, 3)
-    return d_f, d_streams, jnp.pad(sums.reshape((1 + m) * m, -1)[:, :n], ((m, 0), (0, 0)))
+    sums = sums.reshape((1 + m) * m, -1)[:, :n]
+    return d_f, d_streams, sums[:m], sums[m:]
 
 
 def _sum_lanes(ref) -> list[jax.Array]:
@@ -118,9 +145,9 @@ def _sum_lanes(ref) -> list[jax.Array]:
 def _collapse_kernel(*refs, static, worked, num_tokens, adds):
     x_ref, d_u_ref = refs[:2]
     added_ref = refs[2] if adds else None
-    raw_ref, d_raw_ref, fn_ref, affine_ref, d_x_ref, d_fn_ref, d_logits_ref = refs[2 + adds : -2]
-    spread_ref, sums_ref = refs[-2:]
-    m, e = static.num_streams, affine_ref.shape[0]
+    raw_ref, of_others_ref, fn_ref, base_ref, scale_ref = refs[2 + adds : 7 + adds]
+    d_x_ref, d_fn_ref, of_pre_ref, spread_ref, sums_ref = refs[7 + adds :]
+    m, e = static.num_streams, base_ref.shape[1]
     tokens, width = x_ref.shape
     d = width // m
     real = num_tokens - pl.program_id(0) * tokens  # tokens there are from this block on
@@ -141,13 +168,15 @@ def _collapse_kernel(*refs, static, worked, num_tokens, adds):
     phases.pieces(worked, d, FIRST_CHANNELS, first)
     row = jax.lax.broadcasted_iota(jnp.int32, (8, tokens), 0)
     d_pre = sum(jnp.where(row == k, s, 0) for k, s in enumerate(_sum_lanes(sums_ref)))
-    pre = phases.pre_weights(raw_ref, affine_ref, static.eps)
+    scale, base = phases.affine(base_ref, scale_ref, m)
+    pre = phases.pre_weights(raw_ref, scale, base, static.eps)
     s = pre - static.eps
-    d_logits = d_pre * s * (1 - s)
-    d_logits_ref[...] = d_logits
-    d_raw = d_raw_ref[:8] + d_logits * affine_ref[:8, 0:1]
+    of_pre = d_pre * s * (1 - s)
+    of_pre_ref[...] = of_pre
+    d_logits = of_others_ref[:8] + of_pre
     if e > 8:
-        d_raw = jnp.concatenate([d_raw, d_raw_ref[8:e]])
+        d_logits = jnp.concatenate([d_logits, of_others_ref[8:]])
+    d_raw = d_logits * scale
     inverse_rms = raw_ref[e : e + 1]
     d_product = d_raw * inverse_rms
     along = jnp.sum(d_raw * raw_ref[:e], axis=0, keepdims=True)
@@ -201,10 +230,12 @@ def _mix_kernel(
     f_ref,  # [tokens, D]
     x_ref,  # [tokens, M * D]
     d_y_ref,  # [tokens, M * D]
-    maps_ref,  # from the cotangents of the new streams to those of f and the streams
+    post_ref,  # [M, tokens]
+    comb_ref,  # [M * M, tokens]
     d_f_ref,  # [tokens, D]
     d_x_ref,  # [tokens, M * D]
     sums_ref,  # [tokens / 2, 128]: 8 rows a group, of which 1 + M: inputs; lanes: M outputs, token
+    maps_ref,  # from the cotangents of the new streams to those of f and the streams
     products_ref,  # [(1 + M) * tokens, M * 16]: <input, d_output> of all tokens of a group
     *,
     static: Static,
@@ -215,6 +246,11 @@ def _mix_kernel(
     height = (1 + m) * GROUP
     load = phases.loader(f_ref.shape[0], num_tokens)
     products_ref[...] = jnp.zeros_like(products_ref)
+    rows_of = [
+        [phases.row(post_ref, k) for k in range(m)],
+        *([phases.row(comb_ref, j * m + k) for k in range(m)] for j in range(m)),
+    ]
+    phases.arrange(rows_of, maps_ref, x_ref.dtype, num_tokens, worked)
 
     def body(rows, start, size, _):
         d_y = [load(d_y_ref, rows, k * d + start, size) for k in range(m)]

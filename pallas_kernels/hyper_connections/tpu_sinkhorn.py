@@ -1,87 +1,55 @@
-"""The coefficients post and comb from the projections, with 1024 tokens in every register.
+"""The coefficients post and comb from the projections, and their gradient.
 
-The matrices are arrays [M, M, 8, 128], every entry a register of tokens: a Sinkhorn step is
-additions, four reciprocals and sixteen products of registers. XLA would run forty programs of a few
-kilobytes.
+The matrices are arrays [M, M, S, 128], every entry S * 128 tokens: a Sinkhorn step is additions, four
+reciprocals and sixteen products of registers. XLA would run forty programs of a few kilobytes.
+
+Of up to 128 tokens this is a phase of the kernels that make the projections (`write`): it takes no
+longer than in a kernel of its own, which would have to start. Of more tokens a kernel has 1024 of them
+in every register, where a block of the others would have 256 and wait as long for each step.
 
 The backward kernel runs the steps again, keeps each step's result and divisors in VMEM (3.3 MB) and
 goes back through them: for c' = c / (s + eps) with s the sum of a row or column,
 
     dc = (dc' - sum(dc' * c')) / (s + eps)
 
-Grid: blocks of 1024 tokens. Layout in HBM: [E, N], tokens on lanes.
+Grid: blocks of 1024 tokens. Layout in HBM: tokens on lanes, [E, N] and of post and comb [M, N] and
+[M * M, N].
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.hyper_connections import phases
 from pallas_kernels.hyper_connections.block_sizes import COEFFICIENT_TOKENS as TOKENS
 from pallas_kernels.hyper_connections.phases import LANES, Static
 
-SUBLANES = TOKENS // LANES
 _COLUMN, _ROW = 0, 1  # the axes a column or a row is summed over
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def coefficients(
-    raw: jax.Array,  # [E + 8, N] float32; the last 8 rows are not read
-    affine: jax.Array,  # [E, 2] float32: scale and base of each row
-    static: Static,
-) -> jax.Array:  # [E, N] float32
-    """Rows pre, post, comb."""
-    e = affine.shape[0]
-    return _launch(
-        *(_kernel, "hc_coefficients", [raw], affine, e, static),
-        [pltpu.VMEM((e, SUBLANES, LANES), jnp.float32)],
-    )
-
-
-def _launch(kernel, name, arrays, affine, rows, static, scratch):
-    n = arrays[0].shape[1]
-    e = affine.shape[0]
-    return pl.pallas_call(
-        functools.partial(kernel, static=static),
-        grid=(pl.cdiv(n, TOKENS),),
-        in_specs=[
-            *(pl.BlockSpec((e, TOKENS), lambda i: (0, i)) for _ in arrays),
-            pl.BlockSpec(affine.shape, lambda i: (0, 0)),
-        ],
-        out_specs=pl.BlockSpec((rows, TOKENS), lambda i: (0, i)),
-        out_shape=jax.ShapeDtypeStruct((rows, n), jnp.float32),
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        cost_estimate=pl.CostEstimate(
-            flops=60 * n * static.sinkhorn_iters * static.num_streams,
-            bytes_accessed=8 * n * e,
-            transcendentals=n * e,
-        ),
-        interpret=static.interpret,
-        name=name,
-    )(*arrays, affine)
+def entries(tokens: int, m: int) -> Any:
+    """Scratch for the entries of `tokens` tokens."""
+    return pltpu.VMEM(((2 + m) * m, tokens // LANES, LANES), jnp.float32)
 
 
 def _unpack(x: jax.Array, ref) -> None:
-    """[rows, 1024] -> [rows, 8, 128]: the tokens of a row fill a register."""
-    for i in range(SUBLANES):
+    """[rows, S * 128] -> [rows, S, 128]: the tokens of a row on whole registers."""
+    for i in range(ref.shape[1]):
         ref[:, i] = x[:, i * LANES : (i + 1) * LANES]
 
 
 def _pack(ref, out_ref) -> None:
-    for i in range(SUBLANES):
+    for i in range(ref.shape[1]):
         out_ref[:, i * LANES : (i + 1) * LANES] = ref[:, i]
 
 
-def _logits(raw_ref, affine_ref):
-    return raw_ref[...] * affine_ref[:, 0:1] + affine_ref[:, 1:2]
-
-
 def _matrices(entries_ref, m):
-    """[M, M, 8, 128]"""
-    return entries_ref[2 * m :].reshape(m, m, SUBLANES, LANES)
+    """[M, M, S, 128]"""
+    return entries_ref[2 * m :].reshape(m, m, *entries_ref.shape[1:])
 
 
 def _softmax(logits):
@@ -95,10 +63,18 @@ def _normalize(c, axis, eps):
     return c * inverse, inverse
 
 
-def _kernel(raw_ref, affine_ref, out_ref, entries_ref, *, static):
+def write(
+    raw_ref,  # [E or more, tokens], of which E rows are read
+    scale: jax.Array,  # [E, 1]
+    base: jax.Array,  # [E, 1]
+    post_ref,  # [M, tokens]
+    comb_ref,  # [M * M, tokens]
+    entries_ref,  # as `entries` says
+    static: Static,
+) -> None:
+    """Writes post and comb of a block."""
     m, eps = static.num_streams, static.eps
-    _unpack(_logits(raw_ref, affine_ref), entries_ref)
-    entries_ref[:m] = jax.nn.sigmoid(entries_ref[:m]) + eps
+    _unpack(raw_ref[: len(scale)] * scale + base, entries_ref)
     entries_ref[m : 2 * m] = 2 * jax.nn.sigmoid(entries_ref[m : 2 * m])
     c = _normalize(_softmax(_matrices(entries_ref, m)) + eps, _COLUMN, eps)[0]
 
@@ -106,14 +82,85 @@ def _kernel(raw_ref, affine_ref, out_ref, entries_ref, *, static):
         return _normalize(_normalize(c, _ROW, eps)[0], _COLUMN, eps)[0]
 
     c = jax.lax.fori_loop(0, static.sinkhorn_iters - 1, body, c)
-    entries_ref[2 * m :] = c.reshape(m * m, SUBLANES, LANES)
-    _pack(entries_ref, out_ref)
+    entries_ref[2 * m :] = c.reshape(m * m, *entries_ref.shape[1:])
+    _pack(entries_ref.at[m : 2 * m], post_ref)
+    _pack(entries_ref.at[2 * m :], comb_ref)
+
+
+def coefficients(
+    raw: jax.Array,  # [E + 8, N] float32; the last 8 rows are not read
+    base: jax.Array,  # [1, E]
+    scale: jax.Array,  # [1, 3]
+    static: Static,
+) -> list[jax.Array]:
+    """post [M, N] and comb [M * M, N]."""
+    m = static.num_streams
+    arrays, scratch = [(raw, base.shape[1])], [entries(TOKENS, m)]
+    results = [m, m * m]
+    return _launch(_kernel, "hc_coefficients", arrays, base, scale, results, scratch, static)
+
+
+def d_logits(
+    raw: jax.Array,  # [E + 8, N]; the last 8 rows are not read
+    d_post: jax.Array,  # [M, N]
+    d_comb: jax.Array,  # [M * M, N]
+    base: jax.Array,  # [1, E]
+    scale: jax.Array,  # [1, 3]
+    static: Static,
+) -> jax.Array:  # [E, N]; zero in the rows of pre
+    """Gradient of raw * scale + base through post and comb."""
+    m, e, steps = static.num_streams, base.shape[1], 2 * static.sinkhorn_iters
+    arrays = [(raw, e), (d_post, m), (d_comb, m * m)]
+    scratch = [
+        entries(TOKENS, m),
+        entries(TOKENS, m),
+        pltpu.VMEM((steps, m, m, TOKENS // LANES, LANES), jnp.float32),
+        pltpu.VMEM((steps, m, TOKENS // LANES, LANES), jnp.float32),
+    ]
+    name = "hc_grad_coefficients"
+    (found,) = _launch(_backward_kernel, name, arrays, base, scale, [e], scratch, static)
+    return found
+
+
+def _launch(kernel, name, arrays, base, scale, results, scratch, static):
+    """Runs `kernel` on blocks of arrays, each with the rows that are read, to results of so many."""
+    n, e = arrays[0][0].shape[1], base.shape[1]
+
+    def block(rows):
+        return pl.BlockSpec((rows, TOKENS), lambda i: (0, i))
+
+    return pl.pallas_call(
+        functools.partial(kernel, static=static),
+        grid=(pl.cdiv(n, TOKENS),),
+        in_specs=[
+            *(block(rows) for _, rows in arrays),
+            *(pl.BlockSpec(a.shape, lambda i: (0, 0)) for a in (base, scale)),
+        ],
+        out_specs=[block(rows) for rows in results],
+        out_shape=[jax.ShapeDtypeStruct((rows, n), jnp.float32) for rows in results],
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=pl.CostEstimate(
+            flops=60 * n * static.sinkhorn_iters * static.num_streams,
+            bytes_accessed=8 * n * e,
+            transcendentals=n * e,
+        ),
+        interpret=static.interpret,
+        name=name,
+    )(*(array for array, _ in arrays), base, scale)
+
+
+def _kernel(raw_ref, base_ref, scale_ref, post_ref, comb_ref, entries_ref, *, static):
+    scale, base = phases.affine(base_ref, scale_ref, static.num_streams)
+    write(raw_ref, scale, base, post_ref, comb_ref, entries_ref, static)
 
 
 def _backward_kernel(
     raw_ref,  # [E, 1024]
-    d_out_ref,  # [E, 1024]
-    affine_ref,  # [E, 2]
+    d_post_ref,  # [M, 1024]
+    d_comb_ref,  # [M * M, 1024]
+    base_ref,  # [1, E]
+    scale_ref,  # [1, 3]
     d_logits_ref,  # [E, 1024]
     entries_ref,  # [E, 8, 128]
     d_ref,  # [E, 8, 128]
@@ -123,16 +170,18 @@ def _backward_kernel(
     static,
 ):
     m, eps, iters = static.num_streams, static.eps, static.sinkhorn_iters
-    _unpack(_logits(raw_ref, affine_ref), entries_ref)
-    _unpack(d_out_ref[...], d_ref)
-    for rows, factor in ((slice(0, m), 1), (slice(m, 2 * m), 2)):
-        s = jax.nn.sigmoid(entries_ref[rows])
-        d_ref[rows] = d_ref[rows] * s * (1 - s) * factor
+    scale, base = phases.affine(base_ref, scale_ref, m)
+    _unpack(raw_ref[...] * scale + base, entries_ref)
+    d_ref[:m] = jnp.zeros_like(d_ref[:m])
+    _unpack(d_post_ref[...], d_ref.at[m : 2 * m])
+    _unpack(d_comb_ref[...], d_ref.at[2 * m :])
+    s = jax.nn.sigmoid(entries_ref[m : 2 * m])
+    d_ref[m : 2 * m] = d_ref[m : 2 * m] * s * (1 - s) * 2
 
     def forward(step, c, axis):
         c, inverse = _normalize(c, axis, eps)
         steps_ref[step] = c
-        inverses_ref[step] = inverse.reshape(m, SUBLANES, LANES)
+        inverses_ref[step] = inverse.reshape(inverses_ref.shape[1:])
         return c
 
     def backward(step, d, axis):
@@ -153,34 +202,5 @@ def _backward_kernel(
     d = backward(1, d, _COLUMN)
     softmax = steps_ref[0]
     d = softmax * (d - jnp.sum(d * softmax, axis=_ROW, keepdims=True))
-    d_ref[2 * m :] = d.reshape(m * m, SUBLANES, LANES)
+    d_ref[2 * m :] = d.reshape(m * m, *d_ref.shape[1:])
     _pack(d_ref, d_logits_ref)
-
-
-def _fwd(raw, affine, static):
-    return coefficients(raw, affine, static), (raw, affine)
-
-
-def _bwd(static, saved, d_out):
-    raw, affine = saved
-    e, steps = affine.shape[0], 2 * static.sinkhorn_iters
-    m = static.num_streams
-    d_logits = _launch(
-        *(_backward_kernel, "hc_grad_coefficients", [raw, d_out], affine, e, static),
-        [
-            pltpu.VMEM((e, SUBLANES, LANES), jnp.float32),
-            pltpu.VMEM((e, SUBLANES, LANES), jnp.float32),
-            pltpu.VMEM((steps, m, m, SUBLANES, LANES), jnp.float32),
-            pltpu.VMEM((steps, m, SUBLANES, LANES), jnp.float32),
-        ],
-    )
-    d_raw = jnp.pad(d_logits * affine[:, :1], ((0, raw.shape[0] - e), (0, 0)))
-    return d_raw, d_affine(d_logits, raw)
-
-
-def d_affine(d_logits: jax.Array, raw: jax.Array) -> jax.Array:
-    """Gradient [E, 2] of the scale and base of each row of the logits [E, N]."""
-    return jnp.stack([(d_logits * raw[: d_logits.shape[0]]).sum(-1), d_logits.sum(-1)], axis=-1)
-
-
-coefficients.defvjp(_fwd, _bwd)

@@ -29,6 +29,8 @@ MEASURED = {
         "v6e": 8.26,
         "v7x": 14.67,
     },
+    "grouped_matmul: Flash FP4, decode 8": {"v5e": 0.68, "v5p": 1.00, "v6e": 0.89, "v7x": 1.67},
+    "grouped_swiglu: Flash FP4, decode 8": {"v5e": 0.66, "v5p": 1.01, "v6e": 0.79, "v7x": 1.46},
     "grouped_swiglu: Flash FP4, 256 rows": {"v5e": 1.23, "v5p": 1.24, "v6e": 1.47, "v7x": 1.34},
     "hc_post_pre: Flash prefill 8k": {"v5e": 0.78, "v5p": 1.13, "v6e": 0.86, "v7x": 1.48},
     "indexer: Flash prefill 8k": {"v5e": 1.38, "v5p": 1.38, "v6e": 3.54, "v7x": 3.31},

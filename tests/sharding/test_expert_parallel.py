@@ -7,17 +7,29 @@ import pytest
 from jax import P
 
 from pallas_kernels.formats.quantize import quantize_weight
-from pallas_kernels.grouped_matmul import by_expert
+from pallas_kernels.grouped_matmul import by_expert, of_pairs, summed
 from sharding import TRAIN, collectives, expert_parallel, make_mesh
 from sharding.expert_parallel import apply_experts
 from v4jax.planning.hlo import exchanges
 from v4jax.planning.topologies import COMPILER_OPTIONS, topology_devices
 
 
+def in_order(of_rows):
+    """For `apply_experts`, made of a function of rows that are sorted by expert."""
+
+    def experts_fn(params, x, order, weights):
+        rows, own_weights = of_pairs(x, weights, order.row)
+        out = of_rows(params, rows, order.sizes, own_weights)
+        return summed(out, order.position.reshape(x.shape[0], -1))
+
+    return experts_fn
+
+
 def test_rows_of_one_round_travel_while_those_of_another_are_computed(not_kept):
     pytest.importorskip("libtpu")
     devices, tokens, dim, k = 4, 1024, 1024, 2
 
+    @in_order
     def experts_fn(weights, rows, sizes, row_weights):
         return jnp.matmul(rows * row_weights[:, None].astype(rows.dtype), weights[0])
 
@@ -47,6 +59,7 @@ def test_rows_of_one_round_travel_while_those_of_another_are_computed(not_kept):
 EXPERTS, TOKENS, DIM, CHOICES = 4, 64, 8, 2
 
 
+@in_order
 def _with_adapter(params, rows, sizes, row_weights):
     """Experts of a frozen FP8 matrix and a trained one beside it; plain products, for comparison."""
     weights = params["frozen"].dequantize(jnp.float32) + params["adapter"]

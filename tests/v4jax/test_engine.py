@@ -8,6 +8,7 @@ import pytest
 from tests.models import one_of_each, random_model
 from tests.tolerances import FLOAT32, assert_close
 from v4jax import Transformer, tiny
+from v4jax.inference import steps
 from v4jax.inference.completions import Completion
 from v4jax.inference.engine import Engine
 from v4jax.inference.feeding import Feeder
@@ -63,6 +64,24 @@ def test_greedy_tokens_are_the_largest_logits(engine, scorer, prompts):
     logits = scorer.logits(sequence, decode_from=len(prompts[1]))[0]
 
     assert completion.tokens == tuple(logits[len(prompts[1]) - 1 : -1].argmax(-1))
+
+
+def test_partial_sums_that_stay_apart_through_a_call_give_the_same_tokens(
+    model, engine, prompts, monkeypatch
+):
+    """As on a TPU: 140 tokens, past a window of an HCA layer, in calls of several."""
+    options = steps._compiler_options()
+    monkeypatch.setattr(steps, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(steps, "_compiler_options", lambda: options)
+    steps._decode_step.cache_clear()  # not what was traced for a CPU
+    sampling = Sampling(seed=4, max_new_tokens=140)
+
+    (found,) = Engine(model, slots=1, chunks=CHUNKS).generate([prompts[0]], sampling, stop_ids=[])
+
+    steps._decode_step.cache_clear()
+    monkeypatch.undo()
+    (expected,) = engine.generate([prompts[0]], sampling, stop_ids=[])
+    assert found.tokens == expected.tokens
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(engine, prompts):

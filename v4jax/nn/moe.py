@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import signatures
 from pallas_kernels.formats.quantize import cast
-from pallas_kernels.grouped_matmul import by_expert, swiglu
+from pallas_kernels.grouped_matmul import by_expert, of_pairs, summed, swiglu
 from pallas_kernels.router import scores as scores_of
 from pallas_kernels.router import top_experts, weights_of
 from sharding import collectives
@@ -221,8 +221,23 @@ def _entered(matrix: ExpertLinear) -> ExpertLinear:
     return matrix
 
 
-def _grouped_experts(limit: float, matrices, rows, sizes, row_weights):
-    """Rows sorted by expert, with their routing weights, through the experts' matrices."""
+def _grouped_experts(limit: float, matrices, x, order, weights):
+    """Rows x [T, D] of tokens, and weights [P] of their pairs, through the experts' matrices."""
+    w1, w3, w2 = matrices
+    numerics, position = w1.numerics, order.position.reshape(x.shape[0], -1)
+    if any(matrix.adapter is not None for matrix in matrices):
+        rows, weights = of_pairs(x, weights, order.row)
+        out = _adapted_experts(limit, matrices, rows, order.sizes, weights)
+        return summed(out, position)
+    args = (x, w1.kernel[...], w3.kernel[...], order.sizes, weights)
+    hidden = numerics.grouped_swiglu(*args, limit=limit, pair=order.row)
+    return numerics.grouped_matmul(
+        numerics.round_input(hidden), w2.kernel[...], order.sizes, position=position
+    )
+
+
+def _adapted_experts(limit: float, matrices, rows, sizes, row_weights):
+    """Rows sorted by expert, with their routing weights, where a matrix has an adapter."""
     w1, w3, w2 = matrices
     numerics = w1.numerics
     if w1.adapter is None and w3.adapter is None:

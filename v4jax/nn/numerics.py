@@ -132,14 +132,16 @@ class Numerics:
         w = w if isinstance(w, QuantizedArray) else w.astype(self.dtype)
         return linear(x, w, groups=groups, out_dtype=dtype, implementation=self.implementation)
 
-    def grouped_swiglu(self, rows, w_gate, w_up, group_sizes, row_weights, *, limit) -> jax.Array:
+    def grouped_swiglu(
+        self, rows, w_gate, w_up, group_sizes, row_weights, *, limit, pair=None
+    ) -> jax.Array:
         """First half of the experts, for rows that `round_input` has rounded (see the operation)."""
         args = (rows, w_gate, w_up, group_sizes, row_weights)
-        return grouped_swiglu(*args, limit=limit, **self._products)
+        return grouped_swiglu(*args, limit=limit, pair=pair, **self._products)
 
-    def grouped_matmul(self, rows, w, group_sizes) -> jax.Array:
-        """Second half of the experts, for rows that `round_input` has rounded."""
-        return grouped_matmul(rows, w, group_sizes, **self._products)
+    def grouped_matmul(self, rows, w, group_sizes, *, position=None) -> jax.Array:
+        """Second half of the experts, for rows that `round_input` has rounded (see the operation)."""
+        return grouped_matmul(rows, w, group_sizes, position=position, **self._products)
 
     @property
     def _products(self) -> dict:

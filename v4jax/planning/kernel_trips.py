@@ -28,6 +28,9 @@ DECODE_PASSES = 14
 _BYTES = {"u8": ("fp4", 0.5), "f8e4m3fn": ("fp8", 1.0), "bf16": ("float", 2.0)}
 
 
+FEW_ROWS_SCALARS = 5  # arrays of scalars of the kernel for few rows: visits
+
+
 def trips(
     kernel: Kernel, schedule: Schedule, chip: str, experts: float | None = None
 ) -> Trips | None:
@@ -63,12 +66,19 @@ def _few_rows(kernel: Kernel, chip: str, experts: float | None) -> Trips | None:
     formats, groups = _formats(kernel)
     if not formats:
         return None
-    num_rows = kernel.results[0][1][0]
+    given = next(s[0] for d, s in kernel.operands if len(s) == 2 and d in ("bf16", "f32"))
+    result = kernel.results[0][1][0]
+    num_rows = max(given, result)  # one of them may be tokens
     rows = product_sizes.few_rows(num_rows, groups, formats[0].num_inputs)
     if rows is None:
         return None
     visits = groups * -(-num_rows // groups // rows) if experts is None else max(experts, 1.0)
-    return few_rows_trips(chip, formats, num_rows, rows, visits)
+    ordered = summed = None
+    if sum(len(shape) == 1 for _, shape in kernel.operands) > FEW_ROWS_SCALARS:
+        own = num_rows if experts is None else visits  # hardly more than one of an expert
+        is_first = "swiglu" in kernel.name
+        ordered, summed = (own, None) if is_first else (None, result)
+    return few_rows_trips(chip, formats, num_rows, rows, visits, ordered=ordered, summed=summed)
 
 
 def _formats(kernel: Kernel) -> tuple[list[Format], int]:
@@ -156,19 +166,30 @@ def balanced_visits(num_rows: int, groups: int, rows: int) -> tuple[float, float
 
 
 def few_rows_trips(
-    chip: str, formats: Sequence[Format], num_rows: int, rows: int, visits: float
+    chip: str,
+    formats: Sequence[Format],
+    num_rows: int,
+    rows: int,
+    visits: float,
+    *,
+    ordered: float | None = None,
+    summed: int | None = None,
 ) -> Trips:
     """Of products of few rows with each expert or group of a weight.
 
     Args:
       rows: of a visit, at most.
       visits: experts or groups that are read.
+      ordered: rows that the kernel puts in order; None: they are.
+      summed: tokens whose results it adds; None: none.
     """
     sizes = few_rows.sizes_for(chip, rows, formats, num_rows)
     assert sizes is not None  # it was compiled
     steps = sizes.columns // sizes.step
     grid = formats[0].num_outputs // sizes.columns * visits
-    return (grid, 1 / visits, *((steps,) if steps > 1 else ()), 1 / visits)
+    begin = (1 / visits,) if ordered is None else (1 / visits, ordered)
+    finish = (1 / visits,) if summed is None else (1 / visits, summed)
+    return (grid, *begin, *((steps,) if steps > 1 else ()), *finish)
 
 
 def index_list_trips(chip: str, batch: int, num_entries: int, topk: int) -> Trips:

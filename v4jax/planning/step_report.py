@@ -20,6 +20,7 @@ What the times leave out is in `UNKNOWN`.
 
 import collections
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 
 from pallas_kernels.chips import Chip
@@ -33,6 +34,8 @@ from v4jax.planning.plan import Job
 from v4jax.planning.roofline import Roofline, roofline
 from v4jax.planning.schedules import Schedule
 from v4jax.planning.topologies import Slice
+
+_SIZE = re.compile(r"(?<=[\[,])\d+")
 
 ONCE = "once a step"
 UNKNOWN = (
@@ -286,6 +289,7 @@ class Reader:
             if known is not None:
                 cycles[_key(one)].append(known)
                 cycles[one.opcode, one.result].append(known)
+                cycles[_of_any_size(one)].append(known)
         means = {key: sum(several) / len(several) for key, several in cycles.items()}
         return Reader(place, job, hit * experts, hit, kernels, means)
 
@@ -318,7 +322,8 @@ class Reader:
         return Costs({(k,): Amount(n) for k, n in other.items() if n}, xla, kernels, sent, branches)
 
     def _xla_seconds(self, one: Operation) -> float | None:
-        alike = self.cycles.get((one.opcode, one.result))
+        # Arrays that layers share are larger in a program with one layer more.
+        alike = self.cycles.get((one.opcode, one.result), self.cycles.get(_of_any_size(one)))
         cycles = self.cycles.get(_key(one), alike) if one.cycles is None else one.cycles
         return None if cycles is None else cycles / self.chip.clock
 
@@ -343,6 +348,12 @@ def _key(one: Operation) -> Part:
     if one.kernel is not None:
         return one.kernel.name, str(one.kernel.operands)
     return one.scope, one.opcode, one.result
+
+
+def _of_any_size(one: Operation) -> Part:
+    """Alike but for sizes, and for how many arrays there are after the first."""
+    first = one.result.removeprefix("(").split("]")[0]
+    return one.scope, one.opcode, _SIZE.sub("n", first)
 
 
 def _add(amounts: Amounts, key: Part, times: int, seconds: float) -> None:
