@@ -70,9 +70,7 @@ def test_partial_sums_that_stay_apart_through_a_call_give_the_same_tokens(
     model, engine, prompts, monkeypatch
 ):
     """As on a TPU: 140 tokens, past a window of an HCA layer, in calls of several."""
-    options = steps._compiler_options()
     monkeypatch.setattr(steps, "target_platform", lambda: "tpu")
-    monkeypatch.setattr(steps, "_compiler_options", lambda: options)
     steps._decode_step.cache_clear()  # not what was traced for a CPU
     sampling = Sampling(seed=4, max_new_tokens=140)
 

@@ -112,7 +112,7 @@ def _found(model, tokens, number: int | None, micro_batches: int = 1):
     """Gradients and the loss."""
     graphdef, params, fixed = nnx.split(model, LoRAParam, ...)
     number = None if number is None else np.uint32(number)
-    step = loss_and_gradients(graphdef, Queries(), TRAIN, False, micro_batches, seed=3)
+    step = loss_and_gradients(graphdef, Queries(), TRAIN, "none", micro_batches, seed=3)
     return jax.jit(step)(params, fixed, tokens, number=number)
 
 

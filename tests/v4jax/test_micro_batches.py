@@ -40,7 +40,7 @@ def _model():
 def _step(micro_batches: int):
     """Gradients by path, and metrics."""
     graphdef, *state = nnx.split(_model(), nnx.Param, ...)
-    step = loss_and_gradients(graphdef, WEIGHTS, TRAIN, False, micro_batches)
+    step = loss_and_gradients(graphdef, WEIGHTS, TRAIN, "none", micro_batches)
     gradients, metrics = jax.jit(step)(*state, *_unequal())
     named = jax.tree_util.tree_leaves_with_path(gradients)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in named}, metrics
