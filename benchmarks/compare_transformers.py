@@ -152,7 +152,7 @@ def main() -> None:
                 ended = []
                 for command in (ours, torch):  # one after the other
                     side = Side(command, args.threads, **kept)
-                    side.ask("first", dict(tokens=128))
+                    side.ask("prefill", dict(tokens=128))
                     ended.append(side.end())
                 print(row(name, *ended), flush=True)
         for group, (mine, torch_peak) in peaks.items():

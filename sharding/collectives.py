@@ -185,8 +185,8 @@ def row_at(x: jax.Array, at: jax.Array, *names: str) -> jax.Array:
     """Row `at` [B] of sequences [B, L, ...] that are cut over devices: [B, ...]. No gradient."""
     length = x.shape[1]
     local = at - axis_index(*names) * length
-    found = jnp.clip(local, 0, length - 1).reshape(-1, *[1] * (x.ndim - 1))
-    found = jnp.take_along_axis(x, found, axis=1, mode="clip")[:, 0]
+    index = local.reshape(-1, *[1] * (x.ndim - 1))
+    found = jnp.take_along_axis(x, index, axis=1, mode="clip")[:, 0]
     mine = ((local >= 0) & (local < length)).reshape(-1, *[1] * (x.ndim - 2))
     return psum(jnp.where(mine, found, 0), *names)
 

@@ -99,12 +99,4 @@ def gradients(clock, tokens: int, output: str, choices: str | None) -> float:
     return loss
 
 
-serve(
-    {
-        "prefill": prefill,
-        "first": prefill,
-        "decode": decode,
-        "train": train,
-        "gradients": gradients,
-    }
-)
+serve(prefill, decode, train, gradients)

@@ -122,12 +122,4 @@ def gradients(clock, tokens: int, output: str) -> float:
     return loss.item()
 
 
-serve(
-    {
-        "prefill": prefill,
-        "first": prefill,
-        "decode": decode,
-        "train": train,
-        "gradients": gradients,
-    }
-)
+serve(prefill, decode, train, gradients)

@@ -31,8 +31,9 @@ def prompt(length: int, vocab: int, seed: int = 0) -> list[int]:
     return [draw.randrange(3, vocab) for _ in range(length)]
 
 
-def serve(actions: dict[str, Callable[..., object]]) -> None:
-    """Does what the lines of stdin ask for. An action takes a `Clock` and numbers."""
+def serve(*tasks: Callable[..., object]) -> None:
+    """Does the tasks that the lines of stdin name. They take a `Clock` and numbers."""
+    actions = {task.__name__: task for task in tasks}
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     sys.stdout = sys.stderr  # whatever libraries print
     for line in sys.stdin:

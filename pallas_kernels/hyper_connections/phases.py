@@ -299,7 +299,7 @@ def mix(
     y_ref,  # [tokens, M * D]
     maps_ref,
     *,
-    m: int,
+    static: Static,
     worked: int,
     num_tokens: int,
 ) -> None:
@@ -308,7 +308,7 @@ def mix(
     Where a token has a number that is not finite, the others of its group are worked out again
     without it, to the bits that they have beside a finite one.
     """
-    d = f_ref.shape[1]
+    m, d = static.num_streams, f_ref.shape[1]
     load = loader(f_ref.shape[0], num_tokens)
     rows_of = [[row(post_ref, k), *(row(comb_ref, j * m + k) for j in range(m))] for k in range(m)]
     arrange(rows_of, maps_ref, x_ref.dtype, num_tokens, worked)

@@ -80,7 +80,7 @@ def mix(
 ) -> jax.Array:  # [N, M * D]
     """The new streams."""
     (mixed,) = phases.launch(
-        functools.partial(_mix_kernel, num_tokens=len(f)),
+        functools.partial(phases.mix, num_tokens=len(f)),
         "hc_post",
         [Operand(f, 0), Operand(streams, 0), Operand(post, 1), Operand(comb, 1)],
         [Operand(jax.ShapeDtypeStruct(streams.shape, streams.dtype), 0)],
@@ -185,20 +185,6 @@ def _maps(tokens, streams, static):
     return phases.maps(tokens, 1 + m, m, streams.dtype)
 
 
-def _mix_kernel(f_ref, x_ref, post_ref, comb_ref, y_ref, maps_ref, *, static, worked, num_tokens):
-    phases.mix(
-        f_ref,
-        x_ref,
-        post_ref,
-        comb_ref,
-        y_ref,
-        maps_ref,
-        m=static.num_streams,
-        worked=worked,
-        num_tokens=num_tokens,
-    )
-
-
 def _collapse_kernel(
     x_ref,  # [tokens, M * D]
     fn_ref,  # [3 * E, M * D], or [E, M * D] float32
@@ -241,7 +227,7 @@ def _mix_collapse_kernel(
     num_tokens: int,
 ):
     *others, maps_ref = refs
-    _mix_kernel(
+    phases.mix(
         f_ref,
         x_ref,
         post_ref,

@@ -357,10 +357,9 @@ def write_window(
     token = last[:, None] - (last[:, None] - jnp.arange(size)) % size
     column = token - chunk.start[:, None]
     mine = ((column >= 0) & (column < num_columns))[..., None]
-    column = jnp.clip(column, 0, num_columns - 1)[..., None]
 
     def put(ring, kv):
-        new = jnp.where(mine, jnp.take_along_axis(kv, column, axis=1, mode="clip"), 0)
+        new = jnp.where(mine, jnp.take_along_axis(kv, column[..., None], axis=1, mode="clip"), 0)
         return jnp.where((token >= start[:, None])[..., None], collectives.psum(new, "seq"), ring)
 
     if isinstance(ring, PackedColumns):

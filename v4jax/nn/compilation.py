@@ -47,7 +47,7 @@ def keep_programs() -> pathlib.Path | None:
 
 
 # Products alone go to XLA's library for CPUs. It takes what surrounds them too by default, and is slow at
-# that: twelve times slower at a product whose rows are summed (docs/measurements/cpu.md).
+# that: ten times slower at a product whose rows are summed (docs/measurements/cpu.md).
 _PRODUCTS: dict[str, Any] = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 }
@@ -60,6 +60,23 @@ def jit(fn: Callable, *, level: int | None = None, **options: Any) -> Any:
       level: LLVM's level of optimisation on a CPU, default XLA's own, the third.
     """
     return jax.jit(fn, compiler_options=compiler_options(level), **options)
+
+
+def jitted(**options: Any) -> Callable[[Callable], Callable]:
+    """`jit` as a decorator: of a module's functions, before jax may be asked which platform it runs on."""
+
+    def decorate(fn: Callable) -> Callable:
+        @functools.cache
+        def program() -> Callable:
+            return jit(fn, **options)
+
+        @functools.wraps(fn)
+        def call(*args):
+            return program()(*args)
+
+        return call
+
+    return decorate
 
 
 def compiler_options(level: int | None = None) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from v4jax.nn.compilation import jitted
 from v4jax.nn.shared import Shared
 
 
@@ -50,7 +51,7 @@ class LayerView:
     expert_weights: jax.Array  # [B, T, K] float32
 
 
-@jax.jit
+@jitted()
 def view(block, streams: jax.Array, tokens: jax.Array, queries: jax.Array, shared: Shared):
     """A `Block` on whole sequences: its view of queries [Q], the streams after it, and what it shares."""
     x, *mix = block.attn_hc.pre(streams)

@@ -15,7 +15,7 @@ Source: report section 2; released `inference/model.py` (Block, MTPBlock, Transf
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from v4jax.config import LayerSpec, V4Config, sources
 from v4jax.nn.attention import Attention
 from v4jax.nn.cache import Cache, CacheFormat, Chunk, LayerCache, init_cache
 from v4jax.nn.choices import Choices, LayerChoices
-from v4jax.nn.compilation import jit
+from v4jax.nn.compilation import jitted
 from v4jax.nn.documents import Documents
 from v4jax.nn.hyper_connections import HyperConnection, HyperHead
 from v4jax.nn.inspection import LayerView, view
@@ -149,24 +149,21 @@ def _extend(rules, as_released, is_source, block, streams, tokens, chunk, cache,
     return streams, cache, made if is_source else Shared()
 
 
-@functools.cache
-def _whole() -> Callable:
-    """`Transformer.__call__` on every device of the ambient mesh: (graphdef, rules, params, tokens) -> logits."""
+@jitted(static_argnums=(0, 1))
+def _whole(graphdef, rules, params, tokens):
+    """`Transformer.__call__` of whole sequences on every device of the ambient mesh."""
 
-    def whole(graphdef, rules, params, tokens):
-        def on_device(params, tokens):
-            return nnx.merge(graphdef, params)(tokens)
+    def on_device(params, tokens):
+        return nnx.merge(graphdef, params)(tokens)
 
-        placed = (specs(params, rules), rules.tokens)
-        return collectives.per_device(on_device, rules, placed, rules.tokens)(params, tokens)
-
-    return jit(whole, static_argnums=(0, 1))
+    placed = (specs(params, rules), rules.tokens)
+    return collectives.per_device(on_device, rules, placed, rules.tokens)(params, tokens)
 
 
-@functools.cache
-def _compiled() -> Callable:
-    """`Transformer.__call__` on one device, one program for all layers: (model, tokens) -> logits."""
-    return jit(Transformer._logits_of)
+@jitted()
+def _compiled(model, tokens):
+    """`Transformer.__call__` on one device, one program for all layers."""
+    return model._logits_of(tokens)
 
 
 class Stage(nnx.Module):
@@ -343,7 +340,7 @@ class Transformer(nnx.Module):
         arrays = (tokens, self.embed.table[...])
         if any(isinstance(array, jax.core.Tracer) for array in arrays):
             return self._logits_of(jnp.asarray(tokens))
-        return _compiled()(self, jnp.asarray(tokens))
+        return _compiled(self, jnp.asarray(tokens))
 
     def _logits_of(self, tokens: jax.Array) -> jax.Array:
         streams, _ = self.trunk(tokens)
@@ -354,7 +351,7 @@ class Transformer(nnx.Module):
         batch, length = tokens.shape
         check_mesh(self.cfg, self.rules, batch=batch, length=length)
         graphdef, params = nnx.split(self)
-        return _whole()(graphdef, self.rules, params, tokens)
+        return _whole(graphdef, self.rules, params, tokens)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(nnx.state(self))

@@ -199,6 +199,12 @@ def kept_bytes(
     return kept
 
 
+def kept_by_layers(cfg: V4Config, length: int, remat: str, *, tensor: int = 1) -> float | None:
+    """`kept_bytes` of all layers together, in bfloat16."""
+    kept = [kept_bytes(cfg, spec, length, remat, tensor=tensor) for spec in cfg.layers]
+    return None if remat == "none" else sum(one for one in kept if one is not None)
+
+
 def _warmup_flops(cfg: V4Config, length: int, *, remat: str) -> Flops:
     again = remat != "none"
     flops = prefill_flops(cfg, length, masked=True) + head_flops(cfg) * (length - 1)

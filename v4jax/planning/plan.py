@@ -377,12 +377,9 @@ def _estimate(
     rows = cfg.moe.experts_per_token * (cfg.embed_dim + cfg.moe.expert_dim / sizes["tensor"])
     # Arrays of a scanned body that live at once, as the compiler's memory reports show them.
     body = 2 * (20 * cfg.num_streams * cfg.embed_dim + 30 * heads + 12 * rows)
-    kept = [
-        costs.kept_bytes(cfg, spec, job.length, job.remat, tensor=sizes["tensor"])
-        for spec in cfg.layers
-    ]
-    # Of everything, 0.43 of 3.5 MB in one compiled step (docs/measurements/training_memory.md).
-    saved = sum(body / 8 if one is None else one for one in kept)
+    saved = costs.kept_by_layers(cfg, job.length, job.remat, tensor=sizes["tensor"])
+    if saved is None:  # 0.43 of 3.5 MB in one compiled step (docs/measurements/training_memory.md)
+        saved = len(cfg.layers) * body / 8
     transient = parts.largest_gathered + tokens * (saved + body)
     return Estimate(parts.held, optimizer=3 * parts.trained, transient=transient)
 

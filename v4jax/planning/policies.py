@@ -26,12 +26,8 @@ def by_policy(cfg: V4Config, job: Job, sizes: dict[str, int]) -> list[PolicyCost
     tokens = job.batch * job.length * sizes["tensor"] / devices
 
     def kept(name: str) -> float | None:
-        layers = [
-            costs.kept_bytes(cfg, spec, job.length, name, tensor=sizes["tensor"])
-            for spec in cfg.layers
-        ]
-        known = [one for one in layers if one is not None]
-        return tokens * sum(known) if len(known) == len(layers) else None
+        of_token = costs.kept_by_layers(cfg, job.length, name, tensor=sizes["tensor"])
+        return None if of_token is None else tokens * of_token
 
     streams = kept("layers")
     return [

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from sharding import TRAIN, AxisRules, collectives
 from v4jax.config import V4Config
+from v4jax.nn.compilation import jitted
 from v4jax.nn.cross_entropy import cross_entropy
 from v4jax.nn.model import BlockStats, Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, specs
@@ -188,7 +189,7 @@ def log_probs(model: Transformer, pairs: PreferencePairs, *, batch_size: int = 8
     return np.concatenate(found)[:size]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jitted(static_argnums=(0, 1))
 def _log_probs(graphdef, rules: AxisRules, params, batch: PairBatch) -> jax.Array:
     def on_device(params, batch):
         return row_log_probs(nnx.merge(graphdef, params), batch)[0]

@@ -68,8 +68,8 @@ class Trainer:
       steps: steps taken so far.
 
     Raises:
-      ValueError: an unknown `trainable` or `remat`, a LoRA target that no matrix has, weights that lie as serving
-        reads them, or what `TrainStep` refuses.
+      ValueError: an unknown `trainable` or `remat`, a LoRA target that no matrix has, weights that lie as
+        serving reads them, or what `TrainStep` refuses.
     """
 
     def __init__(
