@@ -15,7 +15,7 @@ from pallas_kernels.formats.quantize import QuantizedArray, quantize_weight
 from sharding import make_mesh
 from tests.conftest import NANO
 from tests.reference.checkpoints import OFFICIAL, parameters
-from v4jax import V4Config, flash, pro
+from v4jax import V4Config, flash, pro, tiny
 from v4jax.checkpoint import load
 from v4jax.nn.quantization import to_float, to_released
 from v4jax.planning.describe import Part, abstract_model, describe, memory_by_part
@@ -50,6 +50,17 @@ def test_the_report_of_a_released_model_agrees_with_its_files(cfg, in_files, exp
 def test_experts_in_fp8_take_eight_bits():
     model = abstract_model(dataclasses.replace(flash(), expert_format="fp8"))
     assert memory_by_part(model)["routed experts"].bits == 8 + 8 / 128**2
+
+
+def test_shapes_alone_are_not_waited_for(monkeypatch):
+    """Asking a traced array whether it is there made `plan` and exports of Flash ten times slower."""
+
+    def waited(x):
+        raise AssertionError(f"waited for {x}")
+
+    monkeypatch.setattr(jax, "block_until_ready", waited)
+
+    assert describe(abstract_model(tiny()))
 
 
 def test_the_report_of_a_loaded_model_counts_what_is_held():

@@ -230,8 +230,6 @@ def _decode_step(parts: "_Parts") -> Callable:
             jnp.zeros((*shape, top), jnp.float32),
         )
 
-        # XLA for TPUs writes what lies together piece by piece: 1.2 us for each of up to 12 sums of a
-        # layer. So they go through the loop apart there; elsewhere as they lie, in fewer arrays.
         is_tpu = target_platform() == "tpu"
 
         def more(state):
@@ -246,18 +244,16 @@ def _decode_step(parts: "_Parts") -> Callable:
                 # In the loop, or XLA keeps what it makes of every layer's weights all the while.
                 step, here = jax.lax.optimization_barrier((step, leaves))
             model = choosing(parts.merged(here), slots.adapters)
-            apart = states if is_tpu else states.apart()
-            new, slots, apart = _decode_one(model, slots, apart, tables, allowed)
+            new, slots, states = _decode_one(model, slots, states, tables, allowed)
             put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=1)
-            states = apart if is_tpu else PackedStates.of(apart)
             return step + 1, slots, states, jax.tree.map(put, output, new)
 
-        states = slots.states
+        # Apart through the loop: XLA writes what lies together piece by piece.
+        states = slots.states.apart()
         slots = dataclasses.replace(slots, states=PackedStates((), None, None, ()))
-        start = jnp.zeros((), jnp.int32), slots, states.apart() if is_tpu else states, output
+        start = jnp.zeros((), jnp.int32), slots, states, output
         _, slots, states, output = jax.lax.while_loop(more, body, start)
-        states = PackedStates.of(states) if is_tpu else states
-        slots = dataclasses.replace(slots, states=states)
+        slots = dataclasses.replace(slots, states=PackedStates.of(states))
         gather = functools.partial(collectives.all_gather, axis=0)
         return jax.tree.map(lambda x: gather(x, "batch"), output), slots
 
