@@ -90,6 +90,8 @@ def require_whole_blocks(state, rules: AxisRules) -> None:
 def mesh_of(module: nnx.Module) -> jax.sharding.Mesh | None:
     """The mesh that a module's arrays lie on; None on one device."""
     for leaf in jax.tree.leaves(nnx.state(module)):
+        if isinstance(leaf, jax.core.Tracer):  # lies nowhere, and takes long to say so
+            continue
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, jax.NamedSharding) and isinstance(sharding.mesh, jax.sharding.Mesh):
             return sharding.mesh
