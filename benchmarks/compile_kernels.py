@@ -8,11 +8,16 @@ Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip:
     VMEM            MB held by the largest kernel: blocks, buffers, scratch, spilled registers
     HBM, temp       MB of arguments, results and temporaries; of these the temporaries
     XLA             MB of the largest array that XLA makes around the kernels (a copy, a pad)
-    schedule        the compiler's static schedule in microseconds; waits for memory are not in it
-    MXU, HBM        microseconds the matrix units and the memory need for the algorithm
-    VALU            microseconds the vector unit needs for what was scheduled
+    least us        microseconds that it takes at least: the largest of the next three. Not known: waits for
+                    memory and stalls of the matrix units that a schedule does not show
+    schedule        the compiler's static schedule, of the busiest core
+    MXU, HBM        what the matrix units and the memory need for the algorithm
+    VALU            what the vector unit needs for what was scheduled
+    by              which of the three it is: s(chedule), m(atrix units), h(BM)
     ratio           schedule over the larger floor of the algorithm (matrix units or memory)
     spills          register fills and spills in the code, and how many run in 100 cycles
+
+`--markdown` prints rows of a table as in docs/measurements/kernels.md.
 """
 
 import argparse
@@ -29,10 +34,10 @@ from v4jax.planning import schedules
 
 DUMP = schedules.start_dump()  # before libtpu is loaded
 
-from benchmarks import hlo, kernel_cases
+from benchmarks import cores, hlo, kernel_cases
 from benchmarks.case import Case
 from pallas_kernels.chips import CHIPS
-from v4jax.planning.topologies import compile_on
+from v4jax.planning.topologies import trace_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,17 @@ class Report:
     bundles: dict[str, int]  # kernel -> static length
 
     @property
+    def least_us(self) -> float:
+        """No device is faster, whatever the schedule says."""
+        return max(self.schedule_us, self.mxu_floor_us, self.hbm_floor_us)
+
+    @property
+    def bound(self) -> str:
+        """What `least_us` is: "schedule", "mxu" or "hbm"."""
+        of = {"schedule": self.schedule_us, "mxu": self.mxu_floor_us, "hbm": self.hbm_floor_us}
+        return max(of, key=lambda name: of[name])
+
+    @property
     def ratio(self) -> float:
         """Schedule over the algorithm's floor."""
         return self.schedule_us / max(self.mxu_floor_us, self.hbm_floor_us)
@@ -69,35 +85,37 @@ def report(case: Case, chip_name: str) -> Report:
     chip = CHIPS[chip_name]
     schedules.clear(DUMP)
     started = time.perf_counter()
-    compiled = compile_on(
-        chip_name, lambda *a: case.run(*a, implementation="tpu"), *case.arguments()
-    )
+    traced = trace_on(chip_name, lambda *a: case.run(*a, implementation="tpu"), *case.arguments())
+    compiled = traced.lower().compile()
     seconds = time.perf_counter() - started
-    cycles = vector = spills = spills_run = 0
+    parts = cores.busiest(traced.jaxpr.jaxpr, chip.cores)
+    cycles = alone = vector = spills = spills_run = 0.0
     bundles = {}
     for name, trips in case.trips(chip_name).items():
         for kernel in schedules.read(DUMP, name):
+            part = cores.part_of(parts, kernel.kernel)
             cycles += kernel.cycles(trips)
-            vector += kernel.unit_cycles("VALU", trips)
+            alone += part * kernel.cycles(trips)
+            vector += part * kernel.unit_cycles("VALU", trips)
             spills += kernel.spills()
             spills_run += kernel.spills(trips)
             bundles[kernel.kernel] = kernel.bundles
     mxu, hbm = case.floors(chip)
-    per_us = 1e6 / chip.clock / chip.cores
+    per_us = 1e6 / chip.clock
     memory, text = compiled.memory_analysis(), compiled.as_text()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     temp = memory.temp_size_in_bytes
     return Report(
         *(case.name, chip_name, round(seconds, 2)),
         *(max(hlo.vmem_of_kernels(text)), kept + temp, temp, hlo.largest_of_xla(text)),
-        *(cycles * per_us, mxu * 1e6, hbm * 1e6, vector * per_us),
-        *(spills, spills_run / cycles, bundles),
+        *(alone * per_us, mxu * 1e6, hbm * 1e6, vector * per_us),
+        *(int(spills), spills_run / cycles, bundles),
     )
 
 
 HEADER = (
     f"{'case':46} {'chip':4} {'compile s':>9} {'VMEM':>6} {'HBM':>8} {'temp':>7} "
-    f"{'XLA':>7} {'schedule':>10} {'MXU':>9} {'HBM':>9} {'VALU':>9} "
+    f"{'XLA':>7} {'least us':>10} {'by':>2} {'schedule':>10} {'MXU':>9} {'HBM':>9} {'VALU':>9} "
     f"{'ratio':>6} {'spills':>12}   (MB, us)"
 )
 
@@ -107,10 +125,29 @@ def line(r: Report) -> str:
     return (
         f"{r.case:46} {r.chip:4} {r.compile_seconds:9.1f} {r.vmem_bytes / 1e6:6.1f} "
         f"{r.hbm_bytes / 1e6:8.1f} {r.temp_bytes / 1e6:7.1f} "
-        f"{r.xla_bytes / 1e6:7.1f} {r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} "
+        f"{r.xla_bytes / 1e6:7.1f} {r.least_us:10.1f} {r.bound[0]:>2} {r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} "
         f"{r.hbm_floor_us:9.1f} {r.vector_us:9.1f} "
         f"{r.ratio:6.2f} {r.spills:6} {100 * r.spills_per_cycle:5.1f}"
     )
+
+
+def markdown(reports: list[Report]) -> list[str]:
+    """A line a case, a column a chip: least us, what binds, ratio, fills and spills in 100 cycles."""
+    chips = sorted({r.chip for r in reports}, key=list(CHIPS).index)
+    lines = [f"| case | VMEM MB | {' | '.join(chips)} |", "|---" * (2 + len(chips)) + "|"]
+    of = {(r.case, r.chip): r for r in reports}
+    for case in dict.fromkeys(r.case for r in reports):
+        found = [of.get((case, chip)) for chip in chips]
+        cells = ["failed" if r is None else _cell(r) for r in found]
+        held = " / ".join(f"{r.vmem_bytes / 1e6:.0f}" for r in found[-2:] if r is not None)
+        lines.append(f"| {case} | {held} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(r: Report) -> str:
+    digits = 0 if r.least_us >= 100 else 1
+    bound = r.bound[0]
+    return f"{r.least_us:.{digits}f} {bound} · {r.ratio:.2f} · {100 * r.spills_per_cycle:.0f}"
 
 
 def choose(only: list[str]) -> list[Case]:
@@ -132,6 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", help="a case's name, or a part of names (may be repeated)"
     )
+    parser.add_argument("--markdown", action="store_true", help="print a table of all at the end")
     parser.add_argument("--json", type=pathlib.Path, help="also write the reports here")
     args = parser.parse_args()
     cases = choose(args.only or [""])
@@ -146,8 +184,11 @@ def main() -> None:
                 failed.append((case.name, chip))
                 print(f"{case.name:46} {chip:4} FAILED: {str(error)[:300]}", flush=True)
     if args.json:
-        rows = [dataclasses.asdict(r) | {"ratio": round(r.ratio, 3)} for r in reports]
+        more = lambda r: {"ratio": round(r.ratio, 3), "least_us": r.least_us, "bound": r.bound}
+        rows = [dataclasses.asdict(r) | more(r) for r in reports]
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    if args.markdown:
+        print("\n".join(markdown(reports)))
     if failed:
         sys.exit(f"{len(failed)} did not compile: {failed}")
 

@@ -10,17 +10,32 @@ import jax
 from flax import nnx
 
 import v4jax
+from sharding import make_mesh
 from tests.conftest import NANO
 from v4jax import Transformer, V4Config, tiny
+from v4jax.nn.placement import specs
 
 
 def random_model(cfg, *args, seed: int = 0, **options) -> Transformer:
-    """`Transformer(cfg, *args, **options)` with the numbers of a seed."""
+    """`Transformer(cfg, *args, **options)` with the numbers of a seed, on the ambient mesh if there is one.
+
+    Made on one device: a program that makes numbers for a mesh takes five times as long to compile.
+    """
 
     def make(key):
         return Transformer(cfg, *args, **options, rngs=nnx.Rngs(key))
 
-    return jax.jit(make)(jax.random.key(seed))
+    if jax.sharding.get_abstract_mesh().empty:
+        return jax.jit(make)(jax.random.key(seed))
+    with jax.set_mesh(make_mesh()):
+        model = jax.jit(make)(jax.random.key(seed))
+    graphdef, state = nnx.split(model)
+    places = jax.tree.map(
+        lambda spec: jax.NamedSharding(jax.sharding.get_mesh(), spec),
+        specs(state, model.rules),
+        is_leaf=lambda x: isinstance(x, jax.P),
+    )
+    return nnx.merge(graphdef, jax.device_put(state, places))
 
 
 def one_of_each() -> V4Config:

@@ -100,8 +100,8 @@ def topology_mesh(
     return jax.sharding.Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), axes)
 
 
-def compile_on(chip: str, fn, *args) -> jax.stages.Compiled:
-    """Compiles `fn(*args)` for one device. `args` are pytrees of shapes (`jax.ShapeDtypeStruct`)."""
+def trace_on(chip: str, fn, *args) -> jax.stages.Traced:
+    """Traces `fn(*args)` for one device. `args` are pytrees of shapes (`jax.ShapeDtypeStruct`)."""
     mesh = topology_mesh(chip)
     replicated = jax.NamedSharding(mesh, jax.P())
 
@@ -109,4 +109,9 @@ def compile_on(chip: str, fn, *args) -> jax.stages.Compiled:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
     with jax.set_mesh(mesh):
-        return jax.jit(fn).lower(*jax.tree.map(place, args)).compile()
+        return jax.jit(fn).trace(*jax.tree.map(place, args))
+
+
+def compile_on(chip: str, fn, *args) -> jax.stages.Compiled:
+    """Compiles `fn(*args)` for one device, see `trace_on`."""
+    return trace_on(chip, fn, *args).lower().compile()

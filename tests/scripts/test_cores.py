@@ -1,0 +1,53 @@
+"""Two cores of a device divide only what has an axis for both."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from benchmarks import cores
+from benchmarks.compile_kernels import Report, markdown
+
+
+def _copy(name: str, grid: tuple[int, ...], semantics: tuple[str, ...]):
+    def kernel(x, out):
+        out[...] = x[...]
+
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+    )
+
+
+def _program(x):
+    x = _copy("whole", (4,), ("arbitrary",))(x)
+    x = _copy("one", (1, 6), ("parallel", "arbitrary"))(x)
+    x = jax.lax.fori_loop(0, 3, lambda _, y: _copy("three", (3,), ("parallel",))(y), x)
+    return jax.jit(_copy("even", (5, 4), ("parallel", "parallel")))(x)
+
+
+def test_a_kernel_is_cut_where_its_grid_has_an_axis_of_several_steps():
+    program = jax.make_jaxpr(_program)(jax.ShapeDtypeStruct((8, 128), jnp.float32))
+
+    parts = cores.busiest(program.jaxpr, 2)
+
+    assert parts == {"whole": 1.0, "one": 1.0, "three": 2 / 3, "even": 1 / 2}
+    assert set(cores.busiest(program.jaxpr, 1).values()) == {1.0}
+    assert cores.part_of({"a": 1.0, "a_gradient": 0.5}, "transpose_jvp_a_gradient") == 0.5
+    with pytest.raises(ValueError, match="other is none of the kernels"):
+        cores.part_of(parts, "other")
+
+
+def _report(chip: str, schedule: float, mxu: float, hbm: float) -> Report:
+    return Report("op: shape", chip, 1.0, 10**6, 0, 0, 0, schedule, mxu, hbm, 1.0, 3, 0.5, {})
+
+
+def test_no_figure_is_below_a_floor():
+    reports = [_report("v6e", 90.0, 100.0, 20.0), _report("v7x", 9.0, 1.0, 2.0)]
+
+    assert [(r.least_us, r.bound) for r in reports] == [(100.0, "mxu"), (9.0, "schedule")]
+    assert markdown(reports)[-1] == "| op: shape | 1 / 1 | 100 m · 0.90 · 50 | 9.0 s · 4.50 · 50 |"
