@@ -36,44 +36,9 @@ DUMP = schedules.start_dump()  # before libtpu is loaded
 
 from benchmarks import cores, hlo, kernel_cases
 from benchmarks.case import Case
+from benchmarks.kernel_report import HEADER, Report, line, markdown
 from pallas_kernels.chips import CHIPS
 from v4jax.planning.topologies import trace_on
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What the compiler made of one case on one chip. Times in microseconds."""
-
-    case: str
-    chip: str
-    compile_seconds: float
-    vmem_bytes: int  # of the largest kernel
-    hbm_bytes: int  # arguments, results and temporaries
-    temp_bytes: int  # HBM beside arguments and results
-    xla_bytes: int  # of the largest array made outside of the kernels
-    schedule_us: float
-    mxu_floor_us: float
-    hbm_floor_us: float
-    vector_us: float  # what the vector unit needs for what was scheduled
-    spills: int  # fills and spills in the code
-    spills_per_cycle: float  # as often as they run
-    bundles: dict[str, int]  # kernel -> static length
-
-    @property
-    def least_us(self) -> float:
-        """No device is faster, whatever the schedule says."""
-        return max(self.schedule_us, self.mxu_floor_us, self.hbm_floor_us)
-
-    @property
-    def bound(self) -> str:
-        """What `least_us` is: "schedule", "mxu" or "hbm"."""
-        of = {"schedule": self.schedule_us, "mxu": self.mxu_floor_us, "hbm": self.hbm_floor_us}
-        return max(of, key=lambda name: of[name])
-
-    @property
-    def ratio(self) -> float:
-        """Schedule over the algorithm's floor."""
-        return self.schedule_us / max(self.mxu_floor_us, self.hbm_floor_us)
 
 
 def report(case: Case, chip_name: str) -> Report:
@@ -111,43 +76,6 @@ def report(case: Case, chip_name: str) -> Report:
         *(alone * per_us, mxu * 1e6, hbm * 1e6, vector * per_us),
         *(int(spills), spills_run / cycles, bundles),
     )
-
-
-HEADER = (
-    f"{'case':46} {'chip':4} {'compile s':>9} {'VMEM':>6} {'HBM':>8} {'temp':>7} "
-    f"{'XLA':>7} {'least us':>10} {'by':>2} {'schedule':>10} {'MXU':>9} {'HBM':>9} {'VALU':>9} "
-    f"{'ratio':>6} {'spills':>12}   (MB, us)"
-)
-
-
-def line(r: Report) -> str:
-    """A row of the table."""
-    return (
-        f"{r.case:46} {r.chip:4} {r.compile_seconds:9.1f} {r.vmem_bytes / 1e6:6.1f} "
-        f"{r.hbm_bytes / 1e6:8.1f} {r.temp_bytes / 1e6:7.1f} "
-        f"{r.xla_bytes / 1e6:7.1f} {r.least_us:10.1f} {r.bound[0]:>2} {r.schedule_us:10.1f} {r.mxu_floor_us:9.1f} "
-        f"{r.hbm_floor_us:9.1f} {r.vector_us:9.1f} "
-        f"{r.ratio:6.2f} {r.spills:6} {100 * r.spills_per_cycle:5.1f}"
-    )
-
-
-def markdown(reports: list[Report]) -> list[str]:
-    """A line a case, a column a chip: least us, what binds, ratio, fills and spills in 100 cycles."""
-    chips = sorted({r.chip for r in reports}, key=list(CHIPS).index)
-    lines = [f"| case | VMEM MB | {' | '.join(chips)} |", "|---" * (2 + len(chips)) + "|"]
-    of = {(r.case, r.chip): r for r in reports}
-    for case in dict.fromkeys(r.case for r in reports):
-        found = [of.get((case, chip)) for chip in chips]
-        cells = ["failed" if r is None else _cell(r) for r in found]
-        held = " / ".join(f"{r.vmem_bytes / 1e6:.0f}" for r in found[-2:] if r is not None)
-        lines.append(f"| {case} | {held} | {' | '.join(cells)} |")
-    return lines
-
-
-def _cell(r: Report) -> str:
-    digits = 0 if r.least_us >= 100 else 1
-    bound = r.bound[0]
-    return f"{r.least_us:.{digits}f} {bound} · {r.ratio:.2f} · {100 * r.spills_per_cycle:.0f}"
 
 
 def choose(only: list[str]) -> list[Case]:

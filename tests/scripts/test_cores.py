@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import cores
-from benchmarks.compile_kernels import Report, markdown
+from benchmarks.kernel_report import Report, markdown
 
 
 def _copy(name: str, grid: tuple[int, ...], semantics: tuple[str, ...]):
