@@ -7,7 +7,7 @@ Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip:
     compile s       seconds to compile
     VMEM            MB held by the largest kernel: blocks, buffers, scratch, spilled registers
     HBM, temp       MB of arguments, results and temporaries; of these the temporaries
-    XLA             MB of the largest array that XLA makes around the kernels (a copy, a pad)
+    around          MB of the largest array that XLA makes around the kernels (a copy, a pad)
     least us        microseconds that it takes at least: the largest of the next three. Not known: waits for
                     memory and stalls of the matrix units that a schedule does not show
     schedule        the compiler's static schedule, of the busiest core
@@ -16,8 +16,10 @@ Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip:
     by              which of the three it is: s(chedule), m(atrix units), h(BM)
     ratio           schedule over the larger floor of the algorithm (matrix units or memory)
     spills          register fills and spills in the code, and how many run in 100 cycles
+    XLA form        with `--xla`: what the compiler estimates for the operation without kernels; > where
+                    launches have no estimate, or the data end a loop, which counts once then
 
-`--markdown` prints rows of a table as in docs/measurements/kernels.md.
+`--markdown` prints a table as in docs/measurements/kernels.md, with `--read` of earlier JSON files.
 """
 
 import argparse
@@ -36,13 +38,13 @@ DUMP = schedules.start_dump()  # before libtpu is loaded
 
 from benchmarks import cores, hlo, kernel_cases
 from benchmarks.case import Case
-from benchmarks.kernel_report import HEADER, Report, line, markdown
+from benchmarks.kernel_report import HEADER, Report, line, markdown, xla_estimate
 from pallas_kernels.chips import CHIPS
 from v4jax.planning.topologies import trace_on
 
 
-def report(case: Case, chip_name: str) -> Report:
-    """Compiles a case for a chip.
+def report(case: Case, chip_name: str, *, with_xla: bool = False) -> Report:
+    """Compiles a case for a chip, and its XLA form if it is asked for.
 
     Raises:
       ValueError: the kernels compiled are not those the case names.
@@ -75,7 +77,13 @@ def report(case: Case, chip_name: str) -> Report:
         *(max(hlo.vmem_of_kernels(text)), kept + temp, temp, hlo.largest_of_xla(text)),
         *(alone * per_us, mxu * 1e6, hbm * 1e6, vector * per_us),
         *(int(spills), spills_run / cycles, bundles),
+        *(_xla(case, chip_name) if with_xla else ()),
     )
+
+
+def _xla(case: Case, chip_name: str) -> tuple[float, bool]:
+    traced = trace_on(chip_name, lambda *a: case.run(*a, implementation="xla"), *case.arguments())
+    return xla_estimate(traced.lower().compile().as_text(), CHIPS[chip_name].clock)
 
 
 def choose(only: list[str]) -> list[Case]:
@@ -90,6 +98,11 @@ def choose(only: list[str]) -> list[Case]:
     return list(found.values())
 
 
+def _stored(row: dict) -> dict:
+    """Of a row of a JSON file what a report has; the rest follows from it."""
+    return {field.name: row[field.name] for field in dataclasses.fields(Report)}
+
+
 def main() -> None:
     """Prints the table; exits with 1 if a case did not compile."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -97,16 +110,24 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", help="a case's name, or a part of names (may be repeated)"
     )
+    parser.add_argument("--xla", action="store_true", help="estimate the XLA forms, too")
     parser.add_argument("--markdown", action="store_true", help="print a table of all at the end")
+    parser.add_argument(
+        "--read", nargs="+", type=pathlib.Path, help="JSON files to print, in place of compiling"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write the reports here")
     args = parser.parse_args()
+    if args.read:
+        rows = [row for path in args.read for row in json.loads(path.read_text(encoding="utf-8"))]
+        print("\n".join(markdown([Report(**_stored(row)) for row in rows])))
+        return
     cases = choose(args.only or [""])
     print(HEADER)
     reports, failed = [], []
     for case in cases:
         for chip in args.chip or CHIPS:
             try:
-                reports.append(report(case, chip))
+                reports.append(report(case, chip, with_xla=args.xla))
                 print(line(reports[-1]), flush=True)
             except Exception as error:  # noqa: BLE001 - the compiler's types are not public
                 failed.append((case.name, chip))

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import cores
-from benchmarks.kernel_report import Report, markdown
+from benchmarks.kernel_report import Report, markdown, xla_estimate
 
 
 def _copy(name: str, grid: tuple[int, ...], semantics: tuple[str, ...]):
@@ -51,3 +51,31 @@ def test_no_figure_is_below_a_floor():
 
     assert [(r.least_us, r.bound) for r in reports] == [(100.0, "mxu"), (9.0, "schedule")]
     assert markdown(reports)[-1] == "| op: shape | 1 / 1 | 100 m · 0.90 · 50 | 9.0 s · 4.50 · 50 |"
+
+
+LOOP = """HloModule jit_f, is_scheduled=true
+
+%body (p: s32[]) -> s32[] {
+  %p = s32[] parameter(0)
+  ROOT %fusion.1 = f32[8,128]{1,0} fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"3500"}
+}
+
+%condition (p: s32[]) -> pred[] {
+  %p.1 = s32[] parameter(0)
+  ROOT %compare = pred[] compare(%p.1, %p.1), direction=LT
+}
+
+ENTRY %main (x: s32[]) -> s32[] {
+  %x = s32[] parameter(0)
+  %fusion.2 = f32[8,128]{1,0} fusion(%x), kind=kLoop, backend_config={"estimated_cycles":"7000"}
+  ROOT %while.1 = s32[] while(%x), condition=%condition, body=%bodyTRIPS
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("trips", "expected"),
+    [("", (6.0, True)), (', backend_config={"known_trip_count":{"n":"4"}}', (12.0, False))],
+)
+def test_an_estimate_says_where_it_is_too_low(trips, expected):
+    assert xla_estimate(LOOP.replace("TRIPS", trips), clock=1.75e9) == expected

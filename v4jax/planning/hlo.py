@@ -175,6 +175,7 @@ def executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     for name, lines in bodies.items():
         for line in lines:
             trips = _trips(line, bodies)
+            trips = 1 if trips is None else trips
             for one, several in _CALLED.findall(line):
                 for called in [one] if one else re.findall(r"[\w.\-]+", several):
                     if called in bodies:
@@ -188,9 +189,17 @@ def executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     return times
 
 
-def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-    """How often an instruction runs what it calls; 1 where that is not known."""
-    if " while(" in line and f"/{UNEVEN_ROUNDS}/" in line:
+def loops_on_data(text: str) -> int:
+    """Loops of compiled HLO whose trips are not known, and which `executions` counts once."""
+    bodies, _ = computations(text)
+    return sum(_trips(line, bodies) is None for lines in bodies.values() for line in lines)
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
+    """How often an instruction runs what it calls; None if it is a loop that the data end."""
+    if " while(" not in line:
+        return 1
+    if f"/{UNEVEN_ROUNDS}/" in line:
         return 0
     if known := _TRIPS.search(line):
         return int(known[1])
@@ -198,7 +207,7 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     lines = bodies.get(condition[1], []) if condition else []
     bounds = [match[1] for text in lines if (match := _BOUND.search(text))]
     # A comparison with 0 is not one of a counter: the loop runs while something is left to do.
-    return int(bounds[0]) or 1 if len(bounds) == 1 else 1
+    return int(bounds[0]) or None if len(bounds) == 1 else None
 
 
 def _group_size(line: str) -> int:
