@@ -74,7 +74,8 @@ def _case(name: str, rows: int) -> Case:
 
     def trips(chip: str) -> Trips:
         x, w = jax.eval_shape(make)
-        sizes, is_few = tpu.sizes_for(rows, w, groups, x.dtype, chip)
+        form = tpu.Form(groups, jnp.dtype(jnp.float32))
+        sizes, is_few = tpu.sizes_for(rows, w, form, x.dtype, chip)
         blocks, steps = groups * num_outputs // sizes.columns, sizes.columns // sizes.step
         tiles = -(-rows // sizes.rows)
         if tiles == 1:

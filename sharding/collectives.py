@@ -155,6 +155,13 @@ def all_gather_over(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array
     return _gather(x, axes, axis % x.ndim) if axes else x
 
 
+def all_gather_together(
+    x: jax.Array, numbers: jax.Array, axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Float32 and int32 arrays of all devices in one exchange: [..] -> [n, ..], both of one shape."""
+    return _gather_together(x, numbers, axes)
+
+
 def all_gather_as(x: jax.Array, dtype: jax.typing.DTypeLike, *names: str, axis: int) -> jax.Array:
     """`all_gather` of x rounded to `dtype`, which travels. Gradients of the parts sum in x's dtype."""
     axes = mesh_axes(*names)
@@ -245,6 +252,18 @@ def _scatter_sum(x, axes, axis):
     return jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gather_together(x, numbers, axes):
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    both = jnp.concatenate([bits, numbers], axis=-1)[None]
+    bits, numbers = jnp.split(jax.lax.all_gather(both, axes, axis=0, tiled=True), 2, axis=-1)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32), numbers
+
+
+_gather_together.defvjp(
+    lambda x, numbers, axes: (_gather_together(x, numbers, axes), None),
+    lambda axes, _, d: (jax.lax.psum_scatter(d[0], axes, scatter_dimension=0, tiled=True)[0], None),
+)
 _gather.defvjp(
     lambda x, axes, axis: (_gather(x, axes, axis), None),
     lambda axes, axis, _, d: (_scatter_sum(d, axes, axis),),

@@ -51,14 +51,19 @@ class Order(Protocol):
 # (experts [R] int32, E) -> the stable order by expert; rows of E, which is none of them, come last
 Sort = Callable[[jax.Array, int], Order]
 
-# (params, x [T, D], order of the T * K pairs of a token and an expert, weights [T * K] of the pairs) ->
-# [T, D] float32, sums over the pairs that are of an expert here
+# (experts [.., T, K], weights [.., T, K], first, E) -> the same order of the T * K pairs of a token and an
+# expert, of which `first` .. `first + E - 1` are here, and the weights [T * K] in that order
+SortPairs = Callable[[jax.Array, jax.Array, jax.Array, int], tuple[Order, jax.Array]]
+
+# (params, x [.., T, D], order of the pairs, weights [T * K] in that order) -> [T, D] float32, sums over the pairs
+# that are of an expert here
 Experts = Callable[[object, jax.Array, Order, jax.Array], jax.Array]
 
 
 def apply_experts(
     experts_fn: Experts,
     sort: Sort,
+    sort_pairs: SortPairs,
     params,  # of this device's experts, leading axis E_local
     x: Float[jax.Array, "T D"],  # this device's tokens
     experts: Int32[jax.Array, "T K"],  # of all E
@@ -82,20 +87,20 @@ def apply_experts(
                 'dispatch="gather".'
             )
         return _all_to_all(experts_fn, sort, exchanged, num_local, params, x, experts, weights)
-    return _gathered(experts_fn, sort, exchanged, shared, params, x, experts, weights, num_local)
+    args = params, x, experts, weights
+    return _gathered(experts_fn, sort_pairs, exchanged, shared, *args, num_local)
 
 
-def _gathered(experts_fn, sort, exchanged, shared, params, x, experts, weights, num_local):
-    x, experts, weights = (
-        collectives.all_gather_over(y, exchanged, 0)
-        for y in (collectives.copy_to_over(x, shared), experts, weights)
-    )
+def _gathered(experts_fn, sort_pairs, exchanged, shared, params, x, experts, weights, num_local):
+    x = collectives.copy_to_over(x, shared)
+    if exchanged:
+        x = collectives.all_gather_over(x[None], exchanged, 0)
+        weights, experts = collectives.all_gather_together(weights, experts, exchanged)
     weights = collectives.copy_to_over(weights, shared)
     axes = collectives.mesh_axes("expert")
-    first = jax.lax.axis_index(axes) * num_local if axes else 0
-    local = experts - first
-    local = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
-    out = experts_fn(params, x, sort(local, num_local), weights.reshape(-1))
+    first = (jax.lax.axis_index(axes) if axes else jnp.zeros((), jnp.int32)) * num_local
+    order, ordered = sort_pairs(experts, weights, first, num_local)
+    out = experts_fn(params, x, order, ordered)
     return collectives.psum_scatter_over(collectives.reduce_from_over(out, shared), exchanged, 0)
 
 
@@ -223,6 +228,7 @@ def _in_rounds(plan: _Plan, one: Callable, carry):
 def _local(experts_fn, sort, num_local, expert, params, rows, weights):
     """Received rows through this device's experts, in the order they came."""
     order = sort(expert, num_local)
+    weights = weights.at[order.row].get(mode="promise_in_bounds")
     return experts_fn(params, rows, order, weights).astype(rows.dtype)
 
 

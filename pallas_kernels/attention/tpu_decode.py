@@ -35,13 +35,13 @@ from pallas_kernels.attention import tpu_packed
 from pallas_kernels.formats import pages, tpu_pages
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedRows
 from pallas_kernels.formats.pages import PAGE, Pages
+from pallas_kernels.grouped_matmul.order import turned
 
 # Entries of a block. A block's work should take longer than waiting for the first of its copies.
 BLOCK_ENTRIES = chips.table("decode_entries")
 GATHER_UNROLL = 16  # copies issued by one turn of the loop
 LANES = 128
 _LOWEST = -1e30
-_NOTHING = {False: 0, True: -1}  # what tells of a copy that no row was wanted, by `is_packed`
 _LOG2E = math.log2(math.e)
 
 
@@ -53,7 +53,7 @@ def decode_attention(
         window = window.unpack(q.dtype)
     ring_rows = jnp.minimum(positions + 1, window.shape[1])
     window = window.data if isinstance(window, PackedColumns) else window
-    common = q, sink.astype(jnp.float32)[:, None] * _LOG2E, window
+    common = q, sink.astype(jnp.float32)[None], window
     static = dict(scale=scale * _LOG2E, interpret=interpret)
     if entries is None or (indices is not None and not indices.shape[1]):
         return _ring(ring_rows, *common, **static)
@@ -125,18 +125,21 @@ def _gather(ring_rows, q, sink, window, entries: Pages, indices, *, scale, inter
     indices = jnp.pad(indices, ((0, 0), (0, -num_picked % size)), constant_values=-1)
     num_picked = indices.shape[1]
     pool, _ = tpu_pages.array_of(entries.pool, interpret)
-    rows = tpu_pages.pool_rows(entries.table, indices, interpret=interpret)
     grid = tpu_pages.grid_of(batch)
     is_packed = isinstance(entries.pool, PackedRows)
-    group, lines = (1, tpu_packed.COPIED) if is_packed else (4 // pool.dtype.itemsize, 1)
-    picked = (indices[..., None] & (group - 1)) == jnp.arange(group)
-    picked = jnp.where(picked & (indices[..., None] >= 0), 0.0, _LOWEST)
+    place = tpu_packed.where_rows_are if is_packed else None
+    found = tpu_pages.pool_rows(entries.table, indices, place, interpret=interpret)
     if is_packed:
-        copies, held = tpu_packed.where_rows_are(rows)
-    else:  # which bits of a word are the row's
+        group, lines = 1, tpu_packed.COPIED
+        copies, held = found
+        of_copies = [held[:, None]]
+    else:
+        (rows,), group, lines = found, 4 // pool.dtype.itemsize, 1
+        picked = (indices[..., None] & (group - 1)) == jnp.arange(group)
+        picked = jnp.where(picked & (indices[..., None] >= 0), 0.0, _LOWEST)
+        # Which bits of a word are the row's.
         copies, held = rows // group, jnp.array([[-1], [0xFFFF, -0x10000]][group - 1])[rows % group]
-    held = jnp.where(indices < 0, _NOTHING[is_packed], held)
-    of_copies = [picked.reshape(batch, 1, -1), held[:, None]]
+        of_copies = [jnp.where(indices < 0, 0, held)[:, None], picked.reshape(batch, 1, -1)]
     shape = (num_picked // GATHER_UNROLL, GATHER_UNROLL * lines, pool.shape[2])
     return _call(
         functools.partial(_gather_kernel, is_packed=is_packed, scale=scale),
@@ -168,7 +171,7 @@ def _call(
             grid=grid.shape,
             in_specs=[
                 grid.block(num_heads, width),
-                pl.BlockSpec((num_heads, 1), lambda *_: (0, 0)),
+                pl.BlockSpec((1, num_heads), lambda *_: (0, 0)),
                 grid.block(*window.shape[1:]),
                 *specs,
             ],
@@ -199,12 +202,13 @@ class _Softmax:
     """The running softmax of a sequence's heads, in VMEM. Scores are in units of log 2."""
 
     def __init__(self, q_ref, sink_ref, peak_ref, weight_ref, total_ref, *, scale):
-        self.q_ref, self.sink_ref, self.scale = q_ref, sink_ref, scale
+        self.q_ref, self.scale = q_ref, scale
+        self.sink = turned(sink_ref[...] * _LOG2E)  # [N, 1]
         self.peak, self.weight, self.total = peak_ref, weight_ref, total_ref  # [N, 128], [N, H]
 
     def start(self):
         """Only the sink: a key whose value is zero."""
-        self.peak[...] = jnp.broadcast_to(self.sink_ref[...], self.peak.shape)
+        self.peak[...] = jnp.broadcast_to(self.sink, self.peak.shape)
         self.weight[...] = jnp.zeros_like(self.weight)
         self.total[...] = jnp.zeros_like(self.total)
 
@@ -233,7 +237,7 @@ class _Softmax:
     def finish(self, out_ref):
         """Divides by the denominator, the sink's share included."""
         weight = jnp.sum(self.weight[...], axis=1, keepdims=True)
-        weight += jnp.exp2(self.sink_ref[...] - self.peak[:, :1])
+        weight += jnp.exp2(self.sink - self.peak[:, :1])
         out_ref[...] = (self.total[...] / weight).astype(out_ref.dtype)
 
 
@@ -281,7 +285,7 @@ def _stream_kernel(
     wanted,  # [B] entries
     table,  # [B * n]
     q_ref,  # [N, H]
-    sink_ref,  # [N, 1]
+    sink_ref,  # [1, N]
     ring_ref,  # [C, H], or lines of words
     pool_ref,  # [1, P * 128, H] in HBM, or lines of words
     out_ref,  # [N, H]
@@ -333,22 +337,20 @@ def _clear(rows_ref, limit, lines: int, is_packed: bool):
 def _gather_kernel(
     ring_rows,  # [B]
     q_ref,  # [N, H]
-    sink_ref,  # [N, 1]
+    sink_ref,  # [1, N]
     ring_ref,  # [C, H], or lines of words
     pool_ref,  # [1, P * 128, H] in HBM, or lines of words
     copies_ref,  # [K] in SMEM: the group of rows, or the line, that each copy begins with
-    picked_ref,  # [1, group * K] bias: zero for the row of each copy that was picked
     held_ref,  # [1, K] the first word of each row if packed, else the bits of each word that are its
-    out_ref,  # [N, H]
-    peak_ref,
-    weight_ref,
-    total_ref,
-    rows_ref,  # [K / unroll, unroll * lines, H] 32-bit words
-    arrived,  # a semaphore per 128 copies
-    *,
+    *refs,
     scale: float,
     is_packed: bool,
 ):
+    # Of floats [1, group * K] bias: zero for the row of each copy that was picked. Of packed rows there is a
+    # first word where one was.
+    picked_ref, *refs = [None, *refs] if is_packed else refs
+    out_ref, peak_ref, weight_ref, total_ref, rows_ref, arrived = refs
+    # rows_ref [K / unroll, unroll * lines, H] 32-bit words; arrived: a semaphore per 128 copies
     source = (pool_ref if is_packed else pool_ref.bitcast(jnp.uint32)).at[0]
     turns = LANES // GATHER_UNROLL
     lines = rows_ref.shape[1] // GATHER_UNROLL
@@ -367,11 +369,15 @@ def _gather_kernel(
     softmax = _Softmax(q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale=scale)
     softmax.start()
     softmax.visit_ring(ring_ref, ring_rows[_sequence(ring_rows)])
-    group = picked_ref.shape[1] // copies_ref.shape[0]
+    group = 1 if is_packed else picked_ref.shape[1] // copies_ref.shape[0]
     for c in range(arrived.shape[0]):
         part = rows_ref.at[pl.ds(c * turns, turns)]
         pltpu.make_async_copy(part, part, arrived.at[c]).wait()
         held = held_ref[:, pl.ds(c * LANES, LANES)]
+        if is_packed:
+            bias = jnp.where(held < 0, _LOWEST, 0.0)
+        else:
+            bias = picked_ref[:, pl.ds(c * LANES * group, LANES * group)]
         held = jnp.transpose(jnp.broadcast_to(held, (LANES, LANES)))
         if is_packed:
             found = [
@@ -384,5 +390,5 @@ def _gather_kernel(
             bits = jax.lax.bitcast_convert_type(held, jnp.uint32)
             words &= jnp.concatenate([bits] * (words.shape[1] // LANES), axis=1)
             keys = pltpu.bitcast(words, pool_ref.dtype)
-        softmax.visit(keys, picked_ref[:, pl.ds(c * LANES * group, LANES * group)])
+        softmax.visit(keys, bias)
     softmax.finish(out_ref)

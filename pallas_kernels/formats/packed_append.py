@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.formats.packed_words import Packing
 
 LINE = 128  # words
 TOGETHER = 8  # sequences
@@ -26,12 +27,13 @@ TOGETHER = 8  # sequences
 
 def append(
     data: jax.Array,  # [B, lines, 128] uint32, items on lanes; with a table [1, lines, 128]
-    new: jax.Array,  # [B, n, W] uint32
+    new: jax.Array,  # [B, n, W] uint32, or rows [B, n, H] with a packing
     start: jax.Array,  # [B] int32 place of the first new item
     counts: jax.Array,  # [B] int32: so many of the n are written, all of which have room
     *,
     on_lanes: bool,
     table: jax.Array | None = None,  # [B, pages] int32, see `pages.py`
+    packing: Packing | None = None,  # makes words of rows; of one row a sequence in the kernel
     implementation: dispatch.Implementation = None,
 ) -> jax.Array:
     """`data` with the new items.
@@ -43,16 +45,23 @@ def append(
     """
     if table is None and not on_lanes:
         raise ValueError("on_lanes=False without a table: expected pages, or items on lanes.")
-    num_lines = new.shape[2] if on_lanes else -(-new.shape[2] // LINE) + 1
+    size = jax.ShapeDtypeStruct(new.shape, jnp.uint32)
+    if packing is not None:
+        size = jax.eval_shape(packing.otherwise, new)
+    words = size.shape[2]
+    num_lines = words if on_lanes else -(-words // LINE) + 1
     unsupported = None
     if new.shape[1] != 1:
         unsupported = f"{new.shape[1]} items: the kernel appends one"
     elif data.shape[1] < num_lines:
         unsupported = f"{data.shape[1]} lines: the kernel changes {num_lines}"
     chosen = dispatch.choose(implementation, unsupported=unsupported)
+    encode = None if packing is None else packing.in_kernel(new)
+    if packing is not None and (encode is None or chosen not in ("tpu", "interpret")):
+        new, encode = packing.words(new), None
     if chosen in ("tpu", "interpret"):
-        interpret = chosen == "interpret"
-        return _call(data, new[:, 0], start, counts, table, num_lines, on_lanes, interpret)
+        static = words, num_lines, on_lanes, encode, chosen == "interpret"
+        return _call(data, new[:, 0], start, counts, table, *static)
     if table is not None:
         return _page_by_page(data, new, start, counts, table, on_lanes)
     return _one_by_one(data, new, start, counts)
@@ -127,8 +136,8 @@ def _row_by_row(data, items, start, counts, table):
     return jax.lax.fori_loop(0, end, put, data.reshape(-1)).reshape(data.shape)
 
 
-def _call(data, new, start, counts, table, num_lines, on_lanes, interpret):
-    batch, words = new.shape
+def _call(data, new, start, counts, table, words, num_lines, on_lanes, encode, interpret):
+    batch, width = new.shape  # words, or channels that `encode` makes words of
     array = jnp.arange(batch, dtype=jnp.int32)  # of `data` that a sequence lies in
     page, place = start // LINE, start % LINE
     if table is not None:
@@ -142,12 +151,14 @@ def _call(data, new, start, counts, table, num_lines, on_lanes, interpret):
     together = min(TOGETHER, batch)
     scalars = [jnp.pad(x, (0, -batch % together)) for x in (array, first, offset, counts)]
     return pl.pallas_call(
-        functools.partial(_kernel, words=words, merge=_on_lanes if on_lanes else _in_order),
+        functools.partial(
+            _kernel, words=words, merge=_on_lanes if on_lanes else _in_order, encode=encode
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(batch, together),),
             in_specs=[
-                pl.BlockSpec((together, words), lambda i, *_: (i, 0)),
+                pl.BlockSpec((together, width), lambda i, *_: (i, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
@@ -169,15 +180,16 @@ def _kernel(
     first_ref,  # [B] line
     offset_ref,  # [B] lane, or word
     counts_ref,  # [B]
-    new_ref,  # [8, W]
+    new_ref,  # [8, W], or rows that are to be encoded
     _,
     data_ref,  # in HBM
     lines_ref,  # [8, lines, 128]
-    whole_ref,  # [8, P]: `new_ref` in whole lines; what is behind it is not looked at
+    whole_ref,  # [8, P]: words in whole lines; what is behind them is not looked at
     arrived,
     *,
     words: int,
     merge,
+    encode,
 ):
     def each(do):
         for i in range(lines_ref.shape[0]):
@@ -198,9 +210,13 @@ def _kernel(
     def finish(i, b):
         pltpu.make_async_copy(lines_ref.at[i], here(i, b), arrived.at[i]).wait()
 
-    whole_ref[:, :words] = new_ref[...]
-    for do in (fetch, change, finish):
-        each(do)
+    each(fetch)
+    if encode is None:
+        whole_ref[:, :words] = new_ref[...]
+    else:
+        encode(new_ref, whole_ref)
+    each(change)
+    each(finish)
 
 
 def _on_lanes(old, new, offset, words: int):

@@ -51,8 +51,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.formats import packed_append, packed_words
+from pallas_kernels.formats import packed_append
 from pallas_kernels.formats.packed_append import LINE
+from pallas_kernels.formats.packed_words import Packing
 from pallas_kernels.formats.quantize import (
     cast_exactly,
     join_codes,
@@ -83,9 +84,14 @@ class _Packed:
         """Like these, of other words [..., S, W]."""
         raise NotImplementedError
 
-    def words_of(self, x: jax.Array, implementation: dispatch.Implementation = None) -> jax.Array:
-        """Rows or keys in this format: [..., n, W] uint32."""
+    @property
+    def packing(self) -> Packing:
+        """How rows become words."""
         raise NotImplementedError
+
+    def words_of(self, x: jax.Array, implementation: dispatch.Implementation = None) -> jax.Array:
+        """Rows [..., n, H], or keys [..., n, I], in this format: [..., n, W] uint32."""
+        return self.packing.words(x, implementation)
 
     def _from_words(self, words: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         raise NotImplementedError
@@ -181,11 +187,10 @@ class PackedRows(_KeyValueRows):
 
         return self._from_words(jax.vmap(jax.vmap(pick, (None, 0)))(flat, indices), dtype)
 
-    def words_of(self, x: jax.Array, implementation: dispatch.Implementation = None) -> jax.Array:
-        """Rows [..., n, H] in this format: [..., n, W] uint32."""
-        return packed_words.words(
-            x, "rows", self.rope_dim, self._words_by_xla, implementation=implementation
-        )
+    @property
+    def packing(self) -> Packing:
+        """How rows become words."""
+        return Packing("rows", self.rope_dim, self._words_by_xla)
 
     def _words_by_xla(self, rows: jax.Array) -> jax.Array:
         values, rope, scale = _parts(rows, self.nope_dim, self.rope_dim)
@@ -227,10 +232,11 @@ class _OnLanes(_Packed):
         padding = self.data.shape[-2] - data.shape[-2]
         return dataclasses.replace(self, data=jnp.pad(data, [*nothing, (0, padding), (0, 0)]))
 
-    def append(self, words: jax.Array, start: jax.Array, counts: jax.Array) -> Self:
-        """The first `counts` [B] of items [B, n, W], as words, put at `start` [B]; none past S."""
+    def append(self, rows: jax.Array, start: jax.Array, counts: jax.Array) -> Self:
+        """The first `counts` [B] of rows [B, n, H] put at `start` [B]; none past S."""
         counts = jnp.clip(counts, 0, self.length - start)
-        data = packed_append.append(self.data, words, start, counts, on_lanes=True)
+        form = dict(on_lanes=True, packing=self.packing)
+        data = packed_append.append(self.data, rows, start, counts, **form)
         return dataclasses.replace(self, data=data)
 
     def unpack(self, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
@@ -274,11 +280,10 @@ class PackedColumns(_KeyValueRows, _OnLanes):
         lines = -(-length // LINE) * row_bytes(nope_dim, rope_dim) // 4
         return cls(_no_words(batch, lines), length, nope_dim, rope_dim)
 
-    def words_of(self, x: jax.Array, implementation: dispatch.Implementation = None) -> jax.Array:
-        """Rows [..., n, H] in this format: [..., n, W] uint32."""
-        return packed_words.words(
-            x, "columns", self.rope_dim, self._words_by_xla, implementation=implementation
-        )
+    @property
+    def packing(self) -> Packing:
+        """How rows become words."""
+        return Packing("columns", self.rope_dim, self._words_by_xla)
 
     def _words_by_xla(self, rows: jax.Array) -> jax.Array:
         values, rope, scale = _parts(rows, self.nope_dim, self.rope_dim)
@@ -337,9 +342,10 @@ class PackedKeys(_OnLanes):
         lines = -(-length // LINE) * key_words(width)
         return PackedKeys(_no_words(batch, lines), length, width)
 
-    def words_of(self, x: jax.Array, implementation: dispatch.Implementation = None) -> jax.Array:
-        """Keys [..., n, I] in this format: [..., n, W] uint32."""
-        return packed_words.words(x, "keys", 0, self._words_by_xla, implementation=implementation)
+    @property
+    def packing(self) -> Packing:
+        """How keys become words."""
+        return Packing("keys", 0, self._words_by_xla)
 
     def _words_by_xla(self, keys: jax.Array) -> jax.Array:
         codes, scale = quantize_rows(keys, "fp4", KEY_BLOCK)

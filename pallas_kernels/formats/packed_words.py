@@ -11,6 +11,7 @@ channels. Where these are side by side, a product with a matrix of zeros and one
 channel together; bytes are whole numbers that bfloat16 has, so it is exact.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -18,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, UInt32
+from jaxtyping import UInt32
 
-from pallas_kernels import dispatch, signatures
+from pallas_kernels import dispatch
 from pallas_kernels.formats.quantize import join_codes, rounded_to
 from pallas_kernels.formats.quantize_rows import e2m1_codes, round_to_grid, scale_bits
 from pallas_kernels.formats.records import INDEX_KEYS, KV_ROWS
@@ -32,29 +33,33 @@ ROW, ROPE, KEY = 512, 64, 128  # channels that the kernel takes
 _WORDS = {"rows": 146, "columns": 146, "keys": 17}
 
 
-@signatures.shaped
-def words(
-    x: Float[jax.Array, "*rows W"],  # float32 or bfloat16
-    layout: str,
-    rope_dim: int,
-    otherwise: Callable[[jax.Array], jax.Array],
-    *,
-    implementation: dispatch.Implementation = None,
-) -> UInt32[jax.Array, "*rows words"]:
-    """The words of rows or keys, which are in their format already.
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How rows or keys, which are in their format already, become words."""
 
-    Args:
-      layout: "rows", "columns" or "keys".
-      otherwise: makes them by XLA, of any widths.
-      implementation: see `dispatch.choose`.
+    layout: str  # "rows", "columns" or "keys"
+    rope_dim: int
+    otherwise: Callable[[jax.Array], jax.Array]  # makes them by XLA, of any widths
 
-    Raises:
-      ValueError: an implementation that cannot run.
-    """
-    chosen = dispatch.choose(implementation, unsupported=_unsupported(x, layout, rope_dim))
-    if chosen in ("tpu", "interpret"):
-        return _call(x, layout, chosen == "interpret")
-    return otherwise(x)
+    def words(
+        self, x: jax.Array, implementation: dispatch.Implementation = None
+    ) -> UInt32[jax.Array, "*rows words"]:
+        """The words of rows or keys x [.., W], float32 or bfloat16.
+
+        Raises:
+          ValueError: an implementation that cannot run (see `dispatch.choose`).
+        """
+        chosen = dispatch.choose(implementation, unsupported=self._unsupported(x))
+        if chosen in ("tpu", "interpret"):
+            return _call(x, self.layout, chosen == "interpret")
+        return self.otherwise(x)
+
+    def in_kernel(self, x: jax.Array) -> Callable | None:
+        """Writes the words of rows in one reference to another, of whole lines; None: not of these."""
+        return None if self._unsupported(x) else _KERNELS[self.layout]
+
+    def _unsupported(self, x: jax.Array) -> str | None:
+        return _unsupported(x, self.layout, self.rope_dim)
 
 
 def _unsupported(x: jax.Array, layout: str, rope_dim: int) -> str | None:
@@ -72,9 +77,8 @@ def _call(x: jax.Array, layout: str, interpret: bool) -> jax.Array:
     *batch, width = x.shape
     rows, count = x.reshape(-1, width), _WORDS[layout]
     own = min(BLOCK_ROWS, rows.shape[0])
-    kernel = {"rows": _rows_kernel, "columns": _columns_kernel, "keys": _keys_kernel}[layout]
     out = pl.pallas_call(
-        kernel,
+        _KERNELS[layout],
         grid=(pl.cdiv(rows.shape[0], own),),
         in_specs=[pl.BlockSpec((own, width), lambda i: (i, 0))],
         out_specs=pl.BlockSpec((own, count), lambda i: (i, 0)),
@@ -213,3 +217,6 @@ def _store(out_ref, lines: Sequence[jax.Array]) -> None:
         first = number * LANES
         last = min(first + LANES, out_ref.shape[1])
         out_ref[:, first:last] = jax.lax.bitcast_convert_type(line, jnp.uint32)[:, : last - first]
+
+
+_KERNELS = {"rows": _rows_kernel, "columns": _columns_kernel, "keys": _keys_kernel}

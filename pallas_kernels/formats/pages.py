@@ -128,7 +128,7 @@ class Pages:
     def append(self, new: jax.Array, start: jax.Array, counts: jax.Array) -> "Pages":
         """The first `counts` [B] of rows [B, n, W] put at `start` [B]; none past the table's end.
 
-        Packed rows come as words, `pool.words_of(rows)`.
+        Packed rows come as words, `pool.words_of(rows)`, or as rows.
         """
         counts = jnp.clip(counts, 0, self.shape[1] - start)
         if isinstance(self.pool, jax.Array):
@@ -140,9 +140,9 @@ class Pages:
             pool: Rows = self.pool.at[0, rows.reshape(-1)].set(flat, mode="drop")
         else:
             on_lanes = not isinstance(self.pool, PackedRows)
-            data = packed_append.append(
-                self.pool.data, new, start, counts, on_lanes=on_lanes, table=self.table
-            )
+            packing = None if new.dtype == jnp.uint32 else self.pool.packing
+            form = dict(on_lanes=on_lanes, table=self.table, packing=packing)
+            data = packed_append.append(self.pool.data, new, start, counts, **form)
             pool = dataclasses.replace(self.pool, data=data)
         return dataclasses.replace(self, pool=pool)
 

@@ -248,6 +248,17 @@ def _kernel(x_ref, values_ref, *scale_ref, fmt, block, group, transposed):
             scale_ref[0][rows] = exponents.T.astype(jnp.uint8)
 
 
+def rounded_lanes(x: jax.Array, fmt: str) -> jax.Array:
+    """float32 rows [n, D] of a kernel as `round_rows` leaves them, in blocks of 128 channels."""
+    tiles = []
+    for start in range(0, x.shape[1], LANES):
+        tile = x[:, start : start + LANES]
+        bits = scale_bits(jnp.max(jnp.abs(tile), axis=1, keepdims=True), fmt)
+        scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        tiles.append(round_to_grid(tile, bits, fmt) * scale)
+    return jnp.concatenate(tiles, axis=1)
+
+
 def block_max(magnitude, block):
     """[rows, lanes] -> [lanes / block, rows]"""
     rows, width = magnitude.shape

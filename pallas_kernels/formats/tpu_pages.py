@@ -21,6 +21,7 @@ core begins with a block it has to wait for, and of an odd batch one sequence is
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -234,8 +235,18 @@ class PageStream:
                 self._copy(slot, 0, j * self.lines).wait()
 
 
-def pool_rows(table: jax.Array, indices: jax.Array, *, interpret) -> jax.Array:
-    """As `Pages.rows_of`, for indices [B, 128 m] int32: rows of the pool, for -1 any."""
+def pool_rows(
+    table: jax.Array,
+    indices: jax.Array,
+    place: Callable[[jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    *,
+    interpret,
+) -> list[jax.Array]:
+    """As `Pages.rows_of`, for indices [B, 128 m] int32: rows of the pool, for -1 any.
+
+    Args:
+      place: makes line and word of rows; for -1 the word is -1. They are the results then.
+    """
     batch = indices.shape[0]
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % PAGE)))
     rows = min(batch, _SUBLANES)
@@ -243,27 +254,33 @@ def pool_rows(table: jax.Array, indices: jax.Array, *, interpret) -> jax.Array:
     def block(x):
         return pl.BlockSpec((rows, x.shape[1]), lambda i: (i, 0))
 
+    count = 1 if place is None else 2
     return pl.pallas_call(
-        _find,
+        functools.partial(_find, place),
         grid=(pl.cdiv(batch, rows),),
         in_specs=[block(table), block(indices)],
-        out_specs=block(indices),
-        out_shape=jax.ShapeDtypeStruct(indices.shape, jnp.int32),
+        out_specs=[block(indices)] * count,
+        out_shape=[jax.ShapeDtypeStruct(indices.shape, jnp.int32)] * count,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="pool_rows",
     )(table, indices)
 
 
-def _find(table_ref, indices_ref, rows_ref):
+def _find(place, table_ref, indices_ref, rows_ref, *word_ref):
     for i in range(0, indices_ref.shape[1], PAGE):
-        index = jnp.maximum(indices_ref[:, i : i + PAGE], 0)
+        given = indices_ref[:, i : i + PAGE]
+        index = jnp.maximum(given, 0)
         wanted = index >> 7
         page = jnp.zeros_like(index)
         for j in range(0, table_ref.shape[1], PAGE):
             found = lanes(table_ref[:, j : j + PAGE], wanted)
             page = jnp.where(wanted >> 7 == j // PAGE, found, page)
-        rows_ref[:, i : i + PAGE] = page * PAGE + (index & (PAGE - 1))
+        rows = page * PAGE + (index & (PAGE - 1))
+        if place is not None:
+            rows, word = place(rows)
+            word_ref[0][:, i : i + PAGE] = jnp.where(given < 0, -1, word)
+        rows_ref[:, i : i + PAGE] = rows
 
 
 def lanes(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -37,6 +37,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats import quantize, tpu_formats
+from pallas_kernels.formats.quantize_rows import rounded_lanes
+from pallas_kernels.formats.records import Format as Rounding
 from pallas_kernels.grouped_matmul import block_sizes, order
 from pallas_kernels.grouped_matmul.block_sizes import BlockSizes
 from pallas_kernels.grouped_matmul.tpu import Product, Weight
@@ -77,18 +79,19 @@ def grouped_product(
     row_values: Sequence[jax.Array] = (),  # [P] float32
     pair: jax.Array | None = None,  # [P] which pair is at each place
     position: jax.Array | None = None,  # [T, K] the place of each pair
+    rounding: Rounding | None = None,  # what x is rounded to
     interpret: bool = False,
 ) -> jax.Array:  # [P, out]
     """Runs the kernel; the blocks must exist (`sizes_for`).
 
     Args:
-      pair: x is [T, in], rows of at most P / 3 tokens (`can_order`), and `row_values` are in the order of
-        pairs: pair i is of token i // (P / T).
+      pair: x is [.., T, in], rows of at most P / 3 tokens (`can_order`), which devices may have sent; pair i
+        is of token i // (P / T).
       position: the result is [T, out] float32, sums over a token's pairs.
     """
     formats = [format_of(w, x.dtype, chip) for w in ws]
     num_rows = x.shape[0] if pair is None else pair.shape[0]
-    num_inputs = x.shape[1]
+    num_inputs = x.shape[-1]
     num_columns = ws[0].shape[2]
     sizes = sizes_for(chip, rows, formats, num_rows)
     assert sizes is not None  # the caller has asked
@@ -100,7 +103,8 @@ def grouped_product(
         return expert[v], 0, n
 
     in_specs = [
-        pl.BlockSpec(a.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)) for a in row_arrays
+        pl.BlockSpec(a.shape, lambda *_, n=a.ndim: (0,) * n, pipeline_mode=pl.Buffered(1))
+        for a in row_arrays
     ]
     arrays = []
     for w, fmt in zip(ws, formats):
@@ -117,15 +121,15 @@ def grouped_product(
     places = []
     if pair is not None:
         places.append(pair)
-        scratch.append(pltpu.VMEM(x.shape, jnp.float32))
-        scratch += [pltpu.VMEM((num_rows, 128), jnp.float32) for _ in row_values]
+        scratch.append(pltpu.VMEM((x.size // num_inputs, num_inputs), jnp.float32))
     out_rows, out_dtype = num_rows, product.result_dtypes[0]
     if position is not None:
         places.append(position.reshape(-1))
         out_rows, out_dtype = position.shape[0], jnp.float32
     is_given = pair is not None, position is not None
+    static = product, formats, sizes, depth, rounding, len(row_values), is_given
     return pl.pallas_call(
-        functools.partial(_kernel, product, formats, sizes, depth, len(row_values), is_given),
+        functools.partial(_kernel, *static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5 + len(places),
             grid=(num_columns // sizes.columns, visits.count),
@@ -171,7 +175,9 @@ def spread(x: jax.Array, spread_ref, fmt: Format, rows: int, depth: int) -> None
         spread_ref[part * rows : part * rows + x.shape[0], :] = own.astype(spread_ref.dtype)
 
 
-def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values, is_given, *refs):
+def _kernel(
+    product: Product, formats, sizes: BlockSizes, depth, rounding, num_row_values, is_given, *refs
+):
     (count, expert, tile, start, end), others = refs[:5], list(refs[5:])
     del expert, start
     has_pair, has_position = is_given
@@ -191,9 +197,13 @@ def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values,
 
     def begin(_, carry):
         # What is past the last row reaches no result: products of rows stay apart.
-        to_x_ref, *to_row_refs = unordered if has_pair else [x_ref, *row_refs]
-        to_x_ref[: given_ref.shape[0], :] = given_ref[...].astype(jnp.float32)
-        for given, ref in zip(given_row_refs, to_row_refs, strict=True):
+        (to_x_ref,) = unordered if has_pair else [x_ref]
+        x = given_ref[...]
+        x = x if x.ndim == 2 else jnp.concatenate([x[device] for device in range(x.shape[0])])
+        x = x.astype(jnp.float32)
+        x = x if rounding is None else rounded_lanes(x, rounding.values)
+        to_x_ref[: x.shape[0], :] = x
+        for given, ref in zip(given_row_refs, row_refs, strict=True):
             num_rows = given.shape[1]
             for first in range(0, num_rows, 128):
                 column = order.turned(given[:, first : min(first + 128, num_rows)])
@@ -201,18 +211,16 @@ def _kernel(product: Product, formats, sizes: BlockSizes, depth, num_row_values,
                     column, (column.shape[0], 128)
                 )
         if has_pair:
-            put_in_order(to_x_ref, to_row_refs)
+            put_in_order(to_x_ref)
         sums_ref[...] = jnp.zeros(sums_ref.shape, jnp.float32)
         return carry
 
-    def put_in_order(tokens_ref, pair_refs):
+    def put_in_order(tokens_ref):
         choices = pair_ref.shape[0] // tokens_ref.shape[0]
 
         def put(place, carry):
-            pair, at = pair_ref[place], pl.ds(place, 1)
-            x_ref[at, :] = tokens_ref[pl.ds(jax.lax.div(pair, choices), 1), :]
-            for of_pair, ref in zip(pair_refs, row_refs, strict=True):
-                ref[at, :] = of_pair[pl.ds(pair, 1), :]
+            token = jax.lax.div(pair_ref[place], choices)
+            x_ref[pl.ds(place, 1), :] = tokens_ref[pl.ds(token, 1), :]
             return carry
 
         jax.lax.fori_loop(0, end[count[0] - 1], put, ())  # rows of no expert are behind

@@ -15,6 +15,8 @@ from pallas_kernels import checks
 from pallas_kernels.dispatch import Implementation, choose, operation
 from pallas_kernels.formats import quantize
 from pallas_kernels.formats.quantize import QuantizedArray
+from pallas_kernels.formats.quantize_rows import round_rows
+from pallas_kernels.formats.records import Format
 from pallas_kernels.grouped_matmul import order, reference, vjp, xla
 
 
@@ -25,6 +27,7 @@ def grouped_matmul(
     group_sizes: Int32[jax.Array, " E"],  # sum P
     *,
     position: Int32[jax.Array, "T K"] | None = None,
+    rounding: Format | None = None,
     in_fp8: bool = False,
     implementation: Implementation = None,
 ) -> Float[jax.Array, "rows outputs"]:  # [P, outputs] in the dtype of x
@@ -33,6 +36,8 @@ def grouped_matmul(
     Args:
       position: the place in x of each of a token's K experts, T * K = P. The result is then [T, outputs]
         in float32, each token's sum over its experts.
+      rounding: what x is rounded to before, as `quantize_rows.round_rows` does; the gradient goes through
+        as if it did nothing. Of few rows the kernel does it.
       in_fp8: round x to e4m3 and multiply that with weights in FP8 (`fp8_matmul`); XLA only.
       implementation: see `pallas_kernels.dispatch`.
 
@@ -48,11 +53,16 @@ def grouped_matmul(
     match choose(implementation, unsupported=_unsupported(x, [w], in_fp8)):
         case "tpu" | "interpret" as kernel:
             if position is not None:
-                return vjp.summed_matmul(x, w, group_sizes, position, kernel == "interpret")
+                return vjp.summed_matmul(
+                    x, w, group_sizes, position, rounding, kernel == "interpret"
+                )
+            x = rounded_to_format(x, rounding, implementation)
             return vjp.grouped_matmul(x, w, group_sizes, kernel == "interpret")
         case "xla":
+            x = rounded_to_format(x, rounding, implementation)
             out = xla.grouped_matmul(x, w, group_sizes, in_fp8)
         case _:
+            x = rounded_to_format(x, rounding, implementation)
             x = quantize.round_fp8(x) if in_fp8 else x
             out = reference.grouped_matmul_reference(x, w, group_sizes)
     return out if position is None else order.summed(out, position)
@@ -60,7 +70,7 @@ def grouped_matmul(
 
 @operation
 def grouped_swiglu(
-    x: Float[jax.Array, "T inputs"],  # rows sorted by expert, T = P; with `pair` those of tokens
+    x: Float[jax.Array, "*T inputs"],  # rows [P] sorted by expert; with `pair` those of tokens
     w_gate: Float[jax.Array, "E inputs hidden"] | QuantizedArray,
     w_up: Float[jax.Array, "E inputs hidden"] | QuantizedArray,
     group_sizes: Int32[jax.Array, " E"],  # sum P
@@ -68,6 +78,7 @@ def grouped_swiglu(
     *,
     limit: float,
     pair: Int32[jax.Array, " P"] | None = None,
+    rounding: Format | None = None,
     in_fp8: bool = False,
     implementation: Implementation = None,
 ) -> Float[jax.Array, "P hidden"]:  # in the dtype of x
@@ -77,27 +88,29 @@ def grouped_swiglu(
 
     Args:
       pair: which pair of a token and one of its K experts each row of the result is; pair i is of token
-        i // K. x and row_weights are then in the order of tokens and of pairs.
+        i // K. x is then in the order of tokens, which may have an axis of devices before them.
+      rounding: see `grouped_matmul`.
 
     Raises:
       ValueError: shapes do not agree, or `implementation` cannot run.
     """
+    tokens = x if pair is None else x.reshape(-1, x.shape[-1])
     for w in (w_gate, w_up):
-        _check(x, w, group_sizes)
-    num_rows = x.shape[0] if pair is None else pair.shape[0]
+        _check(tokens, w, group_sizes)
+    num_rows = tokens.shape[0] if pair is None else pair.shape[0]
     if row_weights.shape != (num_rows,):
         raise ValueError(f"row_weights {row_weights.shape} must be [P] with P={num_rows} rows.")
-    if x.shape[0] and num_rows % x.shape[0]:
-        raise ValueError(f"{num_rows} pairs must be a multiple of the {x.shape[0]} rows of x.")
+    if tokens.shape[0] and num_rows % tokens.shape[0]:
+        raise ValueError(f"{num_rows} pairs must be a multiple of the {tokens.shape[0]} rows of x.")
     checks.check_group_sizes(group_sizes, num_rows)
-    chosen = choose(implementation, unsupported=_unsupported(x, [w_gate, w_up], in_fp8))
-    if pair is not None:
-        if chosen in ("tpu", "interpret"):
-            interpret = chosen == "interpret"
-            return vjp.swiglu_of_pairs(
-                x, w_gate, w_up, group_sizes, row_weights, pair, limit, interpret
-            )
-        x, row_weights = order.of_pairs(x, row_weights, pair)
+    chosen = choose(implementation, unsupported=_unsupported(tokens, [w_gate, w_up], in_fp8))
+    if pair is not None and chosen in ("tpu", "interpret"):
+        interpret = chosen == "interpret"
+        return vjp.swiglu_of_pairs(
+            x, w_gate, w_up, group_sizes, row_weights, pair, limit, rounding, interpret
+        )
+    x = rounded_to_format(tokens, rounding, implementation)
+    x = x if pair is None else order.of_pairs(x, pair)
     match chosen:
         case "tpu" | "interpret" as kernel:
             interpret = kernel == "interpret"
@@ -109,6 +122,15 @@ def grouped_swiglu(
             return reference.grouped_swiglu_reference(
                 x, w_gate, w_up, group_sizes, row_weights, limit
             )
+
+
+def rounded_to_format(
+    x: jax.Array, rounding: Format | None, implementation: Implementation
+) -> jax.Array:
+    """x rounded, if it is to be."""
+    if rounding is None:
+        return x
+    return round_rows(x, rounding.values, rounding.block, implementation=implementation)
 
 
 def _unsupported(x, ws, in_fp8) -> str | None:

@@ -7,15 +7,18 @@ expert before it. A sort takes the TPU compiler longer than the rest of a layer.
 
 Why a kernel for few rows: XLA makes twelve operations of it, which of 48 numbers take longer to start
 than to run. Here all rows are compared with all in registers; what is needed along both axes is turned
-by a sum over a diagonal.
+by a sum over a diagonal. Experts of tokens, and weights, come as devices told each other (`pairs_by_expert`):
+XLA would make four operations of writing them in a row.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Int32
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float32, Int32
 
 from pallas_kernels import dispatch
 
@@ -63,13 +66,46 @@ def by_expert(
     return _xla(expert, num_experts)
 
 
+@dispatch.operation
+def pairs_by_expert(
+    experts: Int32[jax.Array, "*tokens K"],
+    weights: Float32[jax.Array, "*tokens K"],
+    first: Int32[jax.Array, ""],
+    num_experts: int,
+    *,
+    implementation: dispatch.Implementation = None,
+) -> tuple[Order, Float32[jax.Array, " P"]]:
+    """`by_expert` of the pairs of a token and one of its K experts, and their weights in that order.
+
+    Experts other than `first` .. `first + num_experts - 1` stand for none. Differentiable in weights.
+
+    Args:
+      implementation: see `dispatch.choose`.
+
+    Raises:
+      ValueError: an implementation that cannot run.
+    """
+    reason = None
+    if not 0 < max(experts.size, num_experts) <= MOST or not 2 <= experts.ndim <= 3:
+        reason = (
+            f"experts {experts.shape}, and {num_experts} of them: the kernel takes [.., T, K] with {MOST} "
+            f"pairs, and {MOST} experts"
+        )
+    chosen = dispatch.choose(implementation, unsupported=reason)
+    if chosen in ("tpu", "interpret"):
+        return _pairs(weights, experts, first, num_experts, chosen == "interpret")
+    local = experts - first
+    local = jnp.where((local >= 0) & (local < num_experts), local, num_experts)
+    found = by_expert(local.reshape(-1), num_experts, implementation=implementation)
+    return found, taken(weights.reshape(-1), found.row)
+
+
 def of_pairs(
     x: jax.Array,  # [T, D] of tokens
-    weights: jax.Array,  # [P] of pairs, P / T of each token
-    pair: jax.Array,  # [P] which is at each place, `Order.row`
-) -> tuple[jax.Array, jax.Array]:
-    """Rows [P, D] and weights [P] in the order of places."""
-    return taken(x, pair // (pair.shape[0] // x.shape[0])), taken(weights, pair)
+    pair: jax.Array,  # [P] which pair is at each place, `Order.row`; P / T are of a token
+) -> jax.Array:
+    """Rows [P, D] in the order of places."""
+    return taken(x, pair // (pair.shape[0] // x.shape[0]))
 
 
 def summed(
@@ -119,7 +155,11 @@ def _call(expert: jax.Array, num_experts: int, interpret: bool) -> Order:
 
 
 def _kernel(expert_ref, row_ref, position_ref, sizes_ref) -> None:
-    along = expert_ref[...]  # [1, R]
+    put_in_order(expert_ref[...], row_ref, position_ref, sizes_ref)
+
+
+def put_in_order(along: jax.Array, row_ref, position_ref, sizes_ref) -> jax.Array:
+    """Writes the order by expert [1, R]. Returns the position of each row, as a column [R, 1]."""
     down = turned(along)
     one, other = places(along.shape[1], along.shape[1])
     before = (down < along) | ((down == along) & (one < other))  # row `one` before row `other`
@@ -129,6 +169,67 @@ def _kernel(expert_ref, row_ref, position_ref, sizes_ref) -> None:
     row_ref[...] = jnp.sum(jnp.where(position == other, one, 0), axis=0, keepdims=True)
     _, expert = places(along.shape[1], sizes_ref.shape[1])
     sizes_ref[...] = count(down == expert, 0)
+    return position
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _pairs(weights, experts, first, num_experts, interpret):
+    # Together, as devices tell each other: XLA takes apart and joins nothing then.
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+    both = jnp.concatenate([bits, experts], axis=-1)
+    num_rows = experts.size
+    shapes = [(1, n) for n in (num_rows, num_rows, num_experts, num_rows)]
+    dtypes = [jnp.int32] * 3 + [jnp.float32]
+    found = pl.pallas_call(
+        _pairs_kernel,
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pltpu.VMEM),
+        ],
+        out_shape=[jax.ShapeDtypeStruct(*one) for one in zip(shapes, dtypes, strict=True)],
+        interpret=interpret,
+        name="pairs_by_expert",
+    )(first.reshape(1), both.reshape(-1, *both.shape[-2:]))
+    row, position, sizes, ordered = (x.reshape(-1) for x in found)
+    return Order(row, position, sizes), ordered
+
+
+def _pairs_fwd(weights, experts, first, num_experts, interpret):
+    found = _pairs(weights, experts, first, num_experts, interpret)
+    return found, (weights, found[0].position)
+
+
+def _pairs_bwd(num_experts, interpret, residuals, cotangents):
+    """Of weights alone."""
+    weights, position = residuals
+    return taken(cotangents[1], position).reshape(weights.shape), None, None
+
+
+_pairs.defvjp(_pairs_fwd, _pairs_bwd)
+
+
+def _pairs_kernel(first_ref, both_ref, row_ref, position_ref, sizes_ref, weights_ref) -> None:
+    choices, num_experts = both_ref.shape[2] // 2, sizes_ref.shape[1]
+    weights = jax.lax.bitcast_convert_type(in_a_row(both_ref, 0, choices), jnp.float32)
+    expert = in_a_row(both_ref, choices, choices) - first_ref[0]
+    expert = jnp.where((expert >= 0) & (expert < num_experts), expert, num_experts)
+    position = put_in_order(expert, row_ref, position_ref, sizes_ref)
+    _, place = places(expert.shape[1], expert.shape[1])
+    ordered = jnp.where(position == place, turned(weights), 0.0)
+    weights_ref[...] = jnp.sum(ordered, axis=0, keepdims=True)
+
+
+def in_a_row(ref, start: int, count: int) -> jax.Array:
+    """Columns start .. start + count - 1 of each row of [N, T, C], one after the other: [1, N T count]."""
+    devices, tokens, _ = ref.shape
+    device, place = places(devices, devices * tokens * count)
+    total = jnp.zeros(place.shape, ref.dtype)
+    for token in range(tokens):
+        rows = ref[:, token, :]
+        for i in range(count):
+            mine = place == (device * tokens + token) * count + i
+            total = jnp.where(mine, rows[:, start + i : start + i + 1], total)
+    return jnp.sum(total, axis=0, keepdims=True)
 
 
 def places(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import target_chip
 from pallas_kernels.formats.quantize import QuantizedArray
+from pallas_kernels.formats.quantize_rows import round_rows
+from pallas_kernels.formats.records import Format as Rounding
 from pallas_kernels.grouped_matmul import (
     block_sizes,
     few_rows,
@@ -63,22 +65,23 @@ def _matmul_bwd(interpret, residuals, d_out):
 grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def summed_matmul(x, w, group_sizes, position, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_matmul(x, w, group_sizes, position, rounding, interpret):
     """`ops.grouped_matmul` with `position`."""
-    product = matmul_product(x.dtype)
-    return forward(product, x, [w], group_sizes, [], interpret, position=position)
+    product, options = matmul_product(x.dtype), dict(position=position, rounding=rounding)
+    return forward(product, x, [w], group_sizes, [], interpret, **options)
 
 
-def _summed_fwd(x, w, group_sizes, position, interpret):
-    out = summed_matmul(x, w, group_sizes, position, interpret)
+def _summed_fwd(x, w, group_sizes, position, rounding, interpret):
+    out = summed_matmul(x, w, group_sizes, position, rounding, interpret)
     return out, (x, w, group_sizes, position)
 
 
-def _summed_bwd(interpret, residuals, d_out):
+def _summed_bwd(rounding, interpret, residuals, d_out):
     x, w, group_sizes, position = residuals
 
     def in_steps(x, w):
+        x = rounded(x, rounding, interpret)
         out = grouped_matmul(x, w, group_sizes, interpret)
         return order.summed(out, position)
 
@@ -128,25 +131,26 @@ def _swiglu_bwd(limit, interpret, residuals, d_out):
 grouped_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def swiglu_of_pairs(x, w_gate, w_up, group_sizes, row_weights, pair, limit, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def swiglu_of_pairs(x, w_gate, w_up, group_sizes, row_weights, pair, limit, rounding, interpret):
     """`ops.grouped_swiglu` with `pair`."""
     product, weight = swiglu_product(x.dtype, limit), row_weights.astype(jnp.float32)
-    ws = [w_gate, w_up]
-    return forward(product, x, ws, group_sizes, [weight], interpret, pair=pair)
+    ws, options = [w_gate, w_up], dict(pair=pair, rounding=rounding)
+    return forward(product, x, ws, group_sizes, [weight], interpret, **options)
 
 
-def _pairs_fwd(x, w_gate, w_up, group_sizes, row_weights, pair, limit, interpret):
-    out = swiglu_of_pairs(x, w_gate, w_up, group_sizes, row_weights, pair, limit, interpret)
-    return out, (x, w_gate, w_up, group_sizes, row_weights, pair)
+def _pairs_fwd(x, w_gate, w_up, group_sizes, row_weights, pair, limit, rounding, interpret):
+    args = x, w_gate, w_up, group_sizes, row_weights, pair
+    return swiglu_of_pairs(*args, limit, rounding, interpret), args
 
 
-def _pairs_bwd(limit, interpret, residuals, d_out):
+def _pairs_bwd(limit, rounding, interpret, residuals, d_out):
     x, w_gate, w_up, group_sizes, row_weights, pair = residuals
 
     def in_steps(x, w_gate, w_up, row_weights):
-        rows, weights = order.of_pairs(x, row_weights, pair)
-        return grouped_swiglu(rows, w_gate, w_up, group_sizes, weights, limit, interpret)
+        tokens = rounded(x.reshape(-1, x.shape[-1]), rounding, interpret)
+        rows = order.of_pairs(tokens, pair)
+        return grouped_swiglu(rows, w_gate, w_up, group_sizes, row_weights, limit, interpret)
 
     args = x, w_gate, w_up, row_weights
     d_x, d_gate, d_up, d_weights = gradients_of(in_steps, args, d_out)
@@ -154,6 +158,14 @@ def _pairs_bwd(limit, interpret, residuals, d_out):
 
 
 swiglu_of_pairs.defvjp(_pairs_fwd, _pairs_bwd)
+
+
+def rounded(x: jax.Array, rounding: Rounding | None, interpret: bool) -> jax.Array:
+    """Rows as a kernel for few of them rounds them."""
+    if rounding is None:
+        return x
+    names = ("interpret", "xla") if interpret else None
+    return round_rows(x, rounding.values, rounding.block, implementation=names)
 
 
 def gradients_of(f, args, d_out) -> list:
@@ -202,24 +214,34 @@ def transposed(dtype: jax.typing.DTypeLike) -> tpu.Product:
 
 
 def forward(
-    product, x, ws, group_sizes, row_values, interpret, *, pair=None, position=None
+    product,
+    x,
+    ws,
+    group_sizes,
+    row_values,
+    interpret,
+    *,
+    pair=None,
+    position=None,
+    rounding=None,
 ) -> jax.Array:
     """The product [P, out], by the kernel that is made for so many rows.
 
     Args:
-      pair: see `ops.grouped_swiglu`; it has row values then.
-      position: see `ops.grouped_matmul`.
+      pair: see `ops.grouped_swiglu`.
+      position, rounding: see `ops.grouped_matmul`.
     """
     chip = target_chip()
     num_rows = x.shape[0] if pair is None else pair.shape[0]
-    rows = block_sizes.few_rows(num_rows, ws[0].shape[0], x.shape[1])
+    rows = block_sizes.few_rows(num_rows, ws[0].shape[0], x.shape[-1])
     formats = [weights.format_of(w, x.dtype, chip) for w in ws]
     if rows is not None and few_rows.sizes_for(chip, rows, formats, num_rows) is None:
         rows = None
-    num_tokens = x.shape[0] if position is None else position.shape[0]
+    num_tokens = x.size // x.shape[-1] if position is None else position.shape[0]
     if rows is None or not few_rows.can_order(num_tokens, num_rows):
+        x, rounding = rounded(x.reshape(-1, x.shape[-1]), rounding, interpret), None
         if pair is not None:
-            x, *row_values = order.of_pairs(x, row_values[0], pair)
+            x = order.of_pairs(x, pair)
         if position is not None:
             out = forward(product, x, ws, group_sizes, row_values, interpret)
             return order.summed(out, position)
@@ -239,6 +261,7 @@ def forward(
         row_values=row_values,
         pair=pair,
         position=position,
+        rounding=rounding,
         interpret=interpret,
     )
 

@@ -36,6 +36,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.formats import pages, tpu_formats, tpu_pages
 from pallas_kernels.formats.packed_rows import KEY_BLOCK, PackedKeys, key_words
 from pallas_kernels.formats.pages import PAGE, Pages
+from pallas_kernels.grouped_matmul.order import turned
 from pallas_kernels.indexer import block_sizes, threshold
 from pallas_kernels.indexer.threshold import LANES, MISSING
 
@@ -80,7 +81,7 @@ def index_list(
             grid=grid.shape,
             in_specs=[
                 grid.block(num_heads, width),
-                grid.block(num_heads, 1),
+                grid.block(1, num_heads),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=grid.block(1, num_slots),
@@ -107,7 +108,7 @@ def index_list(
         ),
         interpret=interpret,
         name="index_list",
-    )(num_visible, keys.table.reshape(-1), q, weights.astype(jnp.float32)[..., None], pool)
+    )(num_visible, keys.table.reshape(-1), q, weights.astype(jnp.float32)[:, None], pool)
     return indices[:, 0, :topk]
 
 
@@ -115,7 +116,7 @@ def _kernel(
     visible_ref,  # [B] int32
     table_ref,  # [B * n] int32
     q_ref,  # [A, I]
-    weights_ref,  # [A, 1] float32
+    weights_ref,  # [1, A] float32
     pool_ref,  # [1, P * 128, I] in HBM, or lines of words
     indices_ref,  # [1, slots] int32
     scores,  # [rows, 128] int32
@@ -132,7 +133,7 @@ def _kernel(
     is_packed = pool_ref.dtype == jnp.uint32
     block = tpu_pages.pages_held(stream, lines) * PAGE
     some = block_sizes.decode_keys(num_entries)
-    weights = jnp.broadcast_to(weights_ref[...], (weights_ref.shape[0], LANES))
+    weights = jnp.broadcast_to(turned(weights_ref[...]), (weights_ref.shape[1], LANES))
 
     def score(keys_ref, first, c):
         if is_packed:

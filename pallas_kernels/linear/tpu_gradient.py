@@ -85,7 +85,8 @@ def _kernel(
 ):
     block = pl.program_id(3)
     inputs, columns = out_ref.shape[1], d_ref.shape[1]
-    scale = own_scale(fmt, scale_ref, columns, pl.program_id(0) * column_blocks + block)
+    own = pl.program_id(0) * column_blocks + block
+    scale = own_scale(fmt, scale_ref, columns, own, False)
     words_ref[...] = weights.scale_rows(fmt, scale)
     w = weights.unpack(fmt, values_ref, words_ref, 0, inputs, slice(None))
     total = weights.dot(d_ref[...], w, (1, 1)) + jnp.where(block == 0, 0.0, sum_ref[...])

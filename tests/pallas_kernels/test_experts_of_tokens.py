@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels.formats.quantize import QuantizedArray, quantize_weight
+from pallas_kernels.formats.quantize_rows import round_rows
+from pallas_kernels.formats.records import ACTIVATIONS
 from pallas_kernels.grouped_matmul import (
-    by_expert,
     grouped_matmul,
     grouped_swiglu,
     of_pairs,
+    pairs_by_expert,
     summed,
 )
 from tests.tolerances import BFLOAT16, FLOAT32, GRADIENT_FLOAT32, assert_close
@@ -21,7 +23,7 @@ EXPERTS, DIM, HIDDEN, LIMIT = 4, 256, 128, 2.0
 
 
 def case(kind: str, dtype, tokens: int, choices: int):
-    """x, weights of the three matrices, of pairs, and the experts of pairs: some are of none here."""
+    """x, weights of the three matrices, and of [T, K] pairs, and their experts: some are of none here."""
     rng = np.random.default_rng(tokens)
 
     def matrix(num_inputs, num_outputs):
@@ -30,34 +32,40 @@ def case(kind: str, dtype, tokens: int, choices: int):
 
     ws = matrix(DIM, HIDDEN), matrix(DIM, HIDDEN), matrix(HIDDEN, DIM)
     x = jnp.asarray(rng.standard_normal((tokens, DIM)), dtype)
-    weights = jnp.asarray(rng.random(tokens * choices) + 0.2, jnp.float32)
+    weights = jnp.asarray(rng.random((tokens, choices)) + 0.2, jnp.float32)
     expert = rng.integers(0, EXPERTS + 1, tokens * choices)
     expert[: 2 * choices] = 2  # more rows than a visit has
-    return x, ws, weights, jnp.asarray(expert, jnp.int32)
+    return x, ws, weights, jnp.asarray(expert.reshape(tokens, choices), jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "in_steps"))
-def run(x, ws, weights, expert, *, implementation, in_steps=False):
-    """float32 [T, D]; `in_steps` puts rows in order and adds outside of the operations."""
+@functools.partial(jax.jit, static_argnames=("implementation", "in_steps", "rounding"))
+def run(x, ws, weights, expert, *, implementation, in_steps=False, rounding=None):
+    """float32 [T, D]; `in_steps` puts rows in order, rounds and adds outside of the operations."""
     gate, up, down = ws
-    order = by_expert(expert, EXPERTS, implementation=implementation)
+    order, weights = pairs_by_expert(
+        expert, weights, jnp.int32(0), EXPERTS, implementation=implementation
+    )
     position = order.position.reshape(len(x), -1)
     options = dict(limit=LIMIT, implementation=implementation)
+
+    def rounded(x):
+        return round_rows(x, "fp8", 128, implementation="xla") if rounding else x
+
     if in_steps:
-        rows, own_weights = of_pairs(x, weights, order.row)
-        hidden = grouped_swiglu(rows, gate, up, order.sizes, own_weights, **options)
+        rows = of_pairs(rounded(x), order.row)
+        hidden = rounded(grouped_swiglu(rows, gate, up, order.sizes, weights, **options))
         out = grouped_matmul(hidden, down, order.sizes, implementation=implementation)
         return summed(out, position)
+    options["rounding"] = rounding
     hidden = grouped_swiglu(x, gate, up, order.sizes, weights, pair=order.row, **options)
-    return grouped_matmul(
-        hidden, down, order.sizes, position=position, implementation=implementation
-    )
+    del options["limit"]
+    return grouped_matmul(hidden, down, order.sizes, position=position, **options)
 
 
 def loop(x, ws, weights, expert) -> np.ndarray:
     gate, up, down = (np.asarray(dense(w), np.float64) for w in ws)
     x = np.asarray(x, np.float64)
-    weights, expert = (np.asarray(a).reshape(len(x), -1) for a in (weights, expert))
+    weights, expert = np.asarray(weights), np.asarray(expert)
     out = np.zeros(x.shape)
     for t, j in np.ndindex(*expert.shape):
         e = expert[t, j]
@@ -93,14 +101,28 @@ def test_sums_over_the_experts_of_tokens(kind, dtype, tokens, choices, implement
         np.testing.assert_array_equal(out, steps)  # rounded and added alike
 
 
-def test_gradients_are_those_of_rows_in_order():
+@pytest.mark.parametrize("tokens, choices", [(8, 6), (7, 2)])
+def test_rows_are_rounded_as_before_the_products(tokens, choices):
+    """By the kernel for few rows, and before the others."""
+    args = case("fp4", jnp.bfloat16, tokens, choices)
+    form = dict(rounding=ACTIVATIONS, implementation="interpret")
+
+    out = run(*args, **form)
+
+    np.testing.assert_array_equal(out, run(*args, **form, in_steps=True))
+    assert jnp.any(out != run(*args, implementation="interpret"))
+
+
+@pytest.mark.parametrize("rounding", [None, ACTIVATIONS], ids=["as they are", "rounded"])
+def test_gradients_are_those_of_rows_in_order(rounding):
     x, ws, weights, expert = case("f32", jnp.float32, 5, 3)
     d_out = jnp.asarray(np.random.default_rng(0).standard_normal(x.shape), jnp.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(implementation, x, ws, weights):
         def loss(x, ws, weights):
-            return jnp.sum(run(x, ws, weights, expert, implementation=implementation) * d_out)
+            form = dict(implementation=implementation, rounding=rounding)
+            return jnp.sum(run(x, ws, weights, expert, **form) * d_out)
 
         return jax.grad(loss, (0, 1, 2))(x, ws, weights)
 
@@ -143,7 +165,7 @@ def test_tokens_whose_experts_are_all_elsewhere_get_zeros():
 
 def test_pairs_and_places_that_do_not_agree_are_refused():
     x, (gate, up, down), weights, expert = case("f32", jnp.float32, 5, 3)
-    order = by_expert(expert, EXPERTS)
+    order, weights = pairs_by_expert(expert, weights, jnp.int32(0), EXPERTS)
     with pytest.raises(ValueError, match="15 pairs must be a multiple of the 4 rows of x"):
         grouped_swiglu(x[:4], gate, up, order.sizes, weights, limit=LIMIT, pair=order.row)
     rows = jnp.zeros((15, HIDDEN))

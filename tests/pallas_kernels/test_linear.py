@@ -12,8 +12,11 @@ from pallas_kernels.formats.quantize import (
     FP8_WEIGHT_BLOCK,
     QuantizedArray,
 )
+from pallas_kernels.formats.quantize_rows import round_rows
+from pallas_kernels.formats.records import ACTIVATIONS
 from pallas_kernels.grouped_matmul import block_sizes
-from pallas_kernels.linear import linear
+from pallas_kernels.grouped_matmul.reference import swiglu
+from pallas_kernels.linear import linear, linear_swiglu, row_products
 from tests.tolerances import BFLOAT16, FLOAT32, assert_close
 
 SHAPES = [  # rows, inputs of a group, outputs of all, groups
@@ -94,6 +97,90 @@ def test_sums_are_rounded_once_to_the_dtype_that_is_asked_for(shape, implementat
     np.testing.assert_array_equal(out, run(x, w).astype(jnp.bfloat16))
     (d_x,) = jax.vjp(lambda x: run(x, w, out_dtype=jnp.bfloat16), x)[1](jnp.ones_like(out))
     assert_close(d_x, jax.vjp(lambda x: run(x, w), x)[1](jnp.ones(out.shape))[0], FLOAT32)
+
+
+@pytest.mark.parametrize("rows", [1, 11, 40])
+@pytest.mark.parametrize("kind", ["fp8", "fp4"])
+@pytest.mark.usefixtures("small_blocks")
+def test_rows_are_rounded_as_by_the_operation_before(kind, rows):
+    """By the kernel for few rows, and apart for many; of an interpreted kernel XLA folds constants wrongly."""
+    x, w = _make(rows, 512, 256, 1, jnp.bfloat16, kind)
+    kernel = functools.partial(linear, implementation="interpret")
+    rounded = round_rows(x, ACTIVATIONS.values, ACTIVATIONS.block, implementation="xla")
+
+    out = jax.jit(functools.partial(kernel, rounding=ACTIVATIONS))(x, w)
+
+    np.testing.assert_array_equal(out, jax.jit(kernel)(rounded, w))
+    assert jnp.any(out != jax.jit(kernel)(x, w))
+    xla = linear(x, w, rounding=ACTIVATIONS, implementation="xla")
+    assert_close(out, xla, FLOAT32)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.usefixtures("small_blocks")
+def test_heads_that_lie_apart_change_no_result(rows):
+    """Eight heads of 128 in a block of outputs, and sixteen of two groups of inputs."""
+    x, w = _make(rows, 1024, 2048, 2, jnp.bfloat16)
+    run = functools.partial(linear, groups=2, implementation="interpret")
+
+    out = jax.jit(functools.partial(run, in_width=128, out_width=128))(x, w)
+
+    np.testing.assert_array_equal(out, jax.jit(run)(x, w))
+    for width in (96, 256):  # no whole registers: as they lie
+        found = jax.jit(functools.partial(run, in_width=width, out_width=width))(x, w)
+        np.testing.assert_array_equal(found, out)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.usefixtures("small_blocks")
+def test_gate_and_up_in_one_kernel(rows):
+    """Few rows; of many they are two."""
+    x, gate = _make(rows, 512, 256, 1, jnp.bfloat16)
+    _, up = _make(rows + 1, 512, 256, 1, jnp.bfloat16)
+    options = dict(limit=7.0, rounding=ACTIVATIONS)
+    run = jax.jit(functools.partial(linear_swiglu, implementation="interpret", **options))
+    product = jax.jit(
+        functools.partial(
+            linear, rounding=ACTIVATIONS, out_dtype=x.dtype, implementation="interpret"
+        )
+    )
+
+    out = run(x, gate, up)
+
+    expected = swiglu(product(x, gate), product(x, up), 7.0).astype(x.dtype)
+    assert out.dtype == x.dtype and out.shape == (rows, 256)
+    np.testing.assert_array_equal(out, expected)
+    assert str(jax.make_jaxpr(run)(x, gate, up)).count("pallas_call[") == (1 if rows == 5 else 3)
+    d_out = jnp.ones_like(out)
+    gradient = jax.vjp(lambda x: run(x, gate, up), x)[1](d_out)[0]
+    xla = functools.partial(linear_swiglu, w_gate=gate, w_up=up, implementation="xla", **options)
+    assert_close(gradient, jax.vjp(xla, x)[1](d_out)[0], BFLOAT16)
+    with pytest.raises(ValueError, match=r"w_up \(512, 256\) must have one shape"):
+        linear_swiglu(x, gate.dequantize()[:, :128], up, limit=7.0)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2, 5)], ids=str)
+@pytest.mark.parametrize("outputs", [64, 640])
+@pytest.mark.parametrize("is_table", [False, True], ids=["matrix", "table"])
+def test_few_rows_and_bfloat16_weights(rows, outputs, is_table):
+    """The last block of columns is not whole."""
+    x = jax.random.normal(jax.random.key(0), (*rows, 256), jnp.bfloat16)
+    w = jax.random.normal(jax.random.key(1), (256, outputs), jnp.bfloat16)
+    operation, factor = (row_products, w.T) if is_table else (linear, w)
+    run = functools.partial(operation, implementation="interpret")
+
+    out = run(x, factor)
+
+    assert (out.shape, out.dtype) == ((*rows, outputs), jnp.float32)
+    assert_close(out, np.asarray(x, np.float64) @ np.asarray(w, np.float64), FLOAT32)
+    assert "linear_floats" in str(jax.make_jaxpr(run)(x, factor))
+    d_out = jax.random.normal(jax.random.key(2), out.shape)
+    found = jax.vjp(run, x, factor)[1](d_out)
+    expected = jax.vjp(functools.partial(operation, implementation="xla"), x, factor)[1](d_out)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match=r"x \(2, 3\) must be"):
+        operation(jnp.ones((2, 3)), factor)
 
 
 @pytest.mark.parametrize("groups, kind, dtype", [(1, "fp8", jnp.bfloat16), (2, "fp4", jnp.float32)])

@@ -161,7 +161,7 @@ def test_appending_to_pages(kind, length, new, start, counts):
 def test_appending_columns_to_a_ring(length, new, start, counts):
     old, added = random(PackedColumns, 4, length, 64), random(PackedColumns, 4, new, 64) * 2
     start, counts = jnp.array(start), jnp.array(counts)
-    put = jax.jit(lambda p, x: p.append(p.words_of(x), start, counts))
+    put = jax.jit(lambda p, x: p.append(x, start, counts))
     expected = np.array(old)
     for b, (first, count) in enumerate(zip(start, counts)):
         expected[b, first : first + count] = added[b, :count]
@@ -200,6 +200,24 @@ def test_the_kernel_appends_columns_to_a_ring_as_xla_does():
     np.testing.assert_array_equal(*changed)
     with pytest.raises(ValueError, match="on_lanes=False without a table"):
         append(data, new, start, counts, on_lanes=False)
+
+
+@KINDS
+def test_the_kernel_makes_words_of_the_rows_that_it_appends(kind):
+    """One row of each of nine sequences, of which some have none."""
+    rows = decoded_rows(kind, 9)
+    packed = kind.zeros((1, 1, 128)) if kind is PackedKeys else kind.zeros((1, 1, 512), 64)
+    data = jax.random.bits(jax.random.key(0), (1, 18 * packed.num_words, 128), jnp.uint32)
+    table, start = jnp.arange(18).reshape(9, 2), jnp.arange(9) * 31
+    options = dict(table=table, packing=packed.packing, on_lanes=kind is not PackedRows)
+
+    def run(implementation):
+        put = functools.partial(append, implementation=implementation, **options)
+        return jax.jit(put)(data, rows, start, jnp.arange(9) % 3 % 2)
+
+    changed = run("xla")
+    assert np.count_nonzero(changed != data) > 2 * packed.num_words
+    np.testing.assert_array_equal(run("interpret"), changed)
 
 
 @KINDS

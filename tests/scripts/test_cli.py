@@ -138,12 +138,13 @@ def test_an_adapter_that_cannot_be_used_ends_before_anything_is_loaded(
 def test_libtpu_gets_the_flags_that_plans_are_compiled_with(monkeypatch):
     compiled_with = {f"--{name}={str(v).lower()}" for name, v in COMPILER_OPTIONS.items()}
     assert set(LIBTPU_FLAGS) == compiled_with
-    (flag,) = LIBTPU_FLAGS
+    flag, *others = LIBTPU_FLAGS
+    rest = " ".join(others)
 
     for given, expected in (
-        ("", flag),
-        ("--other=1", f"--other=1 {flag}"),
-        (flag.replace("true", "false"), flag.replace("true", "false")),  # the user's wins
+        ("", f"{flag} {rest}"),
+        ("--other=1", f"--other=1 {flag} {rest}"),
+        (flag.replace("true", "false"), f"{flag.replace('true', 'false')} {rest}"),  # the user's
     ):
         monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
         with pytest.raises(SystemExit):

@@ -7,19 +7,21 @@ import pytest
 from jax import P
 
 from pallas_kernels.formats.quantize import quantize_weight
-from pallas_kernels.grouped_matmul import by_expert, of_pairs, summed
+from pallas_kernels.grouped_matmul import by_expert, of_pairs, pairs_by_expert, summed
 from sharding import TRAIN, collectives, expert_parallel, make_mesh
 from sharding.expert_parallel import apply_experts
 from v4jax.planning.hlo import exchanges
 from v4jax.planning.topologies import COMPILER_OPTIONS, topology_devices
+
+SORTS = by_expert, pairs_by_expert
 
 
 def in_order(of_rows):
     """For `apply_experts`, made of a function of rows that are sorted by expert."""
 
     def experts_fn(params, x, order, weights):
-        rows, own_weights = of_pairs(x, weights, order.row)
-        out = of_rows(params, rows, order.sizes, own_weights)
+        x = x.reshape(-1, x.shape[-1])  # devices' tokens
+        out = of_rows(params, of_pairs(x, order.row), order.sizes, weights)
         return summed(out, order.position.reshape(x.shape[0], -1))
 
     return experts_fn
@@ -34,7 +36,7 @@ def test_rows_of_one_round_travel_while_those_of_another_are_computed(not_kept):
         return jnp.matmul(rows * row_weights[:, None].astype(rows.dtype), weights[0])
 
     def fn(weights, x, experts, row_weights):
-        return apply_experts(experts_fn, by_expert, weights, x, experts, row_weights, 1)
+        return apply_experts(experts_fn, *SORTS, weights, x, experts, row_weights, 1)
 
     mesh = make_mesh(expert=devices, devices=topology_devices("v6e:2x2"))
     arrays = [
@@ -84,7 +86,8 @@ def _gradients(load: str, **sizes):
     def fn(adapter, frozen, x, weights, experts, direction):
         def loss(adapter, x, weights):
             params = {"frozen": frozen, "adapter": adapter}
-            out = apply_experts(_with_adapter, by_expert, params, x, experts, weights, len(adapter))
+            args = params, x, experts, weights, len(adapter)
+            out = apply_experts(_with_adapter, *SORTS, *args)
             return jnp.sum(out * direction), out
 
         grads, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(adapter, x, weights)

@@ -17,7 +17,10 @@ COMMANDS = {
     "plan": "does a job fit a TPU slice, and how fast could it be",
 }
 # What the model's programs need of libtpu, which reads them when it is loaded.
-LIBTPU_FLAGS = ("--xla_tpu_enable_async_ragged_all_to_all=true",)
+LIBTPU_FLAGS = (
+    "--xla_tpu_enable_async_ragged_all_to_all=true",
+    "--xla_tpu_control_large_2nd_minor_layout_for_x16=false",
+)
 _HELP = """\
 usage: v4jax COMMAND [options]
 

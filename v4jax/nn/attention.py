@@ -57,11 +57,14 @@ class Attention(nnx.Module):
         heads_dim, latent_dim = cfg.num_heads * cfg.head_dim, cfg.o_groups * cfg.o_lora_rank
         self.wq_a = Linear(context, cfg.embed_dim, cfg.q_lora_rank, ("embed", None))
         self.q_norm = RMSNorm(context, cfg.q_lora_rank)
-        self.wq_b = Linear(context, cfg.q_lora_rank, heads_dim, ("embed", "heads"))
+        self.wq_b = Linear(
+            context, cfg.q_lora_rank, heads_dim, ("embed", "heads"), out_width=cfg.head_dim
+        )
         self.wkv = Linear(context, cfg.embed_dim, cfg.head_dim, ("embed", None))
         self.kv_norm = RMSNorm(context, cfg.head_dim)
+        in_dim, groups = heads_dim // cfg.o_groups, cfg.o_groups
         self.wo_a = GroupedLinear(
-            context, heads_dim // cfg.o_groups, cfg.o_lora_rank, groups=cfg.o_groups
+            context, in_dim, cfg.o_lora_rank, groups=groups, in_width=cfg.head_dim
         )
         self.wo_b = Linear(context, latent_dim, cfg.embed_dim, ("heads", "embed"))
         self.sink = context.param(

@@ -321,8 +321,10 @@ def append_entries(
     counts: jax.Array,  # [B] int32
 ) -> Pages:
     """Writes the complete new entries behind the old ones, all devices'; never past the end."""
+    if collectives.axis_size("seq") == 1:
+        return entries.append(new, start, counts)
     if not isinstance(entries.pool, jax.Array):
-        new = entries.pool.words_of(new)
+        new = entries.pool.words_of(new)  # which travel
     parts = jax.tree.map(
         lambda x: collectives.all_gather(x[None], "seq", axis=0), (new, start, counts)
     )
@@ -351,7 +353,7 @@ def write_window(
     size, num_columns = ring.shape[1], kv.shape[1]
     start = chunk.whole_start
     if isinstance(ring, PackedColumns) and num_columns * collectives.axis_size("seq") == 1:
-        return ring.append(ring.words_of(kv), start % size, chunk.counts)
+        return ring.append(kv, start % size, chunk.counts)
     last = start + chunk.whole_counts - 1
     # Newest token of each row of the ring; before `start` means that the row keeps its content.
     token = last[:, None] - (last[:, None] - jnp.arange(size)) % size

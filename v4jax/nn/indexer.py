@@ -41,7 +41,8 @@ class Indexer(nnx.Module):
                 f"indexer.head_dim={width} with released numerics: expected a power of two, which "
                 "the Hadamard transform of queries and keys needs. v4jax.plain() takes any."
             )
-        self.wq_b = Linear(context, cfg.q_lora_rank, heads * width, ("embed", None))
+        axes = ("embed", None)
+        self.wq_b = Linear(context, cfg.q_lora_rank, heads * width, axes, out_width=width)
         self.weights_proj = WideLinear(context, cfg.embed_dim, heads)
         self.compressor = Compressor(context, compressor, width, rounding="keys")
         self.cfg, self.spec, self.numerics = cfg, spec, numerics

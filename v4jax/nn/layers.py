@@ -144,15 +144,23 @@ class Linear(Matrix):
     """A linear without bias that the released checkpoints store in FP8, in the activations' dtype."""
 
     def __init__(
-        self, context: ModelContext, in_dim: int, out_dim: int, axes: tuple[str | None, str | None]
+        self,
+        context: ModelContext,
+        in_dim: int,
+        out_dim: int,
+        axes: tuple[str | None, str | None],
+        *,
+        out_width: int | None = None,  # of heads that the result is cut into next
     ):
         super().__init__(context, (in_dim, out_dim), axes, stored="fp8")
+        self.out_width = out_width
 
     @signatures.shaped
     def __call__(self, x: Float[jax.Array, "*rows in"]) -> Float[jax.Array, "*rows out"]:
         """[..., in] -> [..., out]"""
         summed = summed_axis(self.kernel.axes)
-        return self._adapted(x, self.numerics.linear(x, self.kernel[...], summed=summed))
+        form = dict(summed=summed, out_width=self.out_width)
+        return self._adapted(x, self.numerics.linear(x, self.kernel[...], **form))
 
 
 class WideLinear(Matrix):
@@ -177,18 +185,22 @@ class WideLinear(Matrix):
 class GroupedLinear(Matrix):
     """Groups of inputs, each times its own matrix: `groups` matrices [in, out] side by side, in FP8.
 
+    Inputs are heads of `in_width` channels.
     Inputs are not rounded, as in the released code.
     """
 
-    def __init__(self, context: ModelContext, in_dim: int, out_dim: int, groups: int):
+    def __init__(
+        self, context: ModelContext, in_dim: int, out_dim: int, groups: int, *, in_width: int
+    ):
         axes, parts = ("embed", "heads"), (out_dim,) * groups
         super().__init__(context, (in_dim, groups * out_dim), axes, stored="fp8", parts=parts)
-        self.groups = groups
+        self.groups, self.in_width = groups, in_width
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., groups * in] -> [..., groups * out], of this device's groups."""
         groups = self.groups // collectives.axis_size("heads")
-        out = self.numerics.product(x, self.kernel[...], groups, self.numerics.dtype)
+        form = dict(dtype=self.numerics.dtype, in_width=self.in_width)
+        out = self.numerics.product(x, self.kernel[...], groups, **form)
         return self._adapted(x, out)
 
 

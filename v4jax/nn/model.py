@@ -134,7 +134,7 @@ class Vocabulary(nnx.Module):
     def products(self, x: jax.Array, *, as_released: bool = False) -> jax.Array:
         """x [B, T, D] with every row of this device's part: [B, T, V] float32."""
         table = joined(self.table, self.numerics.dtype, as_released=as_released)
-        return self.numerics.product(collectives.copy_to(x, "vocab"), table.T)
+        return self.numerics.row_products(collectives.copy_to(x, "vocab"), table)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Int32
 
 from pallas_kernels import signatures
 from pallas_kernels.formats.quantize import cast
-from pallas_kernels.grouped_matmul import by_expert, of_pairs, summed, swiglu
+from pallas_kernels.grouped_matmul import by_expert, of_pairs, pairs_by_expert, summed, swiglu
 from pallas_kernels.router import scores as scores_of
 from pallas_kernels.router import top_experts, weights_of
 from sharding import collectives
@@ -199,10 +199,14 @@ class MoE(nnx.Module):
     def _experts(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
         """Rows x [P, D] through K experts each: float32 sums [P, D]."""
         k = experts.shape[-1]
-        x, weights = collectives.copy_to((self.numerics.round_input(x), weights), "expert_dim")
+        rounds_late = self.numerics.rounds_few(x.shape[0])
+        x = x if rounds_late else self.numerics.round_input(x)
+        x, weights = collectives.copy_to((x, weights), "expert_dim")
+        options = dict(implementation=self.numerics.implementation)
         out = apply_experts(
-            functools.partial(_grouped_experts, self.limit),
-            functools.partial(by_expert, implementation=self.numerics.implementation),
+            functools.partial(_grouped_experts, self.limit, rounds_late),
+            functools.partial(by_expert, **options),
+            functools.partial(pairs_by_expert, **options),
             [_entered(matrix) for matrix in (self.w1, self.w3, self.w2)],
             x,
             experts.reshape(-1, k),
@@ -221,19 +225,25 @@ def _entered(matrix: ExpertLinear) -> ExpertLinear:
     return matrix
 
 
-def _grouped_experts(limit: float, matrices, x, order, weights):
-    """Rows x [T, D] of tokens, and weights [P] of their pairs, through the experts' matrices."""
+def _grouped_experts(limit: float, rounds: bool, matrices, x, order, weights):
+    """Rows x [.., T, D] of tokens through the experts' matrices.
+
+    Args:
+      rounds: whether rows are not rounded yet.
+      weights: [P] of pairs, by place.
+    """
     w1, w3, w2 = matrices
-    numerics, position = w1.numerics, order.position.reshape(x.shape[0], -1)
+    numerics, position = w1.numerics, order.position.reshape(x.size // x.shape[-1], -1)
     if any(matrix.adapter is not None for matrix in matrices):
-        rows, weights = of_pairs(x, weights, order.row)
+        x = x.reshape(-1, x.shape[-1])
+        x = numerics.round_input(x) if rounds else x
+        rows = of_pairs(x, order.row)
         out = _adapted_experts(limit, matrices, rows, order.sizes, weights)
         return summed(out, position)
     args = (x, w1.kernel[...], w3.kernel[...], order.sizes, weights)
-    hidden = numerics.grouped_swiglu(*args, limit=limit, pair=order.row)
-    return numerics.grouped_matmul(
-        numerics.round_input(hidden), w2.kernel[...], order.sizes, position=position
-    )
+    hidden = numerics.grouped_swiglu(*args, limit=limit, pair=order.row, rounds=rounds)
+    args = hidden, w2.kernel[...], order.sizes
+    return numerics.grouped_matmul(*args, position=position, rounds=True)
 
 
 def _adapted_experts(limit: float, matrices, rows, sizes, row_weights):
@@ -263,8 +273,12 @@ class SharedExpert(nnx.Module):
     @signatures.shaped
     def __call__(self, x: Float[jax.Array, "B T D"]) -> Float[jax.Array, "B T D"]:
         """[B, T, D] -> [B, T, D]"""
-        x = collectives.copy_to(x, "expert_dim")
-        return self.w2(cast(swiglu(self.w1(x), self.w3(x), self.limit), x.dtype))
+        x, w1, w3 = collectives.copy_to(x, "expert_dim"), self.w1, self.w3
+        if w1.adapter is None and w3.adapter is None:
+            hidden = w1.numerics.swiglu(x, w1.kernel[...], w3.kernel[...], self.limit)
+        else:
+            hidden = cast(swiglu(w1(x), w3(x), self.limit), x.dtype)
+        return self.w2(hidden)
 
 
 def _init_table(key, shape, dtype, out_sharding=None, *, num_experts: int) -> jax.Array:

@@ -29,11 +29,12 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.formats.quantize import QuantizedArray, cast
 from pallas_kernels.formats.quantize_rows import round_rows
-from pallas_kernels.formats.records import ACTIVATIONS
+from pallas_kernels.formats.records import ACTIVATIONS, Format
 from pallas_kernels.fp8_matmul import fp8_matmul
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, swiglu
+from pallas_kernels.grouped_matmul.block_sizes import FEW_ROWS
 from pallas_kernels.head_rows import Steps, Turn, finish_rows
-from pallas_kernels.linear import linear
+from pallas_kernels.linear import linear, linear_swiglu, row_products
 from sharding import collectives
 
 RECIPES = ("released", "bf16", "fp8")
@@ -103,12 +104,19 @@ class Numerics:
         return round_rows(x, to.values, to.block, implementation=self.implementation)
 
     def linear(
-        self, x: jax.Array, w: jax.Array | QuantizedArray, *, summed: str | None = None
+        self,
+        x: jax.Array,
+        w: jax.Array | QuantizedArray,
+        *,
+        summed: str | None = None,
+        out_width: int | None = None,
     ) -> jax.Array:
         """A linear that is stored in FP8: x [..., in] times w [in, out], in `dtype`.
 
-        `summed` names the logical axis that inputs are cut over, if they are: parts are summed
-        before the result is rounded.
+        Args:
+          summed: the logical axis that inputs are cut over, if they are: parts are summed before the
+            result is rounded.
+          out_width: of heads that the result is cut into next (see `pallas_kernels.linear`).
 
         Block scales are powers of two, so the factors are exact in bfloat16 and only the order of
         the float32 sum differs from the released kernels.
@@ -118,7 +126,8 @@ class Numerics:
         else:
             is_whole = summed is None or collectives.axis_size(summed) == 1
             dtype = self.dtype if is_whole else jnp.float32
-            out = self.product(self.round_input(x), w, dtype=dtype)
+            form = dict(rounding=self._rounding(True), out_width=out_width)
+            out = self.product(x, w, dtype=dtype, **form)
         return cast(collectives.reduce_from(out, summed) if summed else out, self.dtype)
 
     def product(
@@ -127,21 +136,53 @@ class Numerics:
         w: jax.Array | QuantizedArray,
         groups: int = 1,
         dtype: jax.typing.DTypeLike = jnp.float32,
+        **form,
     ) -> jax.Array:
-        """x [..., groups * in] times w [in, groups * out], [..., groups * out] in `dtype`."""
+        """x [..., groups * in] times w [in, groups * out], [..., groups * out] in `dtype`.
+
+        `form` has other arguments of `pallas_kernels.linear`.
+        """
         w = w if isinstance(w, QuantizedArray) else w.astype(self.dtype)
-        return linear(x, w, groups=groups, out_dtype=dtype, implementation=self.implementation)
+        options = dict(groups=groups, out_dtype=dtype, implementation=self.implementation)
+        return linear(x, w, **options, **form)
+
+    def swiglu(
+        self, x: jax.Array, w_gate: jax.Array | QuantizedArray, w_up, limit: float
+    ) -> jax.Array:
+        """Two linears that are stored in FP8, and what an expert makes of them; in `dtype`."""
+        if self.recipe == "fp8":
+            out = swiglu(self.linear(x, w_gate), self.linear(x, w_up), limit)
+            return cast(out, self.dtype)
+        if not isinstance(w_gate, QuantizedArray):
+            w_gate, w_up = w_gate.astype(self.dtype), w_up.astype(self.dtype)
+        form = dict(rounding=self._rounding(True), implementation=self.implementation)
+        return linear_swiglu(x, w_gate, w_up, limit=limit, **form)
+
+    def row_products(self, x: jax.Array, table: jax.Array) -> jax.Array:
+        """x [..., D] with every row of a table [V, D]: [..., V] float32."""
+        return row_products(x, table.astype(self.dtype), implementation=self.implementation)
 
     def grouped_swiglu(
-        self, rows, w_gate, w_up, group_sizes, row_weights, *, limit, pair=None
+        self, rows, w_gate, w_up, group_sizes, row_weights, *, limit, pair=None, rounds=False
     ) -> jax.Array:
-        """First half of the experts, for rows that `round_input` has rounded (see the operation)."""
+        """First half of the experts, for rows that `round_input` has rounded, or that it `rounds`."""
         args = (rows, w_gate, w_up, group_sizes, row_weights)
-        return grouped_swiglu(*args, limit=limit, pair=pair, **self._products)
+        return grouped_swiglu(
+            *args, limit=limit, pair=pair, rounding=self._rounding(rounds), **self._products
+        )
 
-    def grouped_matmul(self, rows, w, group_sizes, *, position=None) -> jax.Array:
-        """Second half of the experts, for rows that `round_input` has rounded (see the operation)."""
-        return grouped_matmul(rows, w, group_sizes, position=position, **self._products)
+    def grouped_matmul(self, rows, w, group_sizes, *, position=None, rounds=False) -> jax.Array:
+        """Second half of the experts, for rows that `round_input` has rounded, or that it `rounds`."""
+        args = (rows, w, group_sizes)
+        rounding = self._rounding(rounds)
+        return grouped_matmul(*args, position=position, rounding=rounding, **self._products)
+
+    def rounds_few(self, num_rows: int) -> bool:
+        """Whether products round such inputs, so that nothing need do it before rows travel."""
+        return self.recipe == "released" and num_rows <= max(FEW_ROWS)
+
+    def _rounding(self, rounds: bool) -> Format | None:
+        return ACTIVATIONS if rounds and self.recipe == "released" else None
 
     @property
     def _products(self) -> dict:

@@ -17,9 +17,14 @@ from jax.experimental import topologies
 
 from pallas_kernels.chips import CHIPS, Chip
 
-# Rows travel to experts while others are computed; libtpu does not do that by itself. Where a TPU is,
-# the commands set the same in LIBTPU_INIT_ARGS (`v4jax.cli.LIBTPU_FLAGS`).
-COMPILER_OPTIONS: dict[str, str | bool] = {"xla_tpu_enable_async_ragged_all_to_all": True}
+# Rows travel to experts while others are computed, which libtpu does not do by itself; and bfloat16 lies in
+# tiles of 8 rows on v7x too, as kernels read it: libtpu would bring every such weight to tiles of 16 rows, and
+# for the kernels back, in every step. Where a TPU is, the commands set the same in LIBTPU_INIT_ARGS
+# (`v4jax.cli.LIBTPU_FLAGS`).
+COMPILER_OPTIONS: dict[str, str | bool] = {
+    "xla_tpu_enable_async_ragged_all_to_all": True,
+    "xla_tpu_control_large_2nd_minor_layout_for_x16": False,
+}
 
 
 def chip_of(topology: str) -> Chip:
