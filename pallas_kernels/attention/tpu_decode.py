@@ -24,6 +24,7 @@ visited pages, or the picked entries (twice if bfloat16), out.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -348,8 +349,8 @@ def _gather_kernel(
 ):
     # Of floats [1, group * K] bias: zero for the row of each copy that was picked. Of packed rows there is a
     # first word where one was.
-    picked_ref, *refs = [None, *refs] if is_packed else refs
-    out_ref, peak_ref, weight_ref, total_ref, rows_ref, arrived = refs
+    picked_ref: Any = None if is_packed else refs[0]
+    out_ref, peak_ref, weight_ref, total_ref, rows_ref, arrived = refs[-6:]
     # rows_ref [K / unroll, unroll * lines, H] 32-bit words; arrived: a semaphore per 128 copies
     source = (pool_ref if is_packed else pool_ref.bitcast(jnp.uint32)).at[0]
     turns = LANES // GATHER_UNROLL

@@ -235,8 +235,9 @@ class _OnLanes(_Packed):
     def append(self, rows: jax.Array, start: jax.Array, counts: jax.Array) -> Self:
         """The first `counts` [B] of rows [B, n, H] put at `start` [B]; none past S."""
         counts = jnp.clip(counts, 0, self.length - start)
-        form = dict(on_lanes=True, packing=self.packing)
-        data = packed_append.append(self.data, rows, start, counts, **form)
+        data = packed_append.append(
+            self.data, rows, start, counts, on_lanes=True, packing=self.packing
+        )
         return dataclasses.replace(self, data=data)
 
     def unpack(self, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:

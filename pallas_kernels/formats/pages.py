@@ -141,8 +141,15 @@ class Pages:
         else:
             on_lanes = not isinstance(self.pool, PackedRows)
             packing = None if new.dtype == jnp.uint32 else self.pool.packing
-            form = dict(on_lanes=on_lanes, table=self.table, packing=packing)
-            data = packed_append.append(self.pool.data, new, start, counts, **form)
+            data = packed_append.append(
+                self.pool.data,
+                new,
+                start,
+                counts,
+                on_lanes=on_lanes,
+                table=self.table,
+                packing=packing,
+            )
             pool = dataclasses.replace(self.pool, data=data)
         return dataclasses.replace(self, pool=pool)
 

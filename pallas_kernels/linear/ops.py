@@ -98,18 +98,22 @@ def linear_swiglu(
     """
     if w_gate.shape != w_up.shape:
         raise ValueError(f"w_gate {w_gate.shape} and w_up {w_up.shape} must have one shape.")
-    packed = (w_gate, w_up)
-    if all(isinstance(w, QuantizedArray) for w in packed) and w_gate.shape[0] == x.shape[-1]:
+    if (
+        isinstance(w_gate, QuantizedArray)
+        and isinstance(w_up, QuantizedArray)
+        and w_gate.shape[0] == x.shape[-1]
+    ):
         form, chip = Form(1, x.dtype, rounding, limit=limit), target_chip()
         reason = tpu.unsupported(x, w_gate, 1, chip) or tpu.unsupported(x, w_up, 1, chip)
         chosen = choose(implementation, unsupported=reason)
         num_rows = x.size // x.shape[-1]
         if chosen in ("tpu", "interpret") and tpu.are_few(num_rows, w_gate, form, x.dtype, chip):
-            return _packed(x, packed, form, chosen == "interpret")
+            return _packed(x, (w_gate, w_up), form, chosen == "interpret")
 
     x = _rounded(x, rounding, implementation)
-    form = dict(out_dtype=x.dtype, implementation=implementation)
-    return cast(swiglu(linear(x, w_gate, **form), linear(x, w_up, **form), limit), x.dtype)
+    gate = linear(x, w_gate, out_dtype=x.dtype, implementation=implementation)
+    up = linear(x, w_up, out_dtype=x.dtype, implementation=implementation)
+    return cast(swiglu(gate, up, limit), x.dtype)
 
 
 @operation
@@ -143,6 +147,10 @@ def _of_floats(x, w, is_turned: bool, implementation: Implementation) -> jax.Arr
     reason = tpu_float.unsupported(x, w)
     chosen = "xla" if reason else choose(implementation)
     if chosen in ("tpu", "interpret"):
+        if (
+            not is_turned and w.shape[1] < tpu_float.LANES
+        ):  # so few columns lie turned over on a TPU
+            w, is_turned = w.T, True
         return _few_rows(x, w, is_turned, chosen == "interpret")
     return _xla(x, w.T if is_turned else w, 1)
 
@@ -194,12 +202,13 @@ def _packed_fwd(x, ws, form, interpret):
 def _packed_bwd(form: Form, interpret, residuals, d_out):
     """Of x alone: packed weights are frozen. Rounding is as if it did nothing."""
     x, ws = residuals
-    if form.limit is not None:
+    limit = form.limit
+    if limit is not None:
 
         def in_steps(x):
             one = dataclasses.replace(form, limit=None)
             gate, up = (_packed(x, (w,), one, interpret) for w in ws)
-            return cast(swiglu(gate, up, form.limit), x.dtype)
+            return cast(swiglu(gate, up, limit), x.dtype)
 
         return jax.vjp(in_steps, x)[1](d_out)[0], None
     (w,) = ws

@@ -7,13 +7,12 @@ ones in place. On a TPU a decode call does it once, not for every token.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from pallas_kernels.side_by_side import apart, side_by_side
 from v4jax.nn.cache import LayerCache
 
 
@@ -31,13 +30,12 @@ class PackedStates:
         """From the layers' states."""
         leaves, tree = jax.tree.flatten([(state.pool, state.index_pool) for state in states])
         layers = tuple(dataclasses.replace(x, pool=None, index_pool=None) for x in states)
-        sums = jnp.concatenate(leaves, axis=1) if leaves else None
+        sums = side_by_side(leaves) if leaves else None
         return PackedStates(layers, sums, tree, tuple(leaf.shape[1] for leaf in leaves))
 
     def apart(self) -> tuple[LayerCache, ...]:
         """The layers' states again."""
-        ends = list(itertools.accumulate(self.widths))[:-1]
-        leaves = [] if self.sums is None else jnp.split(self.sums, ends, axis=1)
+        leaves = [] if self.sums is None else apart(self.sums, self.widths)
         pools = jax.tree.unflatten(self.tree, leaves)
         return tuple(
             dataclasses.replace(layer, pool=pool, index_pool=index_pool)

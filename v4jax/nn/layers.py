@@ -159,8 +159,8 @@ class Linear(Matrix):
     def __call__(self, x: Float[jax.Array, "*rows in"]) -> Float[jax.Array, "*rows out"]:
         """[..., in] -> [..., out]"""
         summed = summed_axis(self.kernel.axes)
-        form = dict(summed=summed, out_width=self.out_width)
-        return self._adapted(x, self.numerics.linear(x, self.kernel[...], **form))
+        out = self.numerics.linear(x, self.kernel[...], summed=summed, out_width=self.out_width)
+        return self._adapted(x, out)
 
 
 class WideLinear(Matrix):
@@ -199,8 +199,9 @@ class GroupedLinear(Matrix):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., groups * in] -> [..., groups * out], of this device's groups."""
         groups = self.groups // collectives.axis_size("heads")
-        form = dict(dtype=self.numerics.dtype, in_width=self.in_width)
-        out = self.numerics.product(x, self.kernel[...], groups, **form)
+        out = self.numerics.product(
+            x, self.kernel[...], groups, self.numerics.dtype, in_width=self.in_width
+        )
         return self._adapted(x, out)
 
 

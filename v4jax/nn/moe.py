@@ -202,11 +202,11 @@ class MoE(nnx.Module):
         rounds_late = self.numerics.rounds_few(x.shape[0])
         x = x if rounds_late else self.numerics.round_input(x)
         x, weights = collectives.copy_to((x, weights), "expert_dim")
-        options = dict(implementation=self.numerics.implementation)
+        implementation = self.numerics.implementation
         out = apply_experts(
             functools.partial(_grouped_experts, self.limit, rounds_late),
-            functools.partial(by_expert, **options),
-            functools.partial(pairs_by_expert, **options),
+            functools.partial(by_expert, implementation=implementation),
+            functools.partial(pairs_by_expert, implementation=implementation),
             [_entered(matrix) for matrix in (self.w1, self.w3, self.w2)],
             x,
             experts.reshape(-1, k),
@@ -242,8 +242,9 @@ def _grouped_experts(limit: float, rounds: bool, matrices, x, order, weights):
         return summed(out, position)
     args = (x, w1.kernel[...], w3.kernel[...], order.sizes, weights)
     hidden = numerics.grouped_swiglu(*args, limit=limit, pair=order.row, rounds=rounds)
-    args = hidden, w2.kernel[...], order.sizes
-    return numerics.grouped_matmul(*args, position=position, rounds=True)
+    return numerics.grouped_matmul(
+        hidden, w2.kernel[...], order.sizes, position=position, rounds=True
+    )
 
 
 def _adapted_experts(limit: float, matrices, rows, sizes, row_weights):

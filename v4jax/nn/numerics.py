@@ -126,8 +126,8 @@ class Numerics:
         else:
             is_whole = summed is None or collectives.axis_size(summed) == 1
             dtype = self.dtype if is_whole else jnp.float32
-            form = dict(rounding=self._rounding(True), out_width=out_width)
-            out = self.product(x, w, dtype=dtype, **form)
+            rounding = self._rounding(True)
+            out = self.product(x, w, dtype=dtype, rounding=rounding, out_width=out_width)
         return cast(collectives.reduce_from(out, summed) if summed else out, self.dtype)
 
     def product(
@@ -136,15 +136,26 @@ class Numerics:
         w: jax.Array | QuantizedArray,
         groups: int = 1,
         dtype: jax.typing.DTypeLike = jnp.float32,
-        **form,
+        *,
+        rounding: Format | None = None,
+        in_width: int | None = None,
+        out_width: int | None = None,
     ) -> jax.Array:
         """x [..., groups * in] times w [in, groups * out], [..., groups * out] in `dtype`.
 
-        `form` has other arguments of `pallas_kernels.linear`.
+        Other arguments are those of `pallas_kernels.linear`.
         """
         w = w if isinstance(w, QuantizedArray) else w.astype(self.dtype)
-        options = dict(groups=groups, out_dtype=dtype, implementation=self.implementation)
-        return linear(x, w, **options, **form)
+        return linear(
+            x,
+            w,
+            groups=groups,
+            rounding=rounding,
+            in_width=in_width,
+            out_width=out_width,
+            out_dtype=dtype,
+            implementation=self.implementation,
+        )
 
     def swiglu(
         self, x: jax.Array, w_gate: jax.Array | QuantizedArray, w_up, limit: float
@@ -155,8 +166,10 @@ class Numerics:
             return cast(out, self.dtype)
         if not isinstance(w_gate, QuantizedArray):
             w_gate, w_up = w_gate.astype(self.dtype), w_up.astype(self.dtype)
-        form = dict(rounding=self._rounding(True), implementation=self.implementation)
-        return linear_swiglu(x, w_gate, w_up, limit=limit, **form)
+        rounding = self._rounding(True)
+        return linear_swiglu(
+            x, w_gate, w_up, limit=limit, rounding=rounding, implementation=self.implementation
+        )
 
     def row_products(self, x: jax.Array, table: jax.Array) -> jax.Array:
         """x [..., D] with every row of a table [V, D]: [..., V] float32."""

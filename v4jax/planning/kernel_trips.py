@@ -4,6 +4,7 @@ The order of a kernel's loops was found by reading the compiler's dumps (`schedu
 not here have loops of fixed trips alone, or their schedule counts such loops once.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from pallas_kernels.grouped_matmul import block_sizes as product_sizes
 from pallas_kernels.grouped_matmul import few_rows, tpu
 from pallas_kernels.grouped_matmul.weights import Format
 from pallas_kernels.indexer import block_sizes as index_sizes
-from v4jax.planning.launches import Kernel
+from v4jax.planning.launches import Array, Kernel
 from v4jax.planning.schedules import Schedule
 
 Trips = tuple[float, ...]
@@ -66,7 +67,7 @@ def _few_rows(kernel: Kernel, chip: str, experts: float | None) -> Trips | None:
     formats, groups = _formats(kernel)
     if not formats:
         return None
-    given = next(s[0] for d, s in kernel.operands if len(s) == 2 and d in ("bf16", "f32"))
+    given = math.prod(_rows_of(kernel)[1][:-1])
     result = kernel.results[0][1][0]
     num_rows = max(given, result)  # one of them may be tokens
     rows = product_sizes.few_rows(num_rows, groups, formats[0].num_inputs)
@@ -81,9 +82,15 @@ def _few_rows(kernel: Kernel, chip: str, experts: float | None) -> Trips | None:
     return few_rows_trips(chip, formats, num_rows, rows, visits, ordered=ordered, summed=summed)
 
 
+def _rows_of(kernel: Kernel) -> Array:
+    """The rows of a grouped product, which come behind scalars; an axis of devices may be before them."""
+    return next((d, s) for d, s in kernel.operands if len(s) > 1 and d in ("bf16", "f32"))
+
+
 def _formats(kernel: Kernel) -> tuple[list[Format], int]:
     """Of the weights of a grouped product with bfloat16 rows, and how many groups they have."""
-    weights = [(d, shape) for d, shape in kernel.operands if len(shape) == 3 and d in _BYTES]
+    others = kernel.operands[kernel.operands.index(_rows_of(kernel)) + 1 :]
+    weights = [(d, shape) for d, shape in others if len(shape) == 3 and d in _BYTES]
     formats = []
     for dtype, (_, height, columns) in weights:
         kind, size = _BYTES[dtype]
