@@ -104,7 +104,7 @@ def _call(logits, bias, k, scale, interpret):
     *batch, width = logits.shape
     rows = logits.reshape(-1, width)
     own = min(BLOCK_ROWS, rows.shape[0])
-    experts, weights = pl.pallas_call(
+    experts, bits = pl.pallas_call(
         functools.partial(_kernel, k, scale),
         grid=(pl.cdiv(rows.shape[0], own),),
         in_specs=[
@@ -112,7 +112,7 @@ def _call(logits, bias, k, scale, interpret):
             pl.BlockSpec((1, width), lambda i: (0, 0)),
         ],
         out_specs=[pl.BlockSpec((own, k), lambda i: (i, 0))] * 2,
-        out_shape=[jax.ShapeDtypeStruct((rows.shape[0], k), d) for d in (jnp.int32, jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct((rows.shape[0], k), jnp.int32)] * 2,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         cost_estimate=pl.CostEstimate(
             flops=8 * k * rows.size, transcendentals=3 * rows.size, bytes_accessed=4 * rows.size
@@ -120,10 +120,12 @@ def _call(logits, bias, k, scale, interpret):
         interpret=interpret,
         name="top_experts",
     )(rows, bias.astype(jnp.float32).reshape(1, width))
+    weights = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return experts.reshape(*batch, k), weights.reshape(*batch, k)
 
 
-def _kernel(k: int, scale: float, logits_ref, bias_ref, experts_ref, weights_ref) -> None:
+def _kernel(k: int, scale: float, logits_ref, bias_ref, experts_ref, bits_ref) -> None:
+    """Writes weights as bits, which is how devices tell them each other (`all_gather_together`)."""
     score = scores(logits_ref[...])
     left = score + bias_ref[...]
     expert = jax.lax.broadcasted_iota(jnp.int32, score.shape, 1)
@@ -142,4 +144,5 @@ def _kernel(k: int, scale: float, logits_ref, bias_ref, experts_ref, weights_ref
     for i in range(k):
         experts = jnp.where(column == i, chosen[i], experts)
         shares = jnp.where(column == i, weights[i] / total * scale, shares)
-    experts_ref[...], weights_ref[...] = experts, shares
+    experts_ref[...] = experts
+    bits_ref[...] = jax.lax.bitcast_convert_type(shares, jnp.int32)
