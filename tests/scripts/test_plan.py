@@ -1,6 +1,7 @@
 """v4jax/cli/plan.py as a user runs it; needs libtpu, not a TPU."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,16 +41,16 @@ def test_a_small_decode_is_planned():
 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["mesh"] == dict(fsdp=1, expert=4, tensor=1, context=1)
+    assert math.prod(report["mesh"].values()) == 4
+    assert "is fastest by the roofline" in done.stderr
     assert report["fits"]
     memory = report["memory"]
     assert 0 < memory["parameters"] + memory["cache"] + memory["temp"] <= memory["peak"] * 1.01
     assert memory["peak"] < memory["limit"]
-    assert {c["kind"] for c in report["collectives"]} >= {"all-gather", "all-reduce"}
+    assert {c["kind"] for c in report["collectives"]} >= {"all-reduce"}
     bound = report["roofline"]
     assert bound["tokens"] == 4
     assert min(bound["compute"], bound["memory"], bound["links"]) > 0
-    assert "2 of 8 experts on a device" in done.stderr
     assert "compiled in" in done.stderr
 
 
@@ -73,7 +74,7 @@ def test_a_layer_of_flash_is_planned_for_v5p():
     No dense weight is unpacked in memory, where the larger ones would take 64 MiB each, and none is
     copied: of the output projection's groups XLA held 32 MiB twice, for its loop and apart.
     """
-    job = ["--job", "decode", "--context", "131072", "--batch", "4"]
+    job = ["--job", "decode", "--context", "131072", "--batch", "4", "--mesh", "expert=4"]
     done = _plan("--model", "flash", "--layers", "1", "--topology", "v5p:2x2x1", *job, "--json")
 
     assert done.returncode == 0, done.stderr
@@ -83,7 +84,8 @@ def test_a_layer_of_flash_is_planned_for_v5p():
 
 
 def test_a_step_is_reported_by_kind_of_layer():
-    job = ["--job", "decode", "--context", "512", "--batch", "4", "--step", "--json"]
+    job = ["--job", "decode", "--context", "512", "--batch", "4", "--mesh", "expert=4"]
+    job += ["--step", "--json"]
     done = _plan("--model", "tiny", "--layers", "1", "--topology", "v6e:2x2", *job)
 
     assert done.returncode == 0, done.stderr

@@ -58,6 +58,12 @@ class Slice:
             )
         return Slice(topology, chip, tuple(map(int, sizes)))
 
+    @staticmethod
+    def holding(chip: Chip, devices: int) -> "Slice | None":
+        """The slice of a generation that has so many devices; None if one cannot rent such a one."""
+        slices = map(Slice.of, chip.slices)
+        return next((place for place in slices if place.devices == devices), None)
+
     @property
     def chips(self) -> int:
         """The number of chips."""
