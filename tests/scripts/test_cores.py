@@ -1,4 +1,8 @@
-"""Two cores of a device divide only what has an axis for both."""
+"""Reports of kernels: which part a core runs, floors, estimates, and where schedules are written."""
+
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +83,12 @@ ENTRY %main (x: s32[]) -> s32[] {
 )
 def test_an_estimate_says_where_it_is_too_low(trips, expected):
     assert xla_estimate(LOOP.replace("TRIPS", trips), clock=1.75e9) == expected
+
+
+def test_the_folder_of_schedules_goes_with_its_process():
+    program = "from v4jax.planning import schedules; print(schedules.start_dump())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+
+    assert not pathlib.Path(done.stdout.strip()).exists() and "llo-" in done.stdout
