@@ -104,8 +104,8 @@ class Engine(Completions):
 
     Raises:
       ValueError: the mesh does not suit the model, its weights do not lie as the steps read them,
-        the tokenizer has ids that the model does not know, numbers out of range, or an adapter that
-        cannot be one of several (`with_adapters`).
+        the tokenizer has ids that the model does not know, numbers out of range, or adapters beside
+        a model that has one already (`with_adapters`).
       FileNotFoundError, CheckpointError: see `load_adapter`.
     """
 
