@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 
 import jax
 import pytest
@@ -24,15 +25,19 @@ pytest.importorskip("libtpu")
 
 
 def _plan(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "v4jax.cli.plan", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    """What it says. It leaves no temporary file behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "v4jax.cli.plan", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert not os.listdir(folder)
+    return done
 
 
 def test_a_small_decode_is_planned():

@@ -37,7 +37,7 @@ from v4jax.nn.lora import PRESETS, LoRA
 from v4jax.nn.remat import POLICIES
 from v4jax.planning import costs
 from v4jax.planning.capacity import Workload, serving_seconds
-from v4jax.planning.compiled import peak_of, schedule
+from v4jax.planning.compiled import end_process, peak_of, schedule
 from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
 from v4jax.planning.plan import EXPERTS, TRAINED, Job, MeshChoice, choose_mesh, program
 from v4jax.planning.policies import PolicyCosts, by_policy
@@ -437,7 +437,7 @@ def main() -> None:
     else:
         print(describe(report, cfg))
     sys.stdout.flush()
-    os._exit(0 if report.fits else 1)  # a compilation that was left alone would be waited for
+    end_process(0 if report.fits else 1)
 
 
 if __name__ == "__main__":
