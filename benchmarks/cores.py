@@ -14,7 +14,8 @@ def busiest(jaxpr: Jaxpr, cores: int) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for params in _kernels(jaxpr):
-        semantics = params["compiler_params"].dimension_semantics or ()
+        compiler_params = params["compiler_params"]  # None where the kernel gives none
+        semantics = compiler_params.dimension_semantics or () if compiler_params else ()
         sizes = [
             size
             for size, kind in zip(params["grid_mapping"].grid, semantics)

@@ -30,7 +30,8 @@ import matplotlib.pyplot as plt
 import v4jax
 from v4jax.train import events
 
-folder = pathlib.Path(tempfile.mkdtemp())
+temporary = tempfile.TemporaryDirectory()  # removed when the kernel ends
+folder = pathlib.Path(temporary.name)
 tokenizer = v4jax.Tokenizer(v4jax.nano_path())
 
 # %% [markdown]

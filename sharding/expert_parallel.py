@@ -55,9 +55,9 @@ Sort = Callable[[jax.Array, int], Order]
 # expert, of which `first` .. `first + E - 1` are here, and the weights [T * K] in that order
 SortPairs = Callable[[jax.Array, jax.Array, jax.Array, int], tuple[Order, jax.Array]]
 
-# (params, x [.., T, D], order of the pairs, weights [T * K] in that order) -> [T, D] float32, sums over the pairs
-# that are of an expert here
-Experts = Callable[[object, jax.Array, Order, jax.Array], jax.Array]
+# (params, x [.., T, D], order of the pairs, weights [T * K] in that order, labels [T] or None) -> [T, D]
+# float32, sums over the pairs that are of an expert here
+Experts = Callable[[object, jax.Array, Order, jax.Array, jax.Array | None], jax.Array]
 
 
 def apply_experts(
@@ -69,11 +69,16 @@ def apply_experts(
     experts: Int32[jax.Array, "T K"],  # of all E
     weights: Float32[jax.Array, "T K"],
     num_local: int,
+    *,
+    labels: Int32[jax.Array, " T"] | None = None,
 ) -> Float32[jax.Array, "T D"]:
     """The weighted sum of each token's experts. Differentiable in params, x and weights.
 
     Tokens are cut over the logical axes "batch" and "seq", experts over "expert". Where an axis cuts
     experts but not tokens, each device adds what its own experts give.
+
+    Args:
+      labels: a number of each token that goes where it goes, for `experts_fn`; 0 where no token is.
     """
     token_axes = collectives.mesh_axes("batch", "seq")
     expert_axes = collectives.mesh_axes("expert")
@@ -86,21 +91,27 @@ def apply_experts(
                 f"{token_axes}: expected experts over axes of tokens only, or "
                 'dispatch="gather".'
             )
-        return _all_to_all(experts_fn, sort, exchanged, num_local, params, x, experts, weights)
-    args = params, x, experts, weights
-    return _gathered(experts_fn, sort_pairs, exchanged, shared, *args, num_local)
+        return _all_to_all(
+            experts_fn, sort, exchanged, num_local, params, x, experts, weights, labels
+        )
+    args = params, x, experts, weights, labels
+    return _gathered(experts_fn, sort_pairs, exchanged, shared, num_local, *args)
 
 
-def _gathered(experts_fn, sort_pairs, exchanged, shared, params, x, experts, weights, num_local):
+def _gathered(
+    experts_fn, sort_pairs, exchanged, shared, num_local, params, x, experts, weights, labels
+):
     x = collectives.copy_to_over(x, shared)
     if exchanged:
         x = collectives.all_gather_over(x[None], exchanged, 0)
         weights, experts = collectives.all_gather_together(weights, experts, exchanged)
+    if labels is not None:
+        labels = collectives.all_gather_over(labels, exchanged, 0)
     weights = collectives.copy_to_over(weights, shared)
     axes = collectives.mesh_axes("expert")
     first = (jax.lax.axis_index(axes) if axes else jnp.zeros((), jnp.int32)) * num_local
     order, ordered = sort_pairs(experts, weights, first, num_local)
-    out = experts_fn(params, x, order, ordered)
+    out = experts_fn(params, x, order, ordered, labels)
     return collectives.psum_scatter_over(collectives.reduce_from_over(out, shared), exchanged, 0)
 
 
@@ -225,55 +236,56 @@ def _in_rounds(plan: _Plan, one: Callable, carry):
         return jax.lax.fori_loop(EVEN_ROUNDS, plan.rounds, one, carry)
 
 
-def _local(experts_fn, sort, num_local, expert, params, rows, weights):
+def _local(experts_fn, sort, num_local, expert, params, rows, weights, labels):
     """Received rows through this device's experts, in the order they came."""
     order = sort(expert, num_local)
     weights = weights.at[order.row].get(mode="promise_in_bounds")
-    return experts_fn(params, rows, order, weights).astype(rows.dtype)
+    return experts_fn(params, rows, order, weights, labels).astype(rows.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _all_to_all(experts_fn, sort, axes, num_local, params, x, experts, weights):
+def _all_to_all(experts_fn, sort, axes, num_local, params, x, experts, weights, labels):
     k = experts.shape[1]
     capacity = _capacity(experts.size, collectives.size_of_axes(axes))
     plan = _plan(sort, experts, axes, num_local, capacity)
-    rows, row_weights = x[plan.order.row // k], weights.reshape(-1)[plan.order.row]
+    token = plan.order.row // k
+    sent = x[token], weights.reshape(-1)[plan.order.row], None if labels is None else labels[token]
 
     def one(number, out):
         exchange = _Exchange(plan, axes, capacity, number)
-        received, its_weights = exchange.send(rows), exchange.send(row_weights)
-        result = _local(experts_fn, sort, num_local, exchange.expert, params, received, its_weights)
+        received = jax.tree.map(exchange.send, sent)
+        result = _local(experts_fn, sort, num_local, exchange.expert, params, *received)
         return exchange.back(out, result)
 
-    out = _in_rounds(plan, one, jnp.zeros_like(rows))
+    out = _in_rounds(plan, one, jnp.zeros_like(sent[0]))
     out = out[plan.order.position].reshape(-1, k, x.shape[-1])
     return jnp.sum(out.astype(jnp.float32), axis=1)
 
 
-def _all_to_all_fwd(experts_fn, sort, axes, num_local, params, x, experts, weights):
-    out = _all_to_all(experts_fn, sort, axes, num_local, params, x, experts, weights)
-    return out, (params, x, experts, weights)
+def _all_to_all_fwd(experts_fn, sort, axes, num_local, params, x, experts, weights, labels):
+    out = _all_to_all(experts_fn, sort, axes, num_local, params, x, experts, weights, labels)
+    return out, (params, x, experts, weights, labels)
 
 
 def _all_to_all_bwd(experts_fn, sort, axes, num_local, residuals, d_out):
-    params, x, experts, weights = residuals
+    params, x, experts, weights, labels = residuals
     k = experts.shape[1]
     capacity = _capacity(experts.size, collectives.size_of_axes(axes))
     plan = _plan(sort, experts, axes, num_local, capacity)
     token = plan.order.row // k
     rows, row_weights = x[token], weights.reshape(-1)[plan.order.row]
+    row_labels = None if labels is None else labels[token]
     d_rows = d_out.astype(x.dtype)[token]
     floats, rebuild = _split_floats(params)
 
     def one(number, carry):
         d_params, d_x, d_weights = carry
         exchange = _Exchange(plan, axes, capacity, number)
+        through = functools.partial(_local, experts_fn, sort, num_local, exchange.expert)
+        its_labels = jax.tree.map(exchange.send, row_labels)
 
         def local(floats, received, its_weights):
-            parts = rebuild(floats)
-            return _local(
-                experts_fn, sort, num_local, exchange.expert, parts, received, its_weights
-            )
+            return through(rebuild(floats), received, its_weights, its_labels)
 
         _, vjp = jax.vjp(local, floats, exchange.send(rows), exchange.send(row_weights))
         new, d_received, d_its_weights = vjp(exchange.send(d_rows))
@@ -294,6 +306,7 @@ def _all_to_all_bwd(experts_fn, sort, axes, num_local, residuals, d_out):
         d_x.astype(x.dtype),
         None,
         d_weights[back].reshape(weights.shape),
+        None,
     )
 
 

@@ -1,4 +1,8 @@
-"""Two cores of a device divide only what has an axis for both."""
+"""Reports of kernels: which part a core runs, floors, estimates, and where schedules are written."""
+
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,7 @@ from benchmarks import cores
 from benchmarks.kernel_report import Report, markdown, xla_estimate
 
 
-def _copy(name: str, grid: tuple[int, ...], semantics: tuple[str, ...]):
+def _copy(name: str, grid: tuple[int, ...], semantics: tuple[str, ...] | None):
     def kernel(x, out):
         out[...] = x[...]
 
@@ -19,12 +23,12 @@ def _copy(name: str, grid: tuple[int, ...], semantics: tuple[str, ...]):
         name=name,
         grid=grid,
         out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        compiler_params=semantics and pltpu.CompilerParams(dimension_semantics=semantics),
     )
 
 
 def _program(x):
-    x = _copy("whole", (4,), ("arbitrary",))(x)
+    x = _copy("silent", (4,), None)(_copy("whole", (4,), ("arbitrary",))(x))
     x = _copy("one", (1, 6), ("parallel", "arbitrary"))(x)
     x = jax.lax.fori_loop(0, 3, lambda _, y: _copy("three", (3,), ("parallel",))(y), x)
     return jax.jit(_copy("even", (5, 4), ("parallel", "parallel")))(x)
@@ -35,7 +39,7 @@ def test_a_kernel_is_cut_where_its_grid_has_an_axis_of_several_steps():
 
     parts = cores.busiest(program.jaxpr, 2)
 
-    assert parts == {"whole": 1.0, "one": 1.0, "three": 2 / 3, "even": 1 / 2}
+    assert parts == {"whole": 1.0, "silent": 1.0, "one": 1.0, "three": 2 / 3, "even": 1 / 2}
     assert set(cores.busiest(program.jaxpr, 1).values()) == {1.0}
     assert cores.part_of({"a": 1.0, "a_gradient": 0.5}, "transpose_jvp_a_gradient") == 0.5
     with pytest.raises(ValueError, match="other is none of the kernels"):
@@ -79,3 +83,12 @@ ENTRY %main (x: s32[]) -> s32[] {
 )
 def test_an_estimate_says_where_it_is_too_low(trips, expected):
     assert xla_estimate(LOOP.replace("TRIPS", trips), clock=1.75e9) == expected
+
+
+def test_the_folder_of_schedules_goes_with_its_process():
+    program = "from v4jax.planning import schedules; print(schedules.start_dump())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+
+    assert not pathlib.Path(done.stdout.strip()).exists() and "llo-" in done.stdout

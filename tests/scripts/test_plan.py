@@ -1,9 +1,11 @@
 """v4jax/cli/plan.py as a user runs it; needs libtpu, not a TPU."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 
 import jax
 import pytest
@@ -23,15 +25,19 @@ pytest.importorskip("libtpu")
 
 
 def _plan(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "v4jax.cli.plan", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    """What it says. It leaves no temporary file behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "v4jax.cli.plan", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert not os.listdir(folder)
+    return done
 
 
 def test_a_small_decode_is_planned():
@@ -40,16 +46,16 @@ def test_a_small_decode_is_planned():
 
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["mesh"] == dict(fsdp=1, expert=4, tensor=1, context=1)
+    assert math.prod(report["mesh"].values()) == 4
+    assert "is fastest by the roofline" in done.stderr
     assert report["fits"]
     memory = report["memory"]
     assert 0 < memory["parameters"] + memory["cache"] + memory["temp"] <= memory["peak"] * 1.01
     assert memory["peak"] < memory["limit"]
-    assert {c["kind"] for c in report["collectives"]} >= {"all-gather", "all-reduce"}
+    assert {c["kind"] for c in report["collectives"]} >= {"all-reduce"}
     bound = report["roofline"]
     assert bound["tokens"] == 4
     assert min(bound["compute"], bound["memory"], bound["links"]) > 0
-    assert "2 of 8 experts on a device" in done.stderr
     assert "compiled in" in done.stderr
 
 
@@ -73,7 +79,7 @@ def test_a_layer_of_flash_is_planned_for_v5p():
     No dense weight is unpacked in memory, where the larger ones would take 64 MiB each, and none is
     copied: of the output projection's groups XLA held 32 MiB twice, for its loop and apart.
     """
-    job = ["--job", "decode", "--context", "131072", "--batch", "4"]
+    job = ["--job", "decode", "--context", "131072", "--batch", "4", "--mesh", "expert=4"]
     done = _plan("--model", "flash", "--layers", "1", "--topology", "v5p:2x2x1", *job, "--json")
 
     assert done.returncode == 0, done.stderr
@@ -83,7 +89,8 @@ def test_a_layer_of_flash_is_planned_for_v5p():
 
 
 def test_a_step_is_reported_by_kind_of_layer():
-    job = ["--job", "decode", "--context", "512", "--batch", "4", "--step", "--json"]
+    job = ["--job", "decode", "--context", "512", "--batch", "4", "--mesh", "expert=4"]
+    job += ["--step", "--json"]
     done = _plan("--model", "tiny", "--layers", "1", "--topology", "v6e:2x2", *job)
 
     assert done.returncode == 0, done.stderr

@@ -47,6 +47,7 @@ def _led(engine: Engine) -> list:
     endless.cancel()
     engine.run_until_idle()
     requests += _leaving(engine, drawn)
+    requests += _from_file(engine, drawn)
     engine.end()
     found = [[r.tokens, r.finish_reason, r.cached_tokens] for r in requests]
     return [*found, endless.finish_reason, engine.stats().preemptions]
@@ -60,6 +61,19 @@ def _leaving(engine: Engine, drawn: Sampling) -> list:
     high = [engine.submit([8] * n, drawn, stop_ids=(0,), priority=1) for n in (140, 4)]
     engine.run_until_idle()
     return low + high
+
+
+def _from_file(engine: Engine, drawn: Sampling) -> list:
+    """A request behind a prefix in a file: this job's own, then that of the job of one process."""
+    saved = FOLDER / "prefix.npz"
+    assert engine.save_prefix([8] * 140, saved) == 128
+    requests = []
+    for path in (saved, FOLDER.parent / "1" / "prefix.npz"):
+        engine.forget_prefixes()
+        assert engine.load_prefix(path) == 128
+        requests.append(engine.submit([8] * 140, drawn, stop_ids=(0,)))
+        engine.run_until_idle()
+    return requests
 
 
 def main() -> None:

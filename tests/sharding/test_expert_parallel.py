@@ -8,7 +8,7 @@ from jax import P
 
 from pallas_kernels.formats.quantize import quantize_weight
 from pallas_kernels.grouped_matmul import by_expert, of_pairs, pairs_by_expert, summed
-from sharding import TRAIN, collectives, expert_parallel, make_mesh
+from sharding import DECODE, TRAIN, collectives, expert_parallel, make_mesh
 from sharding.expert_parallel import apply_experts
 from v4jax.planning.hlo import exchanges
 from v4jax.planning.topologies import COMPILER_OPTIONS, topology_devices
@@ -19,7 +19,7 @@ SORTS = by_expert, pairs_by_expert
 def in_order(of_rows):
     """For `apply_experts`, made of a function of rows that are sorted by expert."""
 
-    def experts_fn(params, x, order, weights):
+    def experts_fn(params, x, order, weights, labels):
         x = x.reshape(-1, x.shape[-1])  # devices' tokens
         out = of_rows(params, of_pairs(x, order.row), order.sizes, weights)
         return summed(out, order.position.reshape(x.shape[0], -1))
@@ -121,3 +121,35 @@ def test_trained_leaves_learn_beside_frozen_ones(sizes, overlap, load, monkeypat
     assert np.abs(expected[1]).max() > 1
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rules", [TRAIN, DECODE], ids=["all_to_all", "gather"])
+def test_labels_go_where_their_tokens_go(rules):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(TOKENS, DIM)).astype(np.float32)
+    experts = np.argsort(rng.random((TOKENS, EXPERTS)), axis=1)[:, :CHOICES].astype(np.int32)
+    weights = rng.random((TOKENS, CHOICES)).astype(np.float32)
+    labels = rng.integers(0, 5, TOKENS).astype(np.int32)
+    factors = rng.normal(size=(EXPERTS, 5)).astype(np.float32)
+
+    def experts_fn(factors, x, order, weights, labels):
+        x = x.reshape(-1, x.shape[-1])  # devices' tokens
+        rows, position = of_pairs(x, order.row), order.position.reshape(x.shape[0], -1)
+        expert = jnp.searchsorted(jnp.cumsum(order.sizes), jnp.arange(len(rows)), side="right")
+        own = factors.at[expert, labels[order.row // position.shape[1]]].get(
+            mode="fill", fill_value=0
+        )
+        return summed(rows * (own * weights)[:, None], position)
+
+    def fn(factors, x, experts, weights, labels):
+        return apply_experts(
+            experts_fn, *SORTS, factors, x, experts, weights, len(factors), labels=labels
+        )
+
+    tokens, cut = P(("fsdp", "expert")), P("expert")
+    with jax.set_mesh(make_mesh(fsdp=2, expert=2)):
+        step = collectives.per_device(fn, rules, (cut, tokens, tokens, tokens, tokens), tokens)
+        found = jax.jit(step)(factors, x, experts, weights, labels)
+
+    own = np.sum(weights * factors[experts, labels[:, None]], axis=1, dtype=np.float64)
+    np.testing.assert_allclose(found, x * own[:, None], atol=1e-5, rtol=1e-5)

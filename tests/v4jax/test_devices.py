@@ -1,6 +1,7 @@
 """Which mesh serves a checkpoint on the devices that are there."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -42,18 +43,26 @@ def test_a_model_that_fits_on_one_device_takes_one(device, count, sizes):
     assert re.match(rf"{count} x {device.device_kind}: weights 0.0 \+ cache", choice.reasons[0])
 
 
-@pytest.mark.parametrize(("device", "count"), [(H100, 4), (V6E, 8)])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_flash_is_spread_over_all_devices(device, count, batch):
-    devices = [device] * count
-
-    choice = serving_mesh(flash(), devices, weight_bytes=FLASH_BYTES, batch=batch, context=8192)
+def test_flash_is_spread_over_all_devices(batch):
+    choice = serving_mesh(flash(), [H100] * 4, weight_bytes=FLASH_BYTES, batch=batch, context=8192)
 
     sizes = choice.sizes
     # Experts lie on all devices; a single sequence has none to spread, so that context takes them.
-    assert sizes["context" if batch == 1 else "expert"] == count
-    assert sizes["fsdp"] * sizes["expert"] * sizes["tensor"] * sizes["context"] == count
-    assert any(f"{256 // count} of 256 experts on a device" in line for line in choice.reasons)
+    assert sizes["context" if batch == 1 else "expert"] == 4
+    assert sizes["fsdp"] * sizes["expert"] * sizes["tensor"] * sizes["context"] == 4
+    assert any("64 of 256 experts on a device" in line for line in choice.reasons)
+    assert choice.reasons[-1].endswith("it repeats least work")
+
+
+@pytest.mark.parametrize(("batch", "tensor"), [(1, 8), (8, 8), (64, 4)])
+def test_on_a_tpu_the_fastest_mesh_is_taken(batch, tensor):
+    """Few sequences read weights, which `tensor` divides; of many each device takes some."""
+    choice = serving_mesh(flash(), [V6E] * 8, weight_bytes=FLASH_BYTES, batch=batch, context=8192)
+
+    assert choice.sizes["tensor"] == tensor
+    assert math.prod(choice.sizes.values()) == 8
+    assert "it is fastest by the roofline: " in choice.reasons[-1]
 
 
 def test_devices_that_do_not_divide_the_model_are_left_out():
@@ -75,7 +84,9 @@ def test_a_shorter_context_is_advised_where_it_is_the_cache_that_does_not_fit():
         serving_mesh(flash(), [V6E] * 8, context=1_048_576, **options)
 
     advised = int(re.search(r"context of ([\d,]+)", str(error.value))[1].replace(",", ""))
-    assert serving_mesh(flash(), [V6E] * 8, context=advised, **options).sizes["expert"] == 8
+    assert (
+        math.prod(serving_mesh(flash(), [V6E] * 8, context=advised, **options).sizes.values()) == 8
+    )
 
 
 def test_a_host_without_the_memory_is_told(monkeypatch):

@@ -10,11 +10,12 @@ from pallas_kernels.chips import CHIPS
 from sharding import make_mesh
 from v4jax import LoRA, flash, pro, tiny
 from v4jax.planning import describe
+from v4jax.planning.capacity import serving_seconds
 from v4jax.planning.describe import bytes_by_part
 from v4jax.planning.hlo import Collective
 from v4jax.planning.plan import Job, choose_mesh, program
 from v4jax.planning.roofline import job_flops, roofline
-from v4jax.planning.topologies import chip_of
+from v4jax.planning.topologies import Slice, chip_of
 
 MILLION = 2**20
 
@@ -65,6 +66,22 @@ def test_what_does_not_fit_is_said_to_not_fit_and_takes_the_least_memory():
     assert not choice.fits
     assert choice.estimate.parameters > 284e9  # float32 over four devices
     assert "none of" in choice.reasons[-1]
+
+
+def test_serving_takes_the_mesh_that_is_fastest_by_the_roofline():
+    """Flash at batch 8 on four chips of v7x, which was given expert=8: 1.8 times slower by the roofline."""
+    place = Slice.of("tpu7x:2x2x1")
+    job = Job(kind="decode", context=131072, batch=8)
+    seconds = serving_seconds(flash(), place, job)
+
+    choice = choose_mesh(flash(), place.chip, place.devices, job, seconds)
+
+    assert choice.sizes == dict(fsdp=1, expert=1, tensor=8, context=1)
+    assert seconds(choice.sizes) * 1.8 < seconds(dict(fsdp=1, expert=8, tensor=1, context=1))
+    assert choice.reasons[-1].endswith(
+        "it is fastest by the roofline: 1.63 ms for a step, expert=2,tensor=4 1.76"
+    )
+    assert serving_seconds(flash(), place, Job(kind="train", context=4096, batch=8)) is None
 
 
 def test_a_batch_that_no_mesh_divides_is_refused():

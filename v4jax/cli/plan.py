@@ -36,8 +36,8 @@ from v4jax.config import VARIANTS, V4Config
 from v4jax.nn.lora import PRESETS, LoRA
 from v4jax.nn.remat import POLICIES
 from v4jax.planning import costs
-from v4jax.planning.capacity import Workload
-from v4jax.planning.compiled import peak_of, schedule
+from v4jax.planning.capacity import Workload, serving_seconds
+from v4jax.planning.compiled import end_process, peak_of, schedule
 from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
 from v4jax.planning.plan import EXPERTS, TRAINED, Job, MeshChoice, choose_mesh, program
 from v4jax.planning.policies import PolicyCosts, by_policy
@@ -219,7 +219,7 @@ def plan(
       ValueError: the topology is unknown, or the mesh does not suit the job.
     """
     chip, devices = chip_of(topology), topology_devices(topology)
-    sizes = chosen_sizes(cfg, chip, len(devices), job, mesh_text, say)
+    sizes = chosen_sizes(cfg, Slice.of(topology), job, mesh_text, say)
     started = time.monotonic()
     mesh = make_mesh(devices=devices, **sizes)
     planned = program(cfg, job, mesh)
@@ -265,7 +265,7 @@ def plan(
 
 
 def chosen_sizes(
-    cfg: V4Config, chip: Chip, num_devices: int, job: Job, mesh_text: str, say=print
+    cfg: V4Config, place: Slice, job: Job, mesh_text: str, say=print
 ) -> dict[str, int]:
     """Of the mesh that `--mesh` gives, else of the one that is chosen, which is explained.
 
@@ -273,8 +273,9 @@ def chosen_sizes(
       ValueError: see `mesh_sizes` and `choose_mesh`.
     """
     if mesh_text:
-        return mesh_sizes(mesh_text, num_devices)
-    choice = choose_mesh(cfg, chip, num_devices, job)
+        return mesh_sizes(mesh_text, place.devices)
+    seconds = serving_seconds(cfg, place, job)
+    choice = choose_mesh(cfg, place.chip, place.devices, job, seconds)
     say(describe_choice(choice))
     return choice.sizes
 
@@ -288,7 +289,7 @@ def plan_step(
       ValueError: see `plan` and `step_report.measure`.
     """
     devices = topology_devices(topology)
-    sizes = chosen_sizes(cfg, chip_of(topology), len(devices), job, mesh_text, say)
+    sizes = chosen_sizes(cfg, Slice.of(topology), job, mesh_text, say)
     held = program(cfg, job, make_mesh(devices=devices, **sizes)).held
     return measure(cfg, topology, job, sizes, held, has_code=has_code, say=say)
 
@@ -436,7 +437,7 @@ def main() -> None:
     else:
         print(describe(report, cfg))
     sys.stdout.flush()
-    os._exit(0 if report.fits else 1)  # a compilation that was left alone would be waited for
+    end_process(0 if report.fits else 1)
 
 
 if __name__ == "__main__":

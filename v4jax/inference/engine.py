@@ -17,8 +17,10 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from sharding import DECODE, PREFILL
@@ -29,8 +31,8 @@ from v4jax.inference.completions import Completions, Prompt
 from v4jax.inference.grammar import Grammar, GrammarError, Matchers
 from v4jax.inference.holdings import Holdings
 from v4jax.inference.ledger import Ledger
-from v4jax.inference.parts import place, spread
-from v4jax.inference.prefix import PIECE, Prefixes
+from v4jax.inference.parts import place, shared, spread
+from v4jax.inference.prefix import PIECE, Prefixes, Stored
 from v4jax.inference.programs import Programs
 from v4jax.inference.requests import AdapterRow, EngineFullError, Request
 from v4jax.inference.sampling import Sampling
@@ -102,8 +104,8 @@ class Engine(Completions):
 
     Raises:
       ValueError: the mesh does not suit the model, its weights do not lie as the steps read them,
-        the tokenizer has ids that the model does not know, numbers out of range, or an adapter that
-        cannot be one of several (`with_adapters`).
+        the tokenizer has ids that the model does not know, numbers out of range, or adapters beside
+        a model that has one already (`with_adapters`).
       FileNotFoundError, CheckpointError: see `load_adapter`.
     """
 
@@ -338,7 +340,8 @@ class Engine(Completions):
           how many of its tokens the file has: the multiple of 128 before the last one.
 
         Raises:
-          ValueError: a prompt of fewer than 129 tokens, or as `submit`; several processes.
+          ValueError: a prompt of fewer than 129 tokens, or as `submit`; several processes, and this
+            engine does not lead them.
           OSError: the file cannot be written.
         """
         self._require_own_loop()
@@ -349,14 +352,13 @@ class Engine(Completions):
                 f"the prompt has {request.prompt_length} tokens: expected {PIECE + 1} or more."
             )
         self.run_until_idle()
-        held = self._holdings
-        found = (held.find_prefix(part, request) for part in range(held.parts))
-        part, prefix = max(enumerate(found), key=lambda one: one[1].length if one[1] else 0)
-        if prefix is None:
+        digests = [digest.hex() for digest in request._digests]
+        stored = self._together({"save": digests, "wide": request._wide})
+        if stored is None:
             raise ValueError("this engine keeps no prefixes: expected prefixes=1 or more.")
-        digest = request._digests[prefix.length // PIECE - 1]
-        prefix_files.write(path, held.store(part, prefix), digest, self._model_digest())
-        return prefix.length
+        digest = request._digests[stored.length // PIECE - 1]
+        prefix_files.write(path, stored, digest, self._model_digest())
+        return stored.length
 
     def load_prefix(self, path: str | os.PathLike) -> int:
         """Makes a saved prefix one of this engine's. Not while `start` runs the engine.
@@ -369,19 +371,50 @@ class Engine(Completions):
           OSError: it cannot be read.
         """
         self._require_own_loop()
-        held = self._holdings
-        tree = jax.tree.structure((held.slots.states, held.slots.cache.pools))
-        stored, digest = prefix_files.read(path, tree, self._model_digest())
-        self._grow_for(stored.length)
-        for part in range(held.parts):
-            if held.bring_back(part, digest, stored) is None:
-                raise ValueError(f"the cache has no room for the {stored.length} tokens of {path}.")
+        stored, digest = prefix_files.read(path, self._tree, self._model_digest())
+        leaves = jax.tree.leaves((stored.state, stored.pages))
+        task = {
+            "load": digest.hex(),
+            "length": stored.length,
+            "wide": stored.wide,
+            "arrays": [(leaf.shape, str(leaf.dtype)) for leaf in leaves],
+        }
+        if not self._together(task, leaves):
+            raise ValueError(f"the cache has no room for the {stored.length} tokens of {path}.")
         return stored.length
 
+    @property
+    def _tree(self) -> Any:
+        """Structure of the state and pages of a prefix."""
+        slots = self._holdings.slots
+        return jax.tree.structure((slots.states, slots.cache.pools))
+
+    def _do(self, task: Any, content: Any = None) -> Any:
+        """Finds a prefix to save, gives every part one that was read, or lets go of all."""
+        held = self._holdings
+        match task:
+            case {"save": hexadecimal, "wide": wide}:
+                digests = [bytes.fromhex(digest) for digest in hexadecimal]
+                found = (held.find_prefix(part, digests, wide) for part in range(held.parts))
+                part, prefix = max(enumerate(found), key=lambda one: one[1].length if one[1] else 0)
+                return None if prefix is None else held.store(part, prefix)
+            case {"load": digest, "length": length, "wide": wide, "arrays": arrays}:
+                if jax.process_count() > 1:
+                    described = [(shape, jnp.dtype(dtype)) for shape, dtype in arrays]
+                    content = shared(content, described)
+                stored = Stored(length, wide, *jax.tree.unflatten(self._tree, content))
+                self._grow_for(length)
+                name, parts = bytes.fromhex(digest), range(held.parts)
+                return all(held.bring_back(part, name, stored) is not None for part in parts)
+            case "forget":
+                held.prefixes.clear()
+
     def _require_own_loop(self) -> None:
-        if self._thread is not None or jax.process_count() > 1:
+        if self._thread is not None:
+            raise ValueError("prefixes are saved and loaded before start() or after stop().")
+        if jax.process_count() > 1 and self._channel is None:
             raise ValueError(
-                "prefixes are saved and loaded in one process, before start() or after stop()."
+                "of several processes the one that leads saves and loads prefixes: call lead() first."
             )
 
     def _model_digest(self) -> str:
@@ -393,15 +426,8 @@ class Engine(Completions):
         self._grow_for(request._most)
 
     def forget_prefixes(self) -> None:
-        """Lets go of all kept prefixes.
-
-        Raises:
-          ValueError: other processes follow this engine.
-        """
-        if self._channel is not None:
-            raise ValueError("prefixes of an engine that leads others cannot be forgotten.")
-        with self._turn:
-            self._holdings.prefixes.clear()
+        """Lets go of all kept prefixes."""
+        self._together("forget")
 
     def _grow_for(self, needed: int) -> None:
         """Larger pools, if so many tokens of one request are more than they have room for."""

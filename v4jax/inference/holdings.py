@@ -93,7 +93,7 @@ class Holdings:
         if request._held is not None:
             return best
         for part, slots in free.items():
-            prefix = self.find_prefix(part, request)
+            prefix = self.find_prefix(part, request._digests, request._wide)
             if prefix and (best[1] is None or prefix.length > best[1].length):
                 best = slots[0], prefix
         return best
@@ -228,16 +228,15 @@ class Holdings:
 
     # Prefixes -------------------------------------------------------------------------------------
 
-    def find_prefix(self, part: int, request: Request) -> Prefix | None:
-        """The longest prefix of its prompt, brought back from host memory if need be."""
-        found = self.prefixes.find(part, request._digests, request._wide)
-        length = found.length if found else 0
-        stored = self.host.find(request._digests, request._wide, length)
+    def find_prefix(self, part: int, digests: Sequence[bytes], wide: int) -> Prefix | None:
+        """The longest prefix of a prompt (`Request._digests`, `_wide`), from host memory if need be."""
+        found = self.prefixes.find(part, digests, wide)
+        stored = self.host.find(digests, wide, found.length if found else 0)
         if stored is None:
             return found
-        digest = request._digests[stored.length // PIECE - 1]
+        digest = digests[stored.length // PIECE - 1]
         back = self.bring_back(part, digest, stored)  # which may have let go of the other
-        return back or self.prefixes.find(part, request._digests, request._wide)
+        return back or self.prefixes.find(part, digests, wide)
 
     def keep_prefix(self, request: Request) -> None:
         """Keeps what has been fed of its prompt, where snapshots are taken."""

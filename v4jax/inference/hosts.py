@@ -12,6 +12,7 @@ every process reads from the devices: on nothing else, no clock among it. So a m
     new        requests, with the numbers that process 0 gave them
     cancelled  numbers of requests that are not wanted any more
     digest     of all tokens that process 0 has read before this step
+    task       what all do together in place of a step: a prefix to save or to load
 
 A follower whose own digest differs stops with an error: its devices computed something else. Messages go
 through the key-value store that jax.distributed keeps on process 0, beside the devices: a collective would
@@ -47,6 +48,7 @@ class Message:
     new: Sequence[Request] = ()
     cancelled: Sequence[int] = ()  # by number
     digest: str = ""
+    task: Any = None  # in place of a step, as JSON has it (`Engine._do`)
     is_end: bool = False
 
     def encoded(self) -> str:
@@ -55,6 +57,7 @@ class Message:
             "new": [_fields(request) for request in self.new],
             "cancelled": list(self.cancelled),
             "digest": self.digest,
+            "task": self.task,
             "is_end": self.is_end,
         }
         return json.dumps(fields, default=lambda number: number.item())  # NumPy's
@@ -108,10 +111,15 @@ class Channel:
             self._digest.update(f"{request.number} {len(request.tokens)} {last};".encode())
 
     def send(
-        self, new: Sequence[Request], cancelled: Sequence[int], *, is_end: bool = False
+        self,
+        new: Sequence[Request] = (),
+        cancelled: Sequence[int] = (),
+        *,
+        task: Any = None,
+        is_end: bool = False,
     ) -> None:
         """Process 0, before a step."""
-        message = Message(new, cancelled, self._digest.hexdigest(), is_end)
+        message = Message(new, cancelled, self._digest.hexdigest(), task, is_end)
         self._store.key_value_set(self._key(self._sent), message.encoded())
         self._sent += 1
         if self._sent % KEPT == 0 and self._sent > KEPT:

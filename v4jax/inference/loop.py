@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -98,7 +99,7 @@ class RequestLoop:
     def end(self) -> None:
         """Lets the followers go. After `stop`, if the engine ran in a thread."""
         if self._channel is not None:
-            self._channel.send((), (), is_end=True)
+            self._channel.send(is_end=True)
             self._channel = None
 
     def follow(self) -> None:
@@ -113,7 +114,21 @@ class RequestLoop:
         channel = Channel.open()
         while not (message := channel.receive()).is_end:
             with self._turn:
-                channel.add(self._step([*map(self._prepared, message.new)], message.cancelled))
+                if message.task is not None:
+                    self._do(message.task)
+                else:
+                    channel.add(self._step([*map(self._prepared, message.new)], message.cancelled))
+
+    def _together(self, task: Any, content: Any = None) -> Any:
+        """A task of this process and of those that follow; the content is this one's alone."""
+        with self._turn:
+            if self._channel is not None:
+                self._channel.send(task=task)
+            return self._do(task, content)
+
+    def _do(self, task: Any, content: Any = None) -> Any:
+        """What a task is: the same on all processes."""
+        raise NotImplementedError
 
     def _prepared(self, request: Request) -> Request:
         """A request of another process, for this one's scheduler."""

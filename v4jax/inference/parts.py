@@ -69,19 +69,31 @@ def _from_owner(
     leaves: Sequence[jax.Array], own: Sequence[np.ndarray | None], part: int
 ) -> list[np.ndarray]:
     """The rows, from the process of the first device that has them."""
-    shapes = [(1, *leaf.shape[1:]) for leaf in leaves]
-    sizes = [math.prod(s) * leaf.dtype.itemsize for s, leaf in zip(shapes, leaves, strict=True)]
+    described = [((1, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    is_owner = _owner(leaves[0], part) == jax.process_index()
+    return shared(own if is_owner else None, described)
+
+
+def shared(
+    own: Sequence[np.ndarray | None] | None, described: Sequence[tuple[Sequence[int], Any]]
+) -> list[np.ndarray]:
+    """Arrays of one process, on all of them, which call this together.
+
+    Args:
+      own: the arrays; None on all processes but one.
+      described: shape and dtype of each.
+    """
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in described]
     buffer = np.zeros(-(-sum(sizes) // PIECE) * PIECE, np.uint8)
     ends = np.cumsum([0, *sizes])
-    is_owner = _owner(leaves[0], part) == jax.process_index()
-    for row, begin, end in zip(own if is_owner else (), ends, ends[1:]):
+    for row, begin, end in zip(own or (), ends, ends[1:]):
         assert row is not None
         buffer[begin:end] = np.ascontiguousarray(row).reshape(-1).view(np.uint8)
     for piece in buffer.reshape(-1, PIECE):
-        piece[:] = multihost_utils.broadcast_one_to_all(piece, is_source=is_owner)
+        piece[:] = multihost_utils.broadcast_one_to_all(piece, is_source=own is not None)
     return [
-        buffer[begin:end].view(leaf.dtype).reshape(shape)
-        for leaf, shape, begin, end in zip(leaves, shapes, ends, ends[1:])
+        buffer[begin:end].view(dtype).reshape(shape)
+        for (shape, dtype), begin, end in zip(described, ends, ends[1:])
     ]
 
 

@@ -117,7 +117,8 @@ class Matrix(nnx.Module):
 
     `kernel` is [in, out], with leading axes for stacked layers and for experts. `adapter` is None, or
     a module that changes the product: `adapter(x, out)` is what the matrix then gives for inputs x
-    and product out (experts: `adapter(x, out, group_sizes)`). See docs/extending.md.
+    and product out (experts: `adapter(x, out, group_sizes)`, and `numbers` of its rows' adapters where it
+    is several, see `adapter_of_row`). See docs/extending.md.
     """
 
     kernel: nnx.Variable
@@ -135,6 +136,12 @@ class Matrix(nnx.Module):
         self.kernel = context.param(shape, axes, stored=stored, parts=parts)
         self.adapter: Callable[..., jax.Array] | None = nnx.data(None)
         self.numerics = context.numerics
+
+    @property
+    def adapter_of_row(self) -> jax.Array | None:
+        """[B]: which adapter each sequence has, where they have their own (`v4jax.nn.adapter_rows`)."""
+        rows = getattr(self.adapter, "rows", None)
+        return None if rows is None else rows[...]
 
     def _adapted(self, x: jax.Array, out: jax.Array, *sizes: jax.Array) -> jax.Array:
         return out if self.adapter is None else self.adapter(x, out, *sizes)

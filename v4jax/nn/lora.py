@@ -37,7 +37,7 @@ ATTENTION = ("attention.wq_a", "attention.wq_b", "attention.wkv", "attention.wo_
 SHARED_EXPERT = ("shared.w1", "shared.w2", "shared.w3")
 EXPERTS = ("moe.w1", "moe.w2", "moe.w3")
 
-# Names of targets. All of them can be exported, and those without `EXPERTS` served side by side.
+# Names of targets. All of them can be exported, and served side by side.
 PRESETS = {
     "attention": ATTENTION,
     "attention+shared": ATTENTION + SHARED_EXPERT,

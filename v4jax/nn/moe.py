@@ -160,10 +160,18 @@ class ExpertLinear(Matrix):
         shape = (context.cfg.moe.num_experts, in_dim, out_dim)
         super().__init__(context, shape, ("expert", *axes), stored=stored)
 
-    def __call__(self, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Rows [P, in] that are sorted by expert, `sizes` [E] of each: [P, out]."""
+    def __call__(
+        self, rows: jax.Array, sizes: jax.Array, numbers: jax.Array | None = None
+    ) -> jax.Array:
+        """Rows [P, in] that are sorted by expert, `sizes` [E] of each: [P, out].
+
+        Args:
+          numbers: [P] of the rows' adapters, where they have their own.
+        """
         out = self.numerics.grouped_matmul(rows, self.kernel[...], sizes)
-        return self._adapted(rows, out, sizes)
+        if numbers is None:
+            return self._adapted(rows, out, sizes)
+        return self._adapted(rows, out, sizes, numbers)
 
 
 class MoE(nnx.Module):
@@ -191,14 +199,17 @@ class MoE(nnx.Module):
         with jax.named_scope("moe/route"):
             experts, weights, stats = self.router(x, tokens, documents, chosen)
         with jax.named_scope("moe/experts"):
-            routed = self._experts(x.reshape(-1, x.shape[-1]), experts, weights)
+            routed = self._experts(x, experts, weights)
         with jax.named_scope("moe/shared"):
             shared = self.shared(x).astype(jnp.float32)
         return cast(routed.reshape(x.shape) + shared, self.numerics.dtype), stats
 
     def _experts(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-        """Rows x [P, D] through K experts each: float32 sums [P, D]."""
-        k = experts.shape[-1]
+        """Tokens x [B, T, D] through K experts each: float32 sums [B * T, D]."""
+        k, matrices = experts.shape[-1], (self.w1, self.w3, self.w2)
+        of_row = next((m.adapter_of_row for m in matrices if m.adapter is not None), None)
+        numbers = None if of_row is None else jnp.repeat(of_row, x.shape[1])
+        x = x.reshape(-1, x.shape[-1])
         rounds_late = self.numerics.rounds_few(x.shape[0])
         x = x if rounds_late else self.numerics.round_input(x)
         x, weights = collectives.copy_to((x, weights), "expert_dim")
@@ -207,11 +218,12 @@ class MoE(nnx.Module):
             functools.partial(_grouped_experts, self.limit, rounds_late),
             functools.partial(by_expert, implementation=implementation),
             functools.partial(pairs_by_expert, implementation=implementation),
-            [_entered(matrix) for matrix in (self.w1, self.w3, self.w2)],
+            [_entered(matrix) for matrix in matrices],
             x,
             experts.reshape(-1, k),
             weights.reshape(-1, k),
             self.w1.kernel[...].shape[0],
+            labels=numbers,
         )
         return collectives.reduce_from(out, "expert_dim")
 
@@ -225,12 +237,13 @@ def _entered(matrix: ExpertLinear) -> ExpertLinear:
     return matrix
 
 
-def _grouped_experts(limit: float, rounds: bool, matrices, x, order, weights):
+def _grouped_experts(limit: float, rounds: bool, matrices, x, order, weights, numbers):
     """Rows x [.., T, D] of tokens through the experts' matrices.
 
     Args:
       rounds: whether rows are not rounded yet.
       weights: [P] of pairs, by place.
+      numbers: [T] of the tokens' adapters, where they have their own.
     """
     w1, w3, w2 = matrices
     numerics, position = w1.numerics, order.position.reshape(x.size // x.shape[-1], -1)
@@ -238,7 +251,9 @@ def _grouped_experts(limit: float, rounds: bool, matrices, x, order, weights):
         x = x.reshape(-1, x.shape[-1])
         x = numerics.round_input(x) if rounds else x
         rows = of_pairs(x, order.row)
-        out = _adapted_experts(limit, matrices, rows, order.sizes, weights)
+        if numbers is not None:
+            numbers = numbers[order.row // position.shape[1]]
+        out = _adapted_experts(limit, matrices, rows, order.sizes, weights, numbers)
         return summed(out, position)
     args = (x, w1.kernel[...], w3.kernel[...], order.sizes, weights)
     hidden = numerics.grouped_swiglu(*args, limit=limit, pair=order.row, rounds=rounds)
@@ -247,7 +262,7 @@ def _grouped_experts(limit: float, rounds: bool, matrices, x, order, weights):
     )
 
 
-def _adapted_experts(limit: float, matrices, rows, sizes, row_weights):
+def _adapted_experts(limit: float, matrices, rows, sizes, row_weights, numbers):
     """Rows sorted by expert, with their routing weights, where a matrix has an adapter."""
     w1, w3, w2 = matrices
     numerics = w1.numerics
@@ -255,9 +270,9 @@ def _adapted_experts(limit: float, matrices, rows, sizes, row_weights):
         args = (rows, w1.kernel[...], w3.kernel[...], sizes, row_weights)
         hidden = numerics.grouped_swiglu(*args, limit=limit)
     else:
-        hidden = swiglu(w1(rows, sizes), w3(rows, sizes), limit)
+        hidden = swiglu(w1(rows, sizes, numbers), w3(rows, sizes, numbers), limit)
         hidden = cast(row_weights[:, None] * hidden, rows.dtype)
-    return w2(numerics.round_input(hidden), sizes)
+    return w2(numerics.round_input(hidden), sizes, numbers)
 
 
 class SharedExpert(nnx.Module):

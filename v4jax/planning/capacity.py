@@ -307,6 +307,25 @@ def fullest(
     return Choice(best, reason, others)
 
 
+def serving_seconds(
+    cfg: V4Config, place: Slice, job: Job
+) -> Callable[[dict[str, int]], float] | None:
+    """Of a serving job under a mesh of a slice, by the roofline; None of training.
+
+    Decoding: of a step at the end of the context. Prefill: of whole prompts of that length.
+    """
+    if job.kind == "train":
+        return None
+
+    def seconds(sizes: dict[str, int]) -> float:
+        server, slots = Server(cfg, place, job, sizes), math.ceil(job.batch / _num_parts(sizes))
+        if job.kind == "decode":
+            return server.decode(slots, job.batch, job.context).seconds
+        return slots * server.prefill(job.context).seconds
+
+    return seconds
+
+
 def largest(fits: Callable[[int], bool]) -> int:
     """The largest number that fits, if all smaller ones do; 0 if 1 does not."""
     upper = 1

@@ -7,11 +7,12 @@ mesh = make_mesh(**choice.sizes) if choice.sizes is not None else None
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
 
+from pallas_kernels import chips
 from sharding import TRAIN
 from v4jax.config import V4Config
 from v4jax.nn.cache import CacheFormat, init_cache
@@ -19,8 +20,10 @@ from v4jax.nn.model import Transformer
 from v4jax.nn.numerics import released
 from v4jax.nn.placement import check_mesh
 from v4jax.nn.quantization import Chosen, to_released
+from v4jax.planning.capacity import serving_seconds
 from v4jax.planning.describe import count_parameters
 from v4jax.planning.plan import HBM_SHARE, Job, choose_mesh, local_bytes
+from v4jax.planning.topologies import Slice
 from v4jax.train.step import trained_by
 
 GiB = 2**30
@@ -93,7 +96,9 @@ def serving_mesh(
     if first.platform != "cpu":
         for count in range(len(devices), 1, -1):
             try:
-                choice = choose_mesh(cfg, device, count, job)
+                choice = choose_mesh(
+                    cfg, device, count, job, _seconds(cfg, device.kind, count, job)
+                )
             except ValueError:  # no such number divides the model
                 continue
             if choice.fits:
@@ -172,6 +177,15 @@ def require_room_to_train(
         f"for those that stay), of {memory / GiB:,.1f}: more devices, a narrower --optimizer-dtype, or "
         "--trainable no-experts or lora."
     )
+
+
+def _seconds(
+    cfg: V4Config, kind: str, count: int, job: Job
+) -> Callable[[dict[str, int]], float] | None:
+    """Of a job under a mesh; None for devices whose rates are not known here."""
+    chip = chips.of_kind(kind)
+    place = None if chip is None else Slice.holding(chip, count)
+    return None if place is None else serving_seconds(cfg, place, job)
 
 
 def cache_bytes(cfg: V4Config, job: Job) -> float:

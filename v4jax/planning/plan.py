@@ -11,7 +11,7 @@ Nothing of a model is allocated: arrays are shapes with shardings.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import jax
@@ -288,11 +288,21 @@ class WithMemory(Protocol):
         """Bytes of a device's memory."""
 
 
-def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> MeshChoice:
+def choose_mesh(
+    cfg: V4Config,
+    chip: WithMemory,
+    num_devices: int,
+    job: Job,
+    seconds: Callable[[dict[str, int]], float] | None = None,
+) -> MeshChoice:
     """The mesh of `num_devices` devices for a job: of those that fit, the one it prefers.
 
-    Serving prefers few copies of a sequence's work (tensor, then context), training what sends
-    least. If none fits by the estimate, the one that needs least memory is taken.
+    Serving prefers what is fastest by `seconds`, and few copies of a sequence's work (tensor, then context)
+    where no time is known; training what sends least. If none fits by the estimate, the one that needs least
+    memory is taken.
+
+    Args:
+      seconds: of the job under a mesh, by its sizes (`capacity.serving_seconds`).
 
     Raises:
       ValueError: no mesh of that many devices divides the model and the batch.
@@ -307,9 +317,10 @@ def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> 
             continue
         if _is_sensible(sizes, job):
             parts = _parameter_parts(model, job, sizes)
+            preference = _preference(cfg, job, sizes, parts)
             candidates.append(
                 (
-                    _preference(cfg, job, sizes, parts),
+                    preference if seconds is None else (seconds(sizes), *preference),
                     sizes,
                     _estimate(model, job, sizes, parts, cache),
                 )
@@ -325,8 +336,10 @@ def choose_mesh(cfg: V4Config, chip: WithMemory, num_devices: int, job: Job) -> 
         _, sizes, held = min(fitting, key=lambda candidate: candidate[0])
     else:
         _, sizes, held = min(candidates, key=lambda candidate: (candidate[2].total, candidate[0]))
-    reasons = tuple(_reasons(cfg, job, sizes, held, limit, len(fitting), len(candidates)))
-    return MeshChoice(sizes, held, bool(fitting), reasons)
+    reasons = [*_reasons(cfg, job, sizes, held, limit, len(fitting), len(candidates))]
+    if fitting:
+        reasons[-1] += _advantage(job, sorted(fitting, key=lambda x: x[0]), seconds is not None)
+    return MeshChoice(sizes, held, bool(fitting), tuple(reasons))
 
 
 def meshes(num_devices: int) -> Iterator[dict[str, int]]:
@@ -461,6 +474,20 @@ def _preference(cfg: V4Config, job: Job, sizes: dict[str, int], parts: _Parts) -
     return (sent, sizes["context"], tensor)
 
 
+def _advantage(job: Job, fitting: list, has_times: bool) -> str:
+    """What the first of the meshes that fit has ahead of the others: the end of a sentence."""
+    if not has_times:
+        return "sends least" if job.kind == "train" else "repeats least work"
+    (first, *_), what = fitting[0][0], "a step" if job.kind == "decode" else "all prompts"
+    if len(fitting) == 1:
+        return f"takes {first * 1e3:.3g} ms for {what} by the roofline"
+    (second, *_), sizes, _ = fitting[1]
+    other = ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+    return (
+        f"is fastest by the roofline: {first * 1e3:.3g} ms for {what}, {other} {second * 1e3:.3g}"
+    )
+
+
 def _reasons(cfg, job, sizes, held: Estimate, limit, num_fitting, num_candidates) -> Iterator[str]:
     gib = 2**30
     experts = math.prod(sizes[axis] for axis in job.rules.mesh_axes("expert"))
@@ -508,7 +535,6 @@ def _reasons(cfg, job, sizes, held: Estimate, limit, num_fitting, num_candidates
         yield (
             f"estimate {shown} = {held.total / gib:.1f} GiB of {limit / gib:.1f} a device may fill; "
             f"of the {num_fitting} meshes that fit (of {num_candidates}) it "
-            + ("sends least" if job.kind == "train" else "repeats least work")
         )
     else:
         yield (

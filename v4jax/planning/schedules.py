@@ -10,6 +10,7 @@ Trips that the compiler knew stand in the code it wrote; those that depend on da
 libtpu 0.0.42.
 """
 
+import atexit
 import dataclasses
 import glob
 import os
@@ -96,8 +97,12 @@ class Schedule:
 
 
 def start_dump() -> str:
-    """Makes libtpu write its schedules, and returns the folder. Call before libtpu is loaded."""
+    """Makes libtpu write its schedules, and returns the folder. Call before libtpu is loaded.
+
+    The folder goes when the process ends.
+    """
     folder = tempfile.mkdtemp(prefix="llo-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # Of some seventy stages only the last: writing all takes longer than compiling.
     stages = "--xla_jf_dump_llo_pass_label_regex=final_bundles|final_hlo"
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {stages}"

@@ -7,9 +7,12 @@ Needs the `libtpu` package (`pip install 'v4jax[tpu]'`), no TPU. Executables can
 memory analysis, HLO and schedule can be read.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
+import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -63,6 +66,12 @@ class Slice:
             )
         return Slice(topology, chip, tuple(map(int, sizes)))
 
+    @staticmethod
+    def holding(chip: Chip, devices: int) -> "Slice | None":
+        """The slice of a generation that has so many devices; None if one cannot rent such a one."""
+        slices = map(Slice.of, chip.slices)
+        return next((place for place in slices if place.devices == devices), None)
+
     @property
     def chips(self) -> int:
         """The number of chips."""
@@ -89,12 +98,27 @@ def topology_devices(topology: str) -> list:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no wait for a metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile
     try:
-        return list(topologies.get_topology_desc(topology, "tpu").devices)
+        with _silent():
+            return list(topologies.get_topology_desc(topology, "tpu").devices)
     except Exception as error:  # jax raises several types here
         raise ValueError(
             f"no TPU topology {topology!r}: expected a name such as 'v5e:4x4', 'v5p:2x2x1', "
             f"'v6e:2x2' or 'tpu7x:2x2x1', and the libtpu package ({error})."
         ) from error
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What libtpu says on the terminal, on a machine without a TPU: errors about the machine it is not on."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def topology_mesh(
