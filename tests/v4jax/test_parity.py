@@ -79,7 +79,9 @@ def test_parity_would_notice(mistake, hf_model, hf_small, monkeypatch):
     elif mistake == "no inverse rotation":
         monkeypatch.setattr("v4jax.nn.attention.rotate", _no_inverse)
     else:
-        monkeypatch.setattr("v4jax.nn.moe.swiglu", _unclamped)  # of the shared expert only
+        monkeypatch.setattr(
+            "pallas_kernels.linear.ops.swiglu", _unclamped
+        )  # of the shared one only
 
     logits = Scorer(hf_model).logits(hf_small["tokens"][:1, :160])
 
