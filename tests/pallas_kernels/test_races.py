@@ -155,7 +155,7 @@ def test_appending(on_lanes, words, capfd):
     table = jnp.array([[3, 1], [0, 2], [5, 4]])
     num_lines = words if on_lanes else 3
     changed = packed_append._call(
-        *args[:1], new[:, 0], *args[2:], table, num_lines, on_lanes, RACES
+        *args[:1], new[:, 0], *args[2:], table, words, num_lines, on_lanes, None, RACES
     )
     assert FOUND not in capfd.readouterr().out
     expected = packed_append.append(*args, on_lanes=on_lanes, table=table, implementation="xla")
