@@ -68,24 +68,22 @@ def measure(case: Case, implementation: str | None, repeats: int) -> tuple[float
     started = time.perf_counter()
     compiled = jax.jit(run).lower(*arguments).compile()
     seconds_to_compile = time.perf_counter() - started
-    once = lambda turns: compiled(*arguments)
-    _seconds(once, 1)
-    if _seconds(once, 1) > LEAST_SECONDS:
-        return statistics.median(_seconds(once, 1) for _ in range(repeats)), seconds_to_compile
-    several = jax.jit(functools.partial(in_a_loop, run)).lower(1, *arguments).compile()
-    again = lambda turns: several(turns, *arguments)
-    _seconds(again, 1)
+    _seconds(compiled, *arguments)
+    if _seconds(compiled, *arguments) > LEAST_SECONDS:
+        times = [_seconds(compiled, *arguments) for _ in range(repeats)]
+        return statistics.median(times), seconds_to_compile
+    loop = jax.jit(functools.partial(in_a_loop, run)).lower(1, *arguments).compile()
+    _seconds(loop, 1, *arguments)
     turns = 1
-    while (taken := _seconds(again, turns)) < LEAST_SECONDS:
+    while (taken := _seconds(loop, turns, *arguments)) < LEAST_SECONDS:
         turns = math.ceil(turns * max(2.0, 1.2 * LEAST_SECONDS / taken))
-    return statistics.median(
-        _seconds(again, turns) / turns for _ in range(repeats)
-    ), seconds_to_compile
+    times = [_seconds(loop, turns, *arguments) / turns for _ in range(repeats)]
+    return statistics.median(times), seconds_to_compile
 
 
-def _seconds(run: Callable[[int], object], turns: int) -> float:
+def _seconds(program: Callable, *arguments) -> float:
     started = time.perf_counter()
-    jax.block_until_ready(run(turns))
+    jax.block_until_ready(program(*arguments))
     return time.perf_counter() - started
 
 

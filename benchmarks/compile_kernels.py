@@ -24,6 +24,7 @@ Needs `pip install 'v4jax[tpu]'`, no TPU. One line per case and chip:
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -31,6 +32,8 @@ import sys
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
 
 from v4jax.planning import schedules
 
@@ -52,7 +55,7 @@ def report(case: Case, chip_name: str, *, with_xla: bool = False) -> Report:
     chip = CHIPS[chip_name]
     schedules.clear(DUMP)
     started = time.perf_counter()
-    traced = trace_on(chip_name, lambda *a: case.run(*a, implementation="tpu"), *case.arguments())
+    traced = _traced(case, chip_name, "tpu")
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - started
     parts = cores.busiest(traced.jaxpr.jaxpr, chip.cores)
@@ -81,9 +84,14 @@ def report(case: Case, chip_name: str, *, with_xla: bool = False) -> Report:
     )
 
 
+def _traced(case: Case, chip_name: str, implementation: str) -> jax.stages.Traced:
+    run = functools.partial(case.run, implementation=implementation)
+    return trace_on(chip_name, run, *case.arguments())
+
+
 def _xla(case: Case, chip_name: str) -> tuple[float, bool]:
-    traced = trace_on(chip_name, lambda *a: case.run(*a, implementation="xla"), *case.arguments())
-    return xla_estimate(traced.lower().compile().as_text(), CHIPS[chip_name].clock)
+    text = _traced(case, chip_name, "xla").lower().compile().as_text()
+    return xla_estimate(text, CHIPS[chip_name].clock)
 
 
 def choose(only: list[str]) -> list[Case]:

@@ -37,8 +37,9 @@ from v4jax.nn.lora import PRESETS, LoRA
 from v4jax.nn.remat import POLICIES
 from v4jax.planning import costs
 from v4jax.planning.capacity import Workload, serving_seconds
-from v4jax.planning.compiled import end_process, peak_of, schedule
+from v4jax.planning.compiled import peak_of, schedule
 from v4jax.planning.hlo import Collective, Exchange, array_bytes, collectives, exchanges
+from v4jax.planning.leftovers import end_process
 from v4jax.planning.plan import EXPERTS, TRAINED, Job, MeshChoice, choose_mesh, program
 from v4jax.planning.policies import PolicyCosts, by_policy
 from v4jax.planning.roofline import Roofline, roofline

@@ -2,8 +2,7 @@
 
 The partial sums of open windows are 12 arrays of a CSA layer and 3 of an HCA layer, a few kB of a sequence
 each: 312 of the 435 arrays of Flash's slots. Here they lie side by side in one. Steps take them apart for the
-model and put them together again: when decoding, XLA reads the slices where they are used and writes new
-ones in place. On a TPU a decode call does it once, not for every token.
+model and put them together again, once a call.
 """
 
 import dataclasses

@@ -49,6 +49,7 @@ from v4jax.planning.plan import (
     Job,
     abstract_model,
     local_bytes,
+    mesh_name,
     meshes,
     num_parts,
     row_bytes,
@@ -229,7 +230,7 @@ class Full:
     @property
     def mesh(self) -> str:
         """ "expert=4,tensor=2"; "" for one device."""
-        return ",".join(f"{axis}={size}" for axis, size in self.sizes.items() if size > 1)
+        return mesh_name(self.sizes)
 
     def command(self, cfg: V4Config) -> str:
         """What serves it on the slice."""

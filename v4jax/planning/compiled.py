@@ -1,28 +1,22 @@
 """Programs as the TPU compiler leaves them: HLO, memory, and the schedules of what it made code for."""
 
-import atexit
 import contextlib
 import dataclasses
 import multiprocessing
-import os
 import re
-import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 from sharding import make_mesh
 from v4jax.config import V4Config
-from v4jax.planning import schedules
+from v4jax.planning import leftovers, schedules
 from v4jax.planning.plan import Job, program
 from v4jax.planning.schedules import Schedule
 from v4jax.planning.topologies import COMPILER_OPTIONS, topology_devices
-
-_left_alone: list[str] = []  # folders that compilations may still write to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +91,8 @@ def _compile(
         pipe.send((None, str(error)[:2000]))
     finally:
         pipe.close()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-    end_process(0)
+        leftovers.remove()
+    leftovers.end_process(0)
 
 
 def peak_of(compiled: jax.stages.Compiled) -> float:
@@ -113,15 +106,12 @@ def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
     """Compiles up to the schedule, which takes a fraction of the time: code is what takes long.
 
     The compiler writes the scheduled HLO and its memory report before it makes code. It goes on in a
-    thread that ends with the process, for which there is `end_process`. So do the files: it would make
-    their folder again.
+    thread that ends with the process, for which there is `leftovers.end_process`.
 
     Returns:
       the HLO's text, and the bytes of memory that a device needs.
     """
-    folder = tempfile.mkdtemp(prefix="hlo-")
-    _left_alone.append(folder)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = leftovers.folder("hlo-")
     options = COMPILER_OPTIONS | _writing_to(folder)
     compiling = ThreadPoolExecutor(1).submit(lowered.compile, options)
     text = ""
@@ -132,13 +122,6 @@ def schedule(lowered: jax.stages.Lowered) -> tuple[str, float]:
         reports = list(Path(folder).glob("*memory-usage-report.txt"))
         text = _scheduled(folder)
     return text, memory_of_report(reports[0].read_text())
-
-
-def end_process(status: int) -> NoReturn:
-    """Ends it without waiting for a compilation that was left alone, and removes what that wrote."""
-    for folder in _left_alone:
-        shutil.rmtree(folder, ignore_errors=True)
-    os._exit(status)
 
 
 def is_whole(text: str) -> bool:

@@ -332,13 +332,14 @@ def choose_mesh(
             "another batch or slice would do."
         )
     fitting = [candidate for candidate in candidates if candidate[2].total <= limit]
+    fitting.sort(key=lambda candidate: candidate[0])
+    advantage = ""
     if fitting:
-        _, sizes, held = min(fitting, key=lambda candidate: candidate[0])
+        _, sizes, held = fitting[0]
+        advantage = _advantage(job, fitting, has_times=seconds is not None)
     else:
         _, sizes, held = min(candidates, key=lambda candidate: (candidate[2].total, candidate[0]))
-    reasons = [*_reasons(cfg, job, sizes, held, limit, len(fitting), len(candidates))]
-    if fitting:
-        reasons[-1] += _advantage(job, sorted(fitting, key=lambda x: x[0]), seconds is not None)
+    reasons = _reasons(cfg, job, sizes, held, limit, len(fitting), len(candidates), advantage)
     return MeshChoice(sizes, held, bool(fitting), tuple(reasons))
 
 
@@ -474,21 +475,26 @@ def _preference(cfg: V4Config, job: Job, sizes: dict[str, int], parts: _Parts) -
     return (sent, sizes["context"], tensor)
 
 
-def _advantage(job: Job, fitting: list, has_times: bool) -> str:
-    """What the first of the meshes that fit has ahead of the others: the end of a sentence."""
+def mesh_name(sizes: dict[str, int]) -> str:
+    """As `--mesh` takes it: "expert=4,tensor=2"; "" for one device."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+
+
+def _advantage(job: Job, fitting: list, *, has_times: bool) -> str:
+    """What the first of the meshes that fit does better than the others."""
     if not has_times:
         return "sends least" if job.kind == "train" else "repeats least work"
     (first, *_), what = fitting[0][0], "a step" if job.kind == "decode" else "all prompts"
     if len(fitting) == 1:
         return f"takes {first * 1e3:.3g} ms for {what} by the roofline"
     (second, *_), sizes, _ = fitting[1]
-    other = ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
-    return (
-        f"is fastest by the roofline: {first * 1e3:.3g} ms for {what}, {other} {second * 1e3:.3g}"
-    )
+    other = f"{mesh_name(sizes)} {second * 1e3:.3g}"
+    return f"is fastest by the roofline: {first * 1e3:.3g} ms for {what}, {other}"
 
 
-def _reasons(cfg, job, sizes, held: Estimate, limit, num_fitting, num_candidates) -> Iterator[str]:
+def _reasons(
+    cfg, job, sizes, held: Estimate, limit, num_fitting, num_candidates, advantage
+) -> Iterator[str]:
     gib = 2**30
     experts = math.prod(sizes[axis] for axis in job.rules.mesh_axes("expert"))
     if sizes["expert"] > 1 or experts > 1:
@@ -534,7 +540,7 @@ def _reasons(cfg, job, sizes, held: Estimate, limit, num_fitting, num_candidates
     if num_fitting:
         yield (
             f"estimate {shown} = {held.total / gib:.1f} GiB of {limit / gib:.1f} a device may fill; "
-            f"of the {num_fitting} meshes that fit (of {num_candidates}) it "
+            f"of the {num_fitting} meshes that fit (of {num_candidates}) it {advantage}"
         )
     else:
         yield (

@@ -10,13 +10,13 @@ Trips that the compiler knew stand in the code it wrote; those that depend on da
 libtpu 0.0.42.
 """
 
-import atexit
 import dataclasses
 import glob
 import os
 import re
 import shutil
-import tempfile
+
+from v4jax.planning import leftovers
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{")
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
@@ -101,8 +101,7 @@ def start_dump() -> str:
 
     The folder goes when the process ends.
     """
-    folder = tempfile.mkdtemp(prefix="llo-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = leftovers.folder("llo-")
     # Of some seventy stages only the last: writing all takes longer than compiling.
     stages = "--xla_jf_dump_llo_pass_label_regex=final_bundles|final_hlo"
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {stages}"
