@@ -206,31 +206,22 @@ def _float_of_half(bits: jax.Array, exponent: int) -> jax.Array:
     return half.astype(jnp.float32) * 2.0**exponent
 
 
-def pack_planes(interleaved: np.ndarray) -> np.ndarray:
-    """uint8 [..., in / 2] as in checkpoints (inputs 2r, 2r + 1 in byte r) -> planes, as above."""
-    *batch, width = interleaved.shape
-    half = fp4_block(2 * width) // 4  # bytes of a half of a block's inputs
-    first, second = np.split(interleaved.reshape(*batch, -1, 2 * half), 2, axis=-1)
-    planes = _plane_pairs()[0][first.astype(np.uint16) | second.astype(np.uint16) << 8]
-    return planes.view(np.uint8).reshape(interleaved.shape)
+def pack_planes(turned: np.ndarray) -> np.ndarray:
+    """uint8 [in / 2, out], bytes as in checkpoints (row r has inputs 2r and 2r + 1) -> planes, as above."""
+    half = fp4_block(2 * len(turned)) // 4  # rows of a half of a block's inputs
+    halves = turned.reshape(-1, 2, half, *turned.shape[1:])
+    first, second = halves[:, 0], halves[:, 1]
+    low, high = join_codes(first & 0xF, second & 0xF), join_codes(first >> 4, second >> 4)
+    return np.stack([low, high], axis=2).reshape(turned.shape)
 
 
 def unpack_planes(planes: np.ndarray) -> np.ndarray:
     """The inverse of `pack_planes`."""
-    *batch, width = planes.shape
-    half = fp4_block(2 * width) // 4
-    pairs = _plane_pairs()[1][np.ascontiguousarray(planes).view("<u2")].reshape(*batch, -1, half)
-    halves = [(pairs & 0xFF).astype(np.uint8), (pairs >> 8).astype(np.uint8)]
-    return np.concatenate(halves, axis=-1).reshape(planes.shape)
-
-
-@functools.cache
-def _plane_pairs() -> tuple[np.ndarray, np.ndarray]:
-    """A stored byte of the first half (low) and one of the second -> two bytes of planes; back."""
-    pairs = np.arange(1 << 16)
-    first, second = pairs & 0xFF, pairs >> 8
-    planes = join_codes(first & 0xF, second & 0xF) | join_codes(first >> 4, second >> 4) << 8
-    return planes.astype("<u2"), np.argsort(planes).astype("<u2")
+    half = fp4_block(2 * len(planes)) // 4
+    pairs = planes.reshape(-1, half, 2, *planes.shape[1:])
+    low, high = split_codes(pairs[:, :, 0]), split_codes(pairs[:, :, 1])
+    halves = [a | b << 4 for a, b in zip(low, high)]
+    return np.stack(halves, axis=1).reshape(planes.shape)
 
 
 def decode_e2m1(code: jax.Array) -> jax.Array:

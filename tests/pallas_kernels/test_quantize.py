@@ -306,21 +306,21 @@ def interleaved_codes(num_inputs: int, seed: int = 0) -> tuple[np.ndarray, np.nd
 )
 def test_planes_of_checkpoint_bytes(num_inputs, block):
     codes, stored = interleaved_codes(num_inputs)
-    planes = pack_planes(stored)
+    planes = pack_planes(stored.T)
     for start in range(0, num_inputs, block):
-        rows = planes[:, start // 2 : (start + block) // 2]
+        rows = planes[start // 2 : (start + block) // 2].T
         half = block // 2
         first, second = two_codes(rows)
         np.testing.assert_array_equal(first, codes[:, start : start + half])
         np.testing.assert_array_equal(second, codes[:, start + half : start + block])
-    np.testing.assert_array_equal(unpack_planes(planes), stored)
-    np.testing.assert_array_equal(unpack_fp4(jnp.asarray(planes.T)).T, E2M1[codes])
+    np.testing.assert_array_equal(unpack_planes(planes), stored.T)
+    np.testing.assert_array_equal(unpack_fp4(jnp.asarray(planes)).T, E2M1[codes])
 
 
 def test_whole_blocks_of_planes_stand_for_themselves():
     # What a device holds of weights cut along their inputs is a valid packed array.
     codes, stored = interleaved_codes(1024)
-    half = pack_planes(stored).T[256:]
+    half = pack_planes(stored.T)[256:]
     np.testing.assert_array_equal(unpack_fp4(jnp.asarray(half)).T, E2M1[codes[:, 512:]])
 
 

@@ -99,8 +99,8 @@ def test_rounding_for_files_is_rounding_in_memory_bit_for_bit(fmt, shape):
     x = awkward(shape)
     stored, _ = codecs.quantize(x, fmt)
     in_memory = quantize_weight(jnp.asarray(x.T), fmt)
-    values = pack_planes(stored.data) if fmt == "fp4" else stored.data
-    assert np.asarray(in_memory.values).T.tobytes() == values.tobytes()
+    values = pack_planes(stored.data.T) if fmt == "fp4" else stored.data.T
+    assert np.asarray(in_memory.values).tobytes() == values.tobytes()
     assert np.asarray(in_memory.scale).T.tobytes() == stored.scale.tobytes()
     np.testing.assert_array_equal(stored.decode(), np.asarray(in_memory.dequantize()).T)
 
@@ -154,7 +154,7 @@ def fp4_tile(spread: int, lowest: int = 100) -> Matrix:
 
 
 def in_memory(matrix: Matrix) -> QuantizedArray:
-    planes = pack_planes(matrix.data).T
+    planes = pack_planes(matrix.data.T)
     return QuantizedArray(jnp.asarray(planes), jnp.asarray(matrix.scale.T), (32, 1))
 
 
@@ -316,8 +316,8 @@ def test_quantising_a_float32_checkpoint_rounds_as_its_model_would_be(tmp_path):
     for name, old in hf_tensors().items():  # experts that were floats stay so in a loaded model
         if re.search(r"\.experts\.[07]\.w\d\.weight", name):
             weight = quantize_weight(jnp.asarray(old.T), "fp4")
-            values, scale = pack_planes(new[name]), new[name.replace(".weight", ".scale")]
-            assert np.asarray(weight.values).T.tobytes() == values.tobytes()
+            values, scale = pack_planes(new[name].T), new[name.replace(".weight", ".scale")]
+            assert np.asarray(weight.values).tobytes() == values.tobytes()
             assert np.asarray(weight.scale).T.tobytes() == scale.tobytes()
 
 

@@ -5,7 +5,8 @@ A process reads what its own devices hold, and a row once, however many of them 
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -115,7 +116,7 @@ class _Buffers:
             indices = list(self._sharding.addressable_devices_indices_map(self._shape).values())
         bounds = {self._bounds(index): None for index in indices if index is not None}  # each once
         self._parts = {
-            key: np.empty([stop - start for start, stop in key], self._dtype) for key in bounds
+            key: _aligned([stop - start for start, stop in key], self._dtype) for key in bounds
         }
         for tensor, first, last, targets in self._pieces():
             pool = readers(tensor.file.is_remote)
@@ -129,9 +130,11 @@ class _Buffers:
             future.result()  # raises what a thread has raised
         if self._sharding is None:
             (part,) = self._parts.values()
-            return jax.device_put(part)
-        part_of = lambda index: self._parts[self._bounds(index)]
-        return jax.make_array_from_callback(self._shape, self._sharding, part_of)
+            return jax.device_put(part, may_alias=True)  # nothing is written to it from now on
+        places = self._sharding.addressable_devices_indices_map(self._shape)
+        parts = [self._parts[self._bounds(index)] for index in places.values()]
+        arrays = jax.device_put(parts, list(places), may_alias=True)
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
 
     def cancel(self) -> None:
         """Gives up what has not begun, and waits for the rest."""
@@ -188,12 +191,24 @@ def _copy(
 
 
 def _planes(data: np.ndarray, cols: slice) -> np.ndarray:
-    """Columns of rows [n, in / 2] of packed FP4, in the order they have in memory."""
+    """Columns of rows [n, in / 2] of packed FP4, in the order they have in memory, where they lie turned."""
     width = data.shape[1]
     half = fp4_block(2 * width) // 2
     start, stop, _ = cols.indices(width)
     first, last = start - start % half, stop + -stop % half  # whole blocks
-    return pack_planes(data[:, first:last])[:, start - first : stop - first]
+    turned = np.ascontiguousarray(data[:, first:last].T)
+    return pack_planes(turned)[start - first : stop - first].T
+
+
+ALIGNMENT = 64  # bytes, so that a CPU device takes the memory as it is
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that `jax.device_put(..., may_alias=True)` does not copy on a CPU."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _fitting(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding:

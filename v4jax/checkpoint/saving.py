@@ -272,9 +272,9 @@ def _tensor(
 
     def read() -> np.ndarray:
         data = np.asarray(one(array, position))
-        data = data.T if transposed else data
         if tag == "I8":
-            return unpack_planes(np.ascontiguousarray(data)).view(np.int8)
+            return np.ascontiguousarray(unpack_planes(data).T).view(np.int8)
+        data = data.T if transposed else data
         return data.astype(np.int64) if tag == "I64" else data
 
     return NewTensor(name, tag, shape[::-1] if transposed else shape, read)
