@@ -131,7 +131,8 @@ class _Buffers:
         if self._sharding is None:
             (part,) = self._parts.values()
             return jax.device_put(part, may_alias=True)  # nothing is written to it from now on
-        places = self._sharding.addressable_devices_indices_map(self._shape)
+        held = self._sharding.addressable_devices_indices_map(self._shape)
+        places = {device: index for device, index in held.items() if index is not None}
         parts = [self._parts[self._bounds(index)] for index in places.values()]
         arrays = jax.device_put(parts, list(places), may_alias=True)
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
