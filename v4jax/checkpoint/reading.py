@@ -135,7 +135,9 @@ class _Buffers:
         places = {device: index for device, index in held.items() if index is not None}
         parts = [self._parts[self._bounds(index)] for index in places.values()]
         arrays = jax.device_put(parts, list(places), may_alias=True)
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)
+        return jax.make_array_from_single_device_arrays(
+            self._shape, self._sharding, arrays, dtype=self._dtype
+        )
 
     def cancel(self) -> None:
         """Gives up what has not begun, and waits for the rest."""
