@@ -9,11 +9,27 @@ v6e and v7x are what the peak rates imply. The documentation gives both directio
 links together; `ici` is one of them.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 GiB, MiB = 2**30, 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of kernels. Others than a chip's own can be given to a call (`pallas_kernels.tuning`)."""
+
+    attention_vmem: int  # bytes that a kernel may ask for
+    attention_blocks: tuple[int, int, int] = (2048, 256, 512)  # rows, rows of a chunk, entries
+    decode_entries: int = 1024  # entries of a block that decoding streams
+    grouped_budget: int  # bytes of VMEM for blocks of the experts' kernels
+    grouped_vmem: int  # bytes that they may ask for
+    grouped_step_weights: int  # weights that are unpacked by one step
+    hyper_connections_vmem: int
+    hyper_connections_tokens: int = 256  # of a block, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,15 +57,7 @@ class Chip:
     native_e4m3: bool  # converts e4m3fn itself; else e4m3b11fnuz is what is fast
     fast_e5m2: bool  # multiplies e5m2 faster than bfloat16
 
-    # Sizes of kernels.
-    attention_vmem: int  # bytes that a kernel may ask for
-    attention_blocks: tuple[int, int, int] = (2048, 256, 512)  # rows, rows of a chunk, entries
-    decode_entries: int = 1024  # entries of a block that decoding streams
-    grouped_budget: int  # bytes of VMEM for blocks of the experts' kernels
-    grouped_vmem: int  # bytes that they may ask for
-    grouped_step_weights: int  # weights that are unpacked by one step
-    hyper_connections_vmem: int
-    hyper_connections_tokens: int = 256  # of a block, at most
+    sizes: Sizes  # of its kernels
 
 
 def _slices(prefix: str, *shapes: str) -> tuple[str, ...]:
@@ -58,15 +66,13 @@ def _slices(prefix: str, *shapes: str) -> tuple[str, ...]:
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-_LARGE_VMEM: dict[str, Any] = dict(
-    vmem=128 * MiB,
+_OF_128_MIB: dict[str, Any] = dict(
     attention_vmem=100 * MiB,
     grouped_budget=96 * MiB,
     grouped_vmem=112 * MiB,
     hyper_connections_vmem=100 * MiB,
 )
-_SMALL_VMEM: dict[str, Any] = dict(
-    vmem=64 * MiB,
+_OF_64_MIB: dict[str, Any] = dict(
     attention_vmem=56 * MiB,
     grouped_budget=46 * MiB,
     grouped_vmem=58 * MiB,
@@ -88,8 +94,8 @@ V5E = Chip(
     vector_bfloat16=False,
     native_e4m3=False,
     fast_e5m2=False,
-    grouped_step_weights=1 << 20,
-    **_LARGE_VMEM,
+    vmem=128 * MiB,
+    sizes=Sizes(grouped_step_weights=1 << 20, **_OF_128_MIB),
 )
 V5P = Chip(
     name="v5p",
@@ -107,8 +113,8 @@ V5P = Chip(
     vector_bfloat16=False,
     native_e4m3=False,
     fast_e5m2=False,
-    grouped_step_weights=1 << 20,
-    **_SMALL_VMEM,
+    vmem=64 * MiB,
+    sizes=Sizes(grouped_step_weights=1 << 20, **_OF_64_MIB),
 )
 V6E = Chip(
     name="v6e",
@@ -125,8 +131,8 @@ V6E = Chip(
     vector_bfloat16=True,
     native_e4m3=False,
     fast_e5m2=False,
-    grouped_step_weights=1 << 23,
-    **_LARGE_VMEM,
+    vmem=128 * MiB,
+    sizes=Sizes(grouped_step_weights=1 << 23, **_OF_128_MIB),
 )
 V7X = Chip(
     name="v7x",
@@ -144,9 +150,8 @@ V7X = Chip(
     vector_bfloat16=True,
     native_e4m3=True,
     fast_e5m2=True,
-    decode_entries=2048,
-    grouped_step_weights=1 << 22,
-    **_SMALL_VMEM,
+    vmem=64 * MiB,
+    sizes=Sizes(decode_entries=2048, grouped_step_weights=1 << 22, **_OF_64_MIB),
 )
 
 CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, V7X)}
@@ -159,6 +164,20 @@ def of_kind(kind: str) -> Chip | None:
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
+_SIZES = frozenset(field.name for field in dataclasses.fields(Sizes))
+_given: contextvars.ContextVar[Sizes | None] = contextvars.ContextVar("sizes", default=None)
+
+
+@contextlib.contextmanager
+def using(sizes: Sizes) -> Iterator[None]:
+    """Kernels that are traced inside take these sizes, whatever the chip."""
+    token = _given.set(sizes)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 class _Column(Mapping):
     """One field of every record, by name of the chip; of records that are added later, too."""
 
@@ -166,7 +185,9 @@ class _Column(Mapping):
         self._field = field
 
     def __getitem__(self, name: str):
-        return getattr(CHIPS[name], self._field)
+        chip = CHIPS[name]
+        record = (_given.get() or chip.sizes) if self._field in _SIZES else chip
+        return getattr(record, self._field)
 
     def __iter__(self):
         return iter(CHIPS)
@@ -176,5 +197,5 @@ class _Column(Mapping):
 
 
 def table(field: str) -> Mapping[str, Any]:
-    """Chip name -> one field of its record."""
+    """Chip name -> one field of its record, or of the sizes that are in use."""
     return _Column(field)

@@ -14,6 +14,7 @@ are spread over devices need such a mesh around the program (`jax.set_mesh`); wi
 it cannot partition the kernel.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -26,8 +27,20 @@ from pallas_kernels import chips, signatures
 IMPLEMENTATIONS = ("tpu", "interpret", "xla", "reference")
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """An implementation whose kernels take other sizes than their chip's: see `pallas_kernels.tuning`.
+
+    Gradients that jax asks for after the call take the chip's own.
+    """
+
+    chip: str  # that the sizes are for, a name of `chips.CHIPS`
+    sizes: tuple[tuple[str, chips.Sizes], ...]  # by operation
+    implementation: str | tuple[str, ...] | None = None  # as without sizes
+
+
 _Operation = TypeVar("_Operation", bound=Callable)
-Implementation = str | tuple[str, ...] | None
+Implementation = str | tuple[str, ...] | Tuned | None
 _registered: dict[str, dict[str, Callable]] = {}  # name -> operation -> function
 
 
@@ -40,6 +53,8 @@ def operation(function: _Operation) -> _Operation:
     @signatures.shaped
     @functools.wraps(function)
     def call(*args, implementation: Implementation = None, **options):
+        if isinstance(implementation, Tuned):
+            return _tuned(implementation, call, function.__name__, args, options)
         names = implementation if isinstance(implementation, tuple) else (implementation,)
         for name in names:
             if name not in _registered:
@@ -50,6 +65,20 @@ def operation(function: _Operation) -> _Operation:
         return function(*args, **options, implementation=_one(own))
 
     return cast(_Operation, call)
+
+
+def _tuned(tuned: Tuned, call: Callable, name: str, args: tuple, options: dict):
+    """A call with the sizes that are given for an operation of this name, if any are."""
+    sizes = dict(tuned.sizes).get(name)
+    if sizes is None or target_platform() != "tpu":
+        return call(*args, implementation=tuned.implementation, **options)
+    if target_chip() != tuned.chip:
+        raise ValueError(
+            f"sizes of kernels for {tuned.chip}, and this program is for {target_chip()}: expected those of "
+            f"`python -m benchmarks.autotune` on {target_chip()}, or none."
+        )
+    with chips.using(sizes):
+        return call(*args, implementation=tuned.implementation, **options)
 
 
 def _one(names: tuple[str, ...]) -> Implementation:
@@ -87,6 +116,8 @@ def choose(implementation: Implementation, *, unsupported: str | None = None) ->
     Raises:
       ValueError: an unknown name, or one that cannot run here.
     """
+    if isinstance(implementation, Tuned):
+        return choose(implementation.implementation, unsupported=unsupported)
     if isinstance(implementation, tuple):
         return _first(implementation, unsupported)
     if implementation in _registered:

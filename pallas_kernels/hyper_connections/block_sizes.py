@@ -8,13 +8,15 @@ them is VMEM, where every block of an array in HBM is held twice.
 from pallas_kernels import chips
 
 LANES = 128
+VMEM_LIMIT = chips.table("hyper_connections_vmem")
+MOST_TOKENS = chips.table("hyper_connections_tokens")
 COEFFICIENT_TOKENS = 8 * LANES  # a whole float32 register
 _SCRATCH_PER_TOKEN = 24 * LANES * 4  # coefficients spread over lanes, float32
 
 
 def vmem_limit(chip: str) -> int:
     """Bytes of VMEM a kernel asks for."""
-    return chips.CHIPS[chip].hyper_connections_vmem
+    return VMEM_LIMIT[chip]
 
 
 def block_tokens(chip: str, num_tokens: int, bytes_per_token: int, constant_bytes: int = 0) -> int:
@@ -26,7 +28,7 @@ def block_tokens(chip: str, num_tokens: int, bytes_per_token: int, constant_byte
       bytes_per_token: of all operands and results of one token.
       constant_bytes: of operands every program reads.
     """
-    limit, tokens = vmem_limit(chip), chips.CHIPS[chip].hyper_connections_tokens
+    limit, tokens = vmem_limit(chip), MOST_TOKENS[chip]
     room = limit - 2 * constant_bytes - (4 << 20)
     while tokens > 128 and (
         tokens >= 2 * num_tokens or tokens * (2 * bytes_per_token + _SCRATCH_PER_TOKEN) > room

@@ -103,7 +103,8 @@ def test_other_implementations_are_picked_by_name():
 
 
 def test_a_chip_that_is_added_later_is_in_every_table(monkeypatch):
-    new = dataclasses.replace(chips.V7X, name="v99", kinds=("TPU v99",), grouped_vmem=123)
+    own = dataclasses.replace(chips.V7X.sizes, grouped_vmem=123)
+    new = dataclasses.replace(chips.V7X, name="v99", kinds=("TPU v99",), sizes=own)
     sizes = chips.table("grouped_vmem")
     monkeypatch.setitem(chips.CHIPS, "v99", new)
     assert sizes["v99"] == 123 and "v99" in sizes

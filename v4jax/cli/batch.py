@@ -11,7 +11,6 @@ they hold one model together.
 """
 
 import argparse
-import dataclasses
 import pathlib
 import sys
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from v4jax import Numerics, checkpoint, from_hf, stores
+from v4jax import checkpoint, from_hf, stores
 from v4jax.checkpoint.folders import weight_files
 from v4jax.cli.options import (
     add_checkpoint_option,
@@ -30,6 +29,7 @@ from v4jax.cli.options import (
     add_sampling_options,
     command_parser,
     local_folder,
+    numerics_of,
 )
 from v4jax.cli.pod import (
     add_pod_arguments,
@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     names = ("mode", "temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed")
     try:
         args.settings = Settings(**{name: getattr(args, name) for name in names})
-        args.rounding = Numerics(args.numerics, args.dtype, recipe=args.recipe)
+        args.rounding = numerics_of(args)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace, process: int, count: int) -> int:
         if job.remaining:
             tokenizer = Tokenizer(args.checkpoint)
             # Kernels can run: a program is of one device or of a whole mesh.
-            numerics = dataclasses.replace(args.rounding, implementation=("tpu", "xla"))
+            numerics = args.rounding.with_names("tpu", "xla")
             bar = tqdm(
                 initial=done, total=job.total, unit="request", desc=name[:-2], disable=not leads
             )

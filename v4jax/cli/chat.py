@@ -10,7 +10,6 @@ Every turn feeds the whole conversation again. Ctrl-C ends a reply, and keeps wh
 import sys
 from collections.abc import Iterator
 
-from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.generate import accept_any_text, sampling_of
 from v4jax.cli.options import (
@@ -20,6 +19,7 @@ from v4jax.cli.options import (
     add_numerics_options,
     add_sampling_options,
     command_parser,
+    numerics_of,
 )
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.engine import Engine
@@ -77,7 +77,7 @@ def main() -> None:
     tokenizer = Tokenizer(args.checkpoint)
     resolve_mode(args.mode, tokenizer.release)
     tokenizer.encode(args.system or "")
-    numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
+    numerics = numerics_of(args)
     model = load_for_serving(args, numerics, context=LONG_CONVERSATION, adapter=args.adapter)
     engine = Engine(model, tokenizer, slots=1, cache=args.cache)
     accept_any_text()

@@ -16,7 +16,6 @@ import pathlib
 import sys
 import time
 
-from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
     add_adapter_option,
@@ -26,6 +25,7 @@ from v4jax.cli.options import (
     add_sampling_options,
     command_parser,
     local_folder,
+    numerics_of,
 )
 from v4jax.cli.profiling import add_profile_option, profiled
 from v4jax.cli.serving import load_for_serving
@@ -102,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
 
     sampling = sampling_of(args)
-    numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
+    numerics = numerics_of(args)
     tokenizer = Tokenizer(args.checkpoint)
     schema = None if args.json_schema is None else read_schema(args.json_schema)
     grammar = None if schema is None else Grammar.json_schema(schema)

@@ -4,10 +4,12 @@ import argparse
 import functools
 import pathlib
 
+from pallas_kernels import tuning
+from pallas_kernels.dispatch import Tuned
 from v4jax import stores
 from v4jax.checkpoint.loading import folder_of
 from v4jax.cli.pod import parse_mesh
-from v4jax.nn.numerics import RECIPES
+from v4jax.nn.numerics import RECIPES, Numerics
 
 DTYPES = ("float32", "bfloat16")
 
@@ -114,7 +116,9 @@ def _adapter(text: str, *, may_be_alone: bool) -> tuple[str | None, pathlib.Path
 def add_numerics_options(
     parser: argparse.ArgumentParser, *, dtype: str = "bfloat16"
 ) -> argparse._ArgumentGroup:
-    """--dtype, --numerics, --recipe and --cache: what is computed in which format.
+    """--dtype, --numerics, --recipe, --cache and --kernel-sizes: what is computed in which format, and how.
+
+    `numerics_of` has what they say, but for the cache.
 
     Args:
       dtype: the default of --dtype.
@@ -139,7 +143,29 @@ def add_numerics_options(
         choices=("packed", "float"),
         help="KV cache in FP8 and FP4, or in floats (default: packed where it is exact)",
     )
+    group.add_argument(
+        "--kernel-sizes",
+        type=_kernel_sizes,
+        metavar="FILE",
+        help="sizes of kernels for this TPU, see docs/kernels.md (default: the chip's own)",
+    )
     return group
+
+
+def numerics_of(args: argparse.Namespace) -> Numerics:
+    """Of a command with `add_numerics_options`.
+
+    Raises:
+      ValueError: a recipe that these numerics do not have.
+    """
+    return Numerics(args.numerics, args.dtype, args.kernel_sizes, args.recipe)
+
+
+def _kernel_sizes(text: str) -> Tuned:
+    try:
+        return tuning.load(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_mesh_option(parser: argparse.ArgumentParser) -> None:

@@ -13,10 +13,8 @@ import math
 import pathlib
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 
-from v4jax import Numerics
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
     add_adapter_option,
@@ -25,6 +23,7 @@ from v4jax.cli.options import (
     add_numerics_options,
     command_parser,
     local_folder,
+    numerics_of,
 )
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.score import Scorer
@@ -78,7 +77,7 @@ def read_tokens(path: pathlib.Path) -> np.ndarray:
 def main() -> None:
     """Scores."""
     args = parse_args()
-    numerics = Numerics(args.numerics, jnp.dtype(args.dtype), recipe=args.recipe)
+    numerics = numerics_of(args)
     tokens = read_tokens(args.tokens) if args.tokens else None
     context = args.context if tokens is None or tokens.ndim != 2 else max(1, tokens.shape[1])
     model = load_for_serving(args, numerics, context=context, adapter=args.adapter)

@@ -19,13 +19,14 @@ Process 0 listens, and the others do its steps until it ends.
 import os
 import sys
 
-from v4jax import Numerics, checkpoint
+from v4jax import checkpoint
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
     add_checkpoint_option,
     add_named_adapters_option,
     add_numerics_options,
     command_parser,
+    numerics_of,
 )
 from v4jax.cli.pod import add_pod_arguments, parse_pod_args, start_processes
 from v4jax.cli.profiling import add_profile_option, profiled
@@ -76,7 +77,7 @@ def main() -> None:
         raise ValueError(str(error)) from error
     tokenizer = Tokenizer(args.checkpoint)
     resolve_mode(args.mode, tokenizer.release)
-    numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
+    numerics = numerics_of(args)
     for name, least in (("grace", 0), ("queue", 1), ("slots", 1), ("cache_tokens", args.slots)):
         if getattr(args, name) < least:
             option = name.replace("_", "-")

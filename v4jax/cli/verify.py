@@ -20,7 +20,7 @@ import sys
 
 import jax
 
-from v4jax import Numerics, __version__, checkpoint
+from v4jax import __version__, checkpoint
 from v4jax.checkpoint.saving import write_text
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import (
@@ -30,6 +30,7 @@ from v4jax.cli.options import (
     add_numerics_options,
     command_parser,
     local_folder,
+    numerics_of,
 )
 from v4jax.cli.serving import load_for_serving
 from v4jax.inference.findings import FAIL, PASS, SKIPPED, Row
@@ -86,7 +87,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Verifies."""
     args = parse_args()
-    numerics = Numerics(args.numerics, args.dtype, recipe=args.recipe)
+    numerics = numerics_of(args)
     opened, tokenizer = checkpoint.Checkpoint(args.checkpoint), Tokenizer(args.checkpoint)
     vectors = read_vectors(args.vectors, tokenizer, opened.config) if args.vectors else ()
     lengths = args.lengths[:1] if args.quick else args.lengths

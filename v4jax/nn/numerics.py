@@ -26,7 +26,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, Tuned, choose
 from pallas_kernels.formats.quantize import QuantizedArray, cast
 from pallas_kernels.formats.quantize_rows import round_rows
 from pallas_kernels.formats.records import ACTIVATIONS, Format
@@ -63,14 +63,24 @@ class Numerics:
         if recipe == "bf16" and dtype != jnp.bfloat16:
             raise ValueError(f'recipe="bf16" with dtype={dtype}: expected bfloat16.')
         object.__setattr__(self, "recipe", recipe)
-        if self.implementation is not None:  # None must not ask for devices: it is a default
-            choose(self.implementation)  # an unknown name, or one that cannot run here
+        named = self.implementation
+        named = named.implementation if isinstance(named, Tuned) else named
+        if named is not None:  # None must not ask for devices: it is a default
+            choose(named)  # an unknown name, or one that cannot run here
         object.__setattr__(self, "dtype", dtype)
 
     @property
     def is_released(self) -> bool:
         """Rounds where the released inference code does."""
         return self.name == "released"
+
+    def with_names(self, *names: str) -> "Numerics":
+        """The same with these implementations in order of preference; sizes of kernels stay."""
+        given = self.implementation
+        tuned = (
+            dataclasses.replace(given, implementation=names) if isinstance(given, Tuned) else names
+        )
+        return dataclasses.replace(self, implementation=tuned)
 
     def finish(
         self,
