@@ -16,6 +16,7 @@ it cannot partition the kernel.
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -50,6 +51,9 @@ def operation(function: _Operation) -> _Operation:
     Tests check every call against the signature (`signatures.py`), also of such implementations.
     """
 
+    parameters = inspect.signature(function).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+
     @signatures.shaped
     @functools.wraps(function)
     def call(*args, implementation: Implementation = None, **options):
@@ -60,7 +64,8 @@ def operation(function: _Operation) -> _Operation:
             if name not in _registered:
                 break
             if function.__name__ in _registered[name]:
-                return _registered[name][function.__name__](*args, **options)
+                given = {k: v for k, v in options.items() if v is not defaults[k]}
+                return _registered[name][function.__name__](*args, **given)
         own = tuple(name for name in names if name is not None and name not in _registered)
         return function(*args, **options, implementation=_one(own))
 
@@ -90,7 +95,7 @@ def register(name: str, operation: Callable) -> Callable:
     """`@register("mine", grouped_matmul)`: an implementation that `implementation="mine"` picks.
 
     The function takes the operation's arguments but `implementation`, and has to be differentiable
-    where the operation is, if it is to train. Operations without one of that name run as without a name.
+    where the operation is, if it is to train. Options that are as they are by default are not passed. Operations without one of that name run as without a name.
 
     Raises:
       ValueError: the name is one of `IMPLEMENTATIONS`.

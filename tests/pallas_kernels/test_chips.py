@@ -74,7 +74,7 @@ def test_other_implementations_are_picked_by_name():
     calls = []
 
     @dispatch.operation
-    def double(x, *, implementation=None):
+    def double(x, *, added_later=None, implementation=None):
         return 2 * x, implementation
 
     @dispatch.operation
@@ -90,6 +90,9 @@ def test_other_implementations_are_picked_by_name():
 
         assert double(3, implementation="by adding") == (6, "ours") and calls == [3]
         assert double(3, implementation=("by adding", "xla")) == (6, "ours")
+        assert double(3, added_later=None, implementation="by adding") == (6, "ours")
+        with pytest.raises(TypeError, match="added_later"):
+            double(3, added_later=1, implementation="by adding")
         assert halve(4, implementation="by adding") == (2, None)
         assert halve(4, implementation=("by adding", "xla")) == (2, "xla")
         assert double(3) == (6, None)
