@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from benchmarks.case import Case, main
 from pallas_kernels.formats.packed_rows import PackedColumns, PackedKeys, PackedRows
 from pallas_kernels.gated_pool import Pool
-from pallas_kernels.grouped_matmul import by_expert
+from pallas_kernels.grouped_matmul import by_expert, pairs_by_expert
 from pallas_kernels.pool_token import pool_token
 from pallas_kernels.router import top_experts
 
@@ -68,6 +68,26 @@ def _order_case(rows: int, experts: int) -> Case:
     )
 
 
+def _pairs_case(devices: int, tokens: int, experts: int) -> Case:
+    """Of the tokens of so many devices, which told each other their experts; an expert device's order."""
+
+    def make():
+        shape = (devices, tokens, K)
+        numbers = jax.random.randint(jax.random.key(0), shape, 0, EXPERTS)
+        return numbers, jnp.ones(shape), jnp.int32(experts)
+
+    pairs = devices * tokens * K
+    return Case(
+        op="pairs_by_expert",
+        shape=f"{devices} x {tokens} tokens, {experts} experts",
+        run=functools.partial(pairs_by_expert, num_experts=experts),
+        make=make,
+        flops=0.0,
+        bytes=4.0 * (5 * pairs + experts),
+        trips=lambda chip: {"pairs_by_expert": ()},
+    )
+
+
 def _words_case(layout: str, tokens: int) -> Case:
     kind, width = PACKINGS[layout]
 
@@ -94,6 +114,7 @@ def cases() -> list[Case]:
         *[_pool_case(*pool, tokens) for pool in pools for tokens in (1, 8)],
         *[_router_case(tokens) for tokens in (1, 8, 4096)],
         *[_order_case(*sizes) for sizes in ((6, 256), (48, 32), (512, 384))],
+        *[_pairs_case(*sizes) for sizes in ((8, 1, 32), (1, 8, 256))],
         *[_words_case(layout, tokens) for layout in PACKINGS for tokens in (1, 8)],
     ]
 
