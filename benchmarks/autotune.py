@@ -39,7 +39,7 @@ SEARCHES = (
     Search(
         ("window_attention", "selected_attention"),
         "attention_blocks",
-        ((1024, 256, 512), (2048, 512, 512), (2048, 256, 1024), (4096, 256, 512), (4096, 512, 512)),
+        ((1024, 512, 512), (2048, 512, 512), (2048, 1024, 1024), (4096, 512, 512), (4096, 1024, 512)),
         (
             "attention: Flash HCA 8k",
             "attention: Flash CSA 8k",
