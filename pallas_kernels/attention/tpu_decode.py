@@ -24,7 +24,7 @@ visited pages, or the picked entries (twice if bfloat16), out.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +199,14 @@ def _call(
     )(*scalars, *args)
 
 
+class _Keys(NamedTuple):
+    """Keys that are values, too."""
+
+    keys: Any  # [S, H], or [H, S]
+    bias: Any  # [1, S]: zero where wanted, else very low
+    is_transposed: bool = False
+
+
 class _Softmax:
     """The running softmax of a sequence's heads, in VMEM. Scores are in units of log 2."""
 
@@ -207,33 +215,44 @@ class _Softmax:
         self.sink = turned(sink_ref[...] * _LOG2E)  # [N, 1]
         self.peak, self.weight, self.total = peak_ref, weight_ref, total_ref  # [N, 128], [N, H]
 
-    def start(self):
-        """Only the sink: a key whose value is zero."""
-        self.peak[...] = jnp.broadcast_to(self.sink, self.peak.shape)
-        self.weight[...] = jnp.zeros_like(self.weight)
-        self.total[...] = jnp.zeros_like(self.total)
+    def start(self, *keys: "_Keys"):
+        """The sink, that is a key whose value is zero, and keys."""
+        self._visit(self.sink, False, keys)
 
-    def visit(self, keys, bias, *, is_transposed: bool = False):
-        """Keys [S, H], or [H, S], with bias [1, S]: zero where wanted, else very low."""
-        channels = 0 if is_transposed else 1
-        scores = self.scale * _dot(self.q_ref[...], keys, channels) + bias
-        old = self.peak[:, :1]
-        peak = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-        p = jnp.exp2(scores - peak)
-        decay = jnp.exp2(old - peak)
-        self.weight[...] = decay * self.weight[...] + _fold_lanes(p)
-        self.total[...] = decay * self.total[...] + _dot(p.astype(keys.dtype), keys, 1 - channels)
+    def visit(self, *keys: "_Keys"):
+        """More keys."""
+        self._visit(self.peak[:, :1], True, keys)
+
+    def _visit(self, old, has_sums: bool, parts):
+        scores = [
+            self.scale * _dot(self.q_ref[...], x.keys, 0 if x.is_transposed else 1) + x.bias
+            for x in parts
+        ]
+        highest = [jnp.max(x, axis=1, keepdims=True) for x in scores]
+        peak = functools.reduce(jnp.maximum, highest, old)
+        p = [jnp.exp2(x - peak) for x in scores]
+        weights = [_fold_lanes(x) for x in p]
+        totals = [
+            _dot(p.astype(x.keys.dtype), x.keys, 1 if x.is_transposed else 0)
+            for p, x in zip(p, parts)
+        ]
+        if has_sums:
+            decay = jnp.exp2(old - peak)
+            weights.insert(0, decay * self.weight[...])
+            totals.insert(0, decay * self.total[...])
+        self.weight[...] = functools.reduce(jnp.add, weights)
+        self.total[...] = functools.reduce(jnp.add, totals)
         self.peak[...] = jnp.broadcast_to(peak, self.peak.shape)
 
-    def visit_ring(self, ring_ref, num_written):
-        """The ring, of which so many rows are written."""
+    def ring(self, ring_ref, num_written) -> "_Keys":
+        """The keys of a ring, of which so many rows are written."""
         is_packed = ring_ref.dtype == jnp.uint32
         if is_packed:
             keys = tpu_packed.keys_of_columns(ring_ref, self.q_ref.dtype)
         else:
             keys = ring_ref[...]
         size = keys.shape[1 if is_packed else 0]
-        self.visit(keys, _below(num_written, size), is_transposed=is_packed)
+        return _Keys(keys, _below(num_written, size), is_packed)
 
     def finish(self, out_ref):
         """Divides by the denominator, the sink's share included."""
@@ -270,8 +289,7 @@ def _below(limit, size: int):
 
 def _ring_kernel(ring_rows, q_ref, sink_ref, ring_ref, out_ref, *state, scale):
     softmax = _Softmax(q_ref, sink_ref, *state, scale=scale)
-    softmax.start()
-    softmax.visit_ring(ring_ref, ring_rows[_sequence(ring_rows)])
+    softmax.start(softmax.ring(ring_ref, ring_rows[_sequence(ring_rows)]))
     softmax.finish(out_ref)
 
 
@@ -302,25 +320,31 @@ def _stream_kernel(
     softmax = _Softmax(q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale=scale)
     is_packed = pool_ref.dtype == jnp.uint32
     block = tpu_pages.pages_held(stream, lines) * PAGE
-    softmax.start()
-    softmax.visit_ring(ring_ref, ring_rows[b])
+    num_pages = block // PAGE
+
+    def entries(rows_ref, k):
+        limit = wanted[b] - k * block
+        keys = tpu_packed.keys_of_columns(rows_ref, q_ref.dtype) if is_packed else rows_ref[...]
+        return _Keys(keys, _below(limit, block), is_packed)
+
+    def clear(rows_ref, k):
+        limit = wanted[b] - k * block
+        pl.when(limit < block)(lambda: _clear(rows_ref, limit, lines, is_packed))
+
+    def first(rows_ref, k, start):
+        clear(rows_ref, k)
+        start(0, num_pages)  # the ring's products leave the scalar unit idle
+        softmax.start(softmax.ring(ring_ref, ring_rows[b]), entries(rows_ref, k))
+        return num_pages
 
     def visit(rows_ref, k, start):
-        limit = wanted[b] - k * block
-
-        @pl.when(limit < block)
-        def _():
-            _clear(rows_ref, limit, lines, is_packed)
-
+        clear(rows_ref, k)
         if is_packed:
-            start(0, block // PAGE)
-            keys = tpu_packed.keys_of_columns(rows_ref, q_ref.dtype)
-        else:
-            keys = rows_ref[...]
-        softmax.visit(keys, _below(limit, block), is_transposed=is_packed)
-        return block // PAGE if is_packed else 0  # of floats they fit in worse than they follow
+            start(0, num_pages)
+        softmax.visit(entries(rows_ref, k))
+        return num_pages if is_packed else 0  # of floats they fit in worse than they follow
 
-    tpu_pages.PageStream(grid, lines, wanted, table, pool_ref, stream).visit(visit)
+    tpu_pages.PageStream(grid, lines, wanted, table, pool_ref, stream).visit(visit, first)
     softmax.finish(out_ref)
 
 
@@ -368,8 +392,7 @@ def _gather_kernel(
                 ).start()
 
     softmax = _Softmax(q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale=scale)
-    softmax.start()
-    softmax.visit_ring(ring_ref, ring_rows[_sequence(ring_rows)])
+    softmax.start(softmax.ring(ring_ref, ring_rows[_sequence(ring_rows)]))
     group = 1 if is_packed else picked_ref.shape[1] // copies_ref.shape[0]
     for c in range(arrived.shape[0]):
         part = rows_ref.at[pl.ds(c * turns, turns)]
@@ -391,5 +414,5 @@ def _gather_kernel(
             bits = jax.lax.bitcast_convert_type(held, jnp.uint32)
             words &= jnp.concatenate([bits] * (words.shape[1] // LANES), axis=1)
             keys = pltpu.bitcast(words, pool_ref.dtype)
-        softmax.visit(keys, bias)
+        softmax.visit(_Keys(keys, bias))
     softmax.finish(out_ref)

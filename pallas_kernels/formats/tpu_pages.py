@@ -98,6 +98,9 @@ def pages_held(scratch_refs, lines: int) -> int:
     return scratch_refs[0].shape[-2] // lines
 
 
+Body = Callable[[Any, jax.Array, Callable], Any]  # see `PageStream.visit`
+
+
 class PageStream:
     """The pages of each sequence of a core, in blocks, in a kernel over `grid`."""
 
@@ -116,17 +119,20 @@ class PageStream:
         *self.blocks, self.arrived, self.state = scratch_refs
         self.is_one_array = len(self.blocks) == 1
         self.pages = pages_held(scratch_refs, lines)
+        self.is_one_block = table_ref.shape[0] // grid.batch <= self.pages  # of each sequence
 
-    def visit(self, body: Callable[[Any, jax.Array, Callable], Any]) -> None:
+    def visit(self, body: Body, first: Body | None = None) -> None:
         """`body(rows_ref, k, start)` for each block k of this step's sequence, at least for one.
 
         `start(first, count)` issues the copies of `count` pages of a block that comes later, from its
         page `first` on; of pages that it does not have, none. It is for the middle of vector code, which
         the copies' scalar instructions then take no time beside. The body returns for how many pages it
         has called that, from page 0 on; the others follow it.
+
+        Args:
+          first: the body for block 0, if it is another.
         """
-        b = self.grid.sequence(self.core, self.step)
-        num_pages = self._num_pages(b)
+        num_pages = self._num_pages(self.grid.sequence(self.core, self.step))
 
         @pl.when(self.step == 0)
         def _():
@@ -136,26 +142,36 @@ class PageStream:
                 page, count = self._next()
                 self._start(slot, page, 0, count)
 
-        @pl.loop(0, jnp.maximum(pl.cdiv(num_pages, self.pages), 1))
-        def _(k):
-            slot, (page, count) = self.state[0], self._next()
-            self.state[0] = jnp.where(slot == HELD - 1, 0, slot + 1)
+        if first is not None or self.is_one_block:
+            self._visit(first or body, jnp.int32(0), num_pages)
+        if not self.is_one_block:
 
-            def use(slot):
-                other = (slot + HELD - 1) % HELD
-                self._wait(slot, num_pages - k * self.pages)
-                started = body(self._block(slot), k, self._starting(other, page, count))
-                if not (isinstance(started, int) and started >= self.pages):
-                    self._start(other, page, started, count)
+            blocks = pl.cdiv(num_pages, self.pages)
+            begin, end = (0, jnp.maximum(blocks, 1)) if first is None else (1, blocks)
 
-            if self.is_one_array:
-                use(slot)
-                return
-            for i in range(HELD):
-                # Not a branch: schedules count the turns of loops, but take every branch.
-                @pl.loop(0, jnp.where(slot == i, 1, 0))
-                def _(_, i=i):
-                    use(i)
+            @pl.loop(begin, end)
+            def _(k):
+                self._visit(body, k, num_pages)
+
+    def _visit(self, body: Body, k, num_pages):
+        slot, (page, count) = self.state[0], self._next()
+        self.state[0] = jnp.where(slot == HELD - 1, 0, slot + 1)
+
+        def use(slot):
+            other = (slot + HELD - 1) % HELD
+            self._wait(slot, num_pages - k * self.pages)
+            started = body(self._block(slot), k, self._starting(other, page, count))
+            if not (isinstance(started, int) and started >= self.pages):
+                self._start(other, page, started, count)
+
+        if self.is_one_array:
+            use(slot)
+            return
+        for i in range(HELD):
+            # Not a branch: schedules count the turns of loops, but take every branch.
+            @pl.loop(0, jnp.where(slot == i, 1, 0))
+            def _(_, i=i):
+                use(i)
 
     def _block(self, slot):
         """Where one of the blocks is held; `slot` is a number where each is an array of its own."""
@@ -166,12 +182,15 @@ class PageStream:
 
         After a sequence's last block comes the next one's first.
         """
-        step, k = self.state[1], self.state[2]
+        step, k = self.state[1], 0 if self.is_one_block else self.state[2]
         b = self.grid.sequence(self.core, step)
         left = self._num_pages(b) - k * self.pages
-        is_last = left <= self.pages
-        self.state[1] = jnp.where(is_last, step + 1, step)
-        self.state[2] = jnp.where(is_last, 0, k + 1)
+        if self.is_one_block:
+            self.state[1] = step + 1
+        else:
+            is_last = left <= self.pages
+            self.state[1] = jnp.where(is_last, step + 1, step)
+            self.state[2] = jnp.where(is_last, 0, k + 1)
         count = jnp.where(step < self.grid.per_core, jnp.minimum(left, self.pages), 0)
         return b * (self.table.shape[0] // self.grid.batch) + k * self.pages, count
 

@@ -216,8 +216,17 @@ def index_list_trips(chip: str, batch: int, num_entries: int, topk: int) -> Trip
 def decode_stream_trips(chip: str, batch: int, pages: int, is_packed: bool) -> Trips:
     """Of `decode_stream`: attention to all pages of a sequence in decoding."""
     block = min(tpu_decode.BLOCK_ENTRIES[chip] // PAGE, pages)
-    cleared = -pages % block / -(-pages // block)
-    return stream_trips(chip, batch, pages, block, (cleared,), None if is_packed else True)
+    others = -(-pages // block) - 1
+    warm = stream_trips(chip, batch, pages, block, (0,), None)
+    if not others:
+        return warm
+    grid, first = warm[: -3 * HELD - 1], warm[-3 * HELD :]
+    behind: Trips = ()
+    if not is_packed:
+        several, single = divmod(pages - block, UNROLL)
+        behind = tuple(n / others for n in ((several, single) if block >= UNROLL else (single,)))
+    partial = pages % block / others
+    return (*grid, *first, others, *(1 / HELD, partial, -pages % block / others, *behind) * HELD)
 
 
 def float_rows_trips(chip: str, batch: int, pages: int) -> Trips:
@@ -263,4 +272,5 @@ def stream_trips(
     if copies_behind is not None:
         behind = tuple(n / blocks for n in turns(pages * copies_behind))
     grid = (batch,) if batch > 1 else ()  # a grid of one step is no loop
-    return (*grid, *warm, blocks, *(1 / HELD, waits, *used, *behind) * HELD)
+    loop = (blocks,) if blocks > 1 else ()  # a table of one block has none
+    return (*grid, *warm, *loop, *(1 / HELD, waits, *used, *behind) * HELD)
