@@ -105,7 +105,7 @@ def _ring(ring_rows, q, sink, window, *, scale, interpret):
 
 def _stream(ring_rows, wanted, q, sink, window, entries: Pages, *, scale, interpret):
     """Over every visible entry."""
-    pool, lines = tpu_pages.array_of(entries.pool, interpret)
+    pool, lines = tpu_pages.pages_of(entries.pool, interpret)
     grid = tpu_pages.grid_of(q.shape[0])
     block = min(BLOCK_ENTRIES[dispatch.target_chip()] // PAGE, entries.table.shape[1])
     return _call(
@@ -125,7 +125,7 @@ def _gather(ring_rows, q, sink, window, entries: Pages, indices, *, scale, inter
     size = max(LANES, min(1024, pl.next_power_of_2(num_picked)))
     indices = jnp.pad(indices, ((0, 0), (0, -num_picked % size)), constant_values=-1)
     num_picked = indices.shape[1]
-    pool, _ = tpu_pages.array_of(entries.pool, interpret)
+    pool = tpu_pages.array_of(entries.pool, interpret)
     grid = tpu_pages.grid_of(batch)
     is_packed = isinstance(entries.pool, PackedRows)
     place = tpu_packed.where_rows_are if is_packed else None
@@ -306,7 +306,7 @@ def _stream_kernel(
     q_ref,  # [N, H]
     sink_ref,  # [1, N]
     ring_ref,  # [C, H], or lines of words
-    pool_ref,  # [1, P * 128, H] in HBM, or lines of words
+    pool_ref,  # [P, 128, H] in HBM, or lines of words
     out_ref,  # [N, H]
     peak_ref,
     weight_ref,
@@ -324,7 +324,10 @@ def _stream_kernel(
 
     def entries(rows_ref, k):
         limit = wanted[b] - k * block
-        keys = tpu_packed.keys_of_columns(rows_ref, q_ref.dtype) if is_packed else rows_ref[...]
+        if is_packed:
+            keys = tpu_packed.keys_of_columns(rows_ref, q_ref.dtype)
+        else:
+            keys = rows_ref[...].reshape(block, -1)
         return _Keys(keys, _below(limit, block), is_packed)
 
     def clear(rows_ref, k):
@@ -351,12 +354,12 @@ def _stream_kernel(
 def _clear(rows_ref, limit, lines: int, is_packed: bool):
     """Zeros from row `limit` on: what is there may be no number."""
 
-    @pl.loop(limit // PAGE, rows_ref.shape[0] // lines)
+    @pl.loop(limit // PAGE, rows_ref.shape[0] // (lines if is_packed else 1))
     def _(page):
-        first = page * lines if is_packed else pl.multiple_of(page * lines, PAGE)
-        old = rows_ref[pl.ds(first, lines)]
+        at = pl.ds(page * lines, lines) if is_packed else page
+        old = rows_ref[at]
         row = page * PAGE + jax.lax.broadcasted_iota(jnp.int32, old.shape, int(is_packed))
-        rows_ref[pl.ds(first, lines)] = jnp.where(row < limit, old, jnp.zeros_like(old))
+        rows_ref[at] = jnp.where(row < limit, old, jnp.zeros_like(old))
 
 
 def _gather_kernel(

@@ -70,12 +70,24 @@ def grid_of(batch: int) -> Grid:
     return Grid(batch, cores, -(-batch // cores))
 
 
-def array_of(pool: Rows, interpret) -> tuple[jax.Array, int]:
-    """The array of a pool, to be read from HBM, and how many lines of it a page is."""
-    array, lines = (pool, PAGE) if isinstance(pool, jax.Array) else (pool.data, pool.num_words)
+def array_of(pool: Rows, interpret) -> jax.Array:
+    """The array of a pool [1, L, W], to be read from HBM."""
+    array = pool if isinstance(pool, jax.Array) else pool.data
     if not interpret:  # or XLA moves a short one to VMEM, and all of it back
         array = pltpu.with_memory_space_constraint(array, pltpu.HBM)
-    return array, lines
+    return array
+
+
+def pages_of(pool: Rows, interpret) -> tuple[jax.Array, int]:
+    """The array of a pool as a `PageStream` takes it, and how many lines of it a page is.
+
+    Float pages [P, 128, W], so that a page's place is one product; packed ones [1, P * lines, 128], whose
+    lines are no whole tiles.
+    """
+    array = array_of(pool, interpret)
+    if isinstance(pool, jax.Array):
+        return array.reshape(-1, PAGE, array.shape[2]), PAGE
+    return array, pool.num_words
 
 
 def scratch(pages: int, lines: int, pool: jax.Array, interpret) -> list[Any]:
@@ -85,7 +97,8 @@ def scratch(pages: int, lines: int, pool: jax.Array, interpret) -> list[Any]:
     copied to one is not read from another, and moves the copies' instructions between those of the
     vector unit. Not in the plain interpreter, where that would be three times the code to compile.
     """
-    shape = pages * lines, pool.shape[2]
+    is_packed = pool.dtype == jnp.uint32
+    shape = (pages * lines if is_packed else pages, *pool.shape[1:][is_packed:])
     if interpret is True:
         blocks = [pltpu.VMEM((HELD, *shape), pool.dtype)]
     else:
@@ -95,7 +108,8 @@ def scratch(pages: int, lines: int, pool: jax.Array, interpret) -> list[Any]:
 
 def pages_held(scratch_refs, lines: int) -> int:
     """Pages of a block, of what `scratch` made."""
-    return scratch_refs[0].shape[-2] // lines
+    block = scratch_refs[0]
+    return block.shape[-2] // lines if block.dtype == jnp.uint32 else block.shape[-3]
 
 
 Body = Callable[[Any, jax.Array, Callable], Any]  # see `PageStream.visit`
@@ -110,7 +124,7 @@ class PageStream:
           lines: of a page.
           lengths_ref: [B] int32 in SMEM: rows wanted of each sequence, no more than its table has.
           table_ref: [B * n] int32 in SMEM.
-          pool_ref: [1, P * lines, W] in HBM.
+          pool_ref: see `pages_of`, in HBM.
           scratch_refs: see `scratch`.
         """
         self.grid, self.lines = grid, lines
@@ -197,28 +211,27 @@ class PageStream:
     def _num_pages(self, b):
         return pl.cdiv(self.lengths[b], PAGE)
 
-    def _copy(self, slot, page, line):
-        """Of a page among those of all tables, to lines of a block."""
-        source = self.table[page] * self.lines
-        if self.lines % PAGE == 0:
-            source, line = pl.multiple_of(source, PAGE), pl.multiple_of(line, PAGE)
-        return pltpu.make_async_copy(
-            self.pool.at[0, pl.ds(source, self.lines)],
-            self._block(slot).at[pl.ds(line, self.lines)],
-            self.arrived.at[slot],
-        )
+    def _copy(self, slot, page, at):
+        """Of a page among those of all tables, to page `at` of a block."""
+        source, block = self.table[page], self._block(slot)
+        if self.pool.dtype == jnp.uint32:
+            lines = [pl.ds(i * self.lines, self.lines) for i in (source, at)]
+            copied = self.pool.at[0, lines[0]], block.at[lines[1]]
+        else:
+            copied = self.pool.at[source], block.at[at]
+        return pltpu.make_async_copy(*copied, self.arrived.at[slot])
 
     def _starting(self, slot, page, num_pages):
         def start(first, count: int):
             if self.is_one_array:  # less code
                 self._start(slot, page, first, jnp.minimum(first + count, num_pages))
                 return
-            left, page_first, line = num_pages - first, page + first, first * self.lines
+            left, page_first = num_pages - first, page + first
             for j in range(count):
 
                 @pl.when(j < left)
                 def _(j=j):
-                    self._copy(slot, page_first + j, line + j * self.lines).start()
+                    self._copy(slot, page_first + j, first + j).start()
 
         return start
 
@@ -231,13 +244,13 @@ class PageStream:
             def _(i):
                 for j in range(UNROLL):
                     at = first + i * UNROLL + j
-                    self._copy(slot, page + at, at * self.lines).start()
+                    self._copy(slot, page + at, at).start()
 
             first += turns * UNROLL
 
         @pl.loop(first, count)
         def _(at):
-            self._copy(slot, page + at, at * self.lines).start()
+            self._copy(slot, page + at, at).start()
 
     def _wait(self, slot, count):
         """For a block of `count` pages, or of all it has room for."""
@@ -251,7 +264,7 @@ class PageStream:
         def _():
             @pl.loop(0, count)
             def _(j):
-                self._copy(slot, 0, j * self.lines).wait()
+                self._copy(slot, 0, j).wait()
 
 
 def pool_rows(
