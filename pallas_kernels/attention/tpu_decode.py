@@ -306,7 +306,7 @@ def _stream_kernel(
     q_ref,  # [N, H]
     sink_ref,  # [1, N]
     ring_ref,  # [C, H], or lines of words
-    pool_ref,  # [P, 128, H] in HBM, or lines of words
+    pool_ref,  # [P, 16, 8, H] in HBM, or lines of words
     out_ref,  # [N, H]
     peak_ref,
     weight_ref,
@@ -342,10 +342,9 @@ def _stream_kernel(
 
     def visit(rows_ref, k, start):
         clear(rows_ref, k)
-        if is_packed:
-            start(0, num_pages)
+        start(0, num_pages)
         softmax.visit(entries(rows_ref, k))
-        return num_pages if is_packed else 0  # of floats they fit in worse than they follow
+        return num_pages
 
     tpu_pages.PageStream(grid, lines, wanted, table, pool_ref, stream).visit(visit, first)
     softmax.finish(out_ref)
@@ -358,8 +357,8 @@ def _clear(rows_ref, limit, lines: int, is_packed: bool):
     def _(page):
         at = pl.ds(page * lines, lines) if is_packed else page
         old = rows_ref[at]
-        row = page * PAGE + jax.lax.broadcasted_iota(jnp.int32, old.shape, int(is_packed))
-        rows_ref[at] = jnp.where(row < limit, old, jnp.zeros_like(old))
+        row = tpu_pages.row_of_page(old)
+        rows_ref[at] = jnp.where(page * PAGE + row < limit, old, jnp.zeros_like(old))
 
 
 def _gather_kernel(

@@ -117,7 +117,7 @@ def _kernel(
     table_ref,  # [B * n] int32
     q_ref,  # [A, I]
     weights_ref,  # [1, A] float32
-    pool_ref,  # [P, 128, I] in HBM, or lines of words
+    pool_ref,  # [P, 16, 8, I] in HBM, or lines of words
     indices_ref,  # [1, slots] int32
     scores,  # [rows, 128] int32
     starts,  # [rows, 128] float32: `start` of each row, in all lanes
