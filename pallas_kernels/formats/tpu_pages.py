@@ -91,7 +91,7 @@ def pages_of(pool: Rows, interpret) -> tuple[jax.Array, int]:
     return array, pool.num_words
 
 
-def scratch(pages: int, lines: int, pool: jax.Array, interpret) -> list[Any]:
+def scratch(pages: int, lines: int, pool: jax.Array, interpret, held: int = HELD) -> list[Any]:
     """What a `PageStream` of blocks of so many pages of `lines` lines keeps in a kernel.
 
     An array for each block that is held, not one of all: only so does the compiler know that what is
@@ -101,10 +101,10 @@ def scratch(pages: int, lines: int, pool: jax.Array, interpret) -> list[Any]:
     is_packed = pool.dtype == jnp.uint32
     shape = (pages * lines if is_packed else pages, *pool.shape[1:][is_packed:])
     if interpret is True:
-        blocks = [pltpu.VMEM((HELD, *shape), pool.dtype)]
+        blocks = [pltpu.VMEM((held, *shape), pool.dtype)]
     else:
-        blocks = [pltpu.VMEM(shape, pool.dtype)] * HELD
-    return [*blocks, pltpu.SemaphoreType.DMA((HELD,)), pltpu.SMEM((3,), jnp.int32)]
+        blocks = [pltpu.VMEM(shape, pool.dtype)] * held
+    return [*blocks, pltpu.SemaphoreType.DMA((held,)), pltpu.SMEM((3,), jnp.int32)]
 
 
 def pages_held(scratch_refs, lines: int) -> int:
@@ -141,6 +141,7 @@ class PageStream:
         self.lengths, self.table, self.pool = lengths_ref, table_ref, pool_ref
         *self.blocks, self.arrived, self.state = scratch_refs
         self.is_one_array = len(self.blocks) == 1
+        self.held = self.arrived.shape[0]
         self.pages = pages_held(scratch_refs, lines)
         self.is_one_block = table_ref.shape[0] // grid.batch <= self.pages  # of each sequence
 
@@ -161,14 +162,13 @@ class PageStream:
         def _():
             for i in range(3):
                 self.state[i] = 0
-            for slot in range(HELD - 1):
+            for slot in range(self.held - 1):
                 page, count = self._next()
                 self._start(slot, page, 0, count)
 
         if first is not None or self.is_one_block:
             self._visit(first or body, jnp.int32(0), num_pages)
         if not self.is_one_block:
-
             blocks = pl.cdiv(num_pages, self.pages)
             begin, end = (0, jnp.maximum(blocks, 1)) if first is None else (1, blocks)
 
@@ -178,10 +178,10 @@ class PageStream:
 
     def _visit(self, body: Body, k, num_pages):
         slot, (page, count) = self.state[0], self._next()
-        self.state[0] = jnp.where(slot == HELD - 1, 0, slot + 1)
+        self.state[0] = jnp.where(slot == self.held - 1, 0, slot + 1)
 
         def use(slot):
-            other = (slot + HELD - 1) % HELD
+            other = (slot + self.held - 1) % self.held
             self._wait(slot, num_pages - k * self.pages)
             started = body(self._block(slot), k, self._starting(other, page, count))
             if not (isinstance(started, int) and started >= self.pages):
@@ -190,7 +190,7 @@ class PageStream:
         if self.is_one_array:
             use(slot)
             return
-        for i in range(HELD):
+        for i in range(self.held):
             # Not a branch: schedules count the turns of loops, but take every branch.
             @pl.loop(0, jnp.where(slot == i, 1, 0))
             def _(_, i=i):

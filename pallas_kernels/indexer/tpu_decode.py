@@ -91,7 +91,8 @@ def index_list(
                 pltpu.VMEM((num_rows, LANES), jnp.float32),
                 pltpu.VMEM((num_rows, LANES), jnp.bfloat16),
                 *tpu_pages.scratch(
-                    block_sizes.decode_block(num_entries) // PAGE, lines, pool, interpret
+                    block_sizes.decode_block(num_entries) // PAGE,
+                    *(lines, pool, interpret, block_sizes.decode_held(num_entries)),
                 ),
             ],
         ),
