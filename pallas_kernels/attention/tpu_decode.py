@@ -2,7 +2,8 @@
 
 The N heads of a query share their keys: they are the rows of a product [N, H] x [H, keys]. Keys are
 values: a row fetched once serves both products. One running softmax (peak, denominator,
-weighted sum) goes over the ring, over the entries and over the sink, which starts the denominator.
+weighted sum) goes over the ring, over the entries and over the sink, which starts the denominator. The
+ring and the first block of a stream are visited together: alone, the ring's few rows wait for each result.
 
 Entries come in one of two ways:
 

@@ -5,13 +5,14 @@ there, 128 pages to a row, and is looked up by permutations of lanes: 512 indice
 pages take some 30 cycles a sequence. As scalars, each index takes three; XLA's gather longer.
 
 `PageStream` reads all pages of one sequence after another. Pages of a block are scattered over the pool,
-so each is a copy of its own, which takes some ten scalar instructions to issue. Three blocks are held:
+so each is a copy of its own, which takes some seven scalar instructions to issue. Three blocks are held:
 
     used:    block 0  block 1  block 2  next sequence's block 0  its block 1  ...
     copied:  block 2  next 0   next 1   ...
 
 so that one is always under way while another is waited for, and copies are issued beside the vector
-instructions of the block that is used. Only pages with wanted rows are copied: time and traffic follow
+instructions of the block that is used. Two suffice where a sequence has one block and its work takes longer
+than copying it. Only pages with wanted rows are copied: time and traffic follow
 what is filled. What lies in the buffer where no page was copied, or in a page behind the last wanted row,
 may be another sequence's, and no number.
 
@@ -81,9 +82,9 @@ def array_of(pool: Rows, interpret) -> jax.Array:
 def pages_of(pool: Rows, interpret) -> tuple[jax.Array, int]:
     """The array of a pool as a `PageStream` takes it, and how many lines of it a page is.
 
-    Float pages [P, 16, 8, W]: a page's place is one product, and of 8 rows the compiler makes the same tiles
-    in VMEM as in HBM, where it would make them of 16 on v7x: a copy between those takes 25 instructions
-    more. Packed pages [1, P * lines, 128]: their lines are no whole tiles.
+    Float pages [P, 16, 8, W]: a page's place is one product, and tiles have 8 rows in VMEM as they have in
+    HBM. On v7x bfloat16 would have 16 there, and each copy a descriptor of nine words. Packed pages
+    [1, P * lines, 128]: their lines are no whole tiles.
     """
     array = array_of(pool, interpret)
     if isinstance(pool, jax.Array):
@@ -99,7 +100,7 @@ def scratch(pages: int, lines: int, pool: jax.Array, interpret, held: int = HELD
     vector unit. Not in the plain interpreter, where that would be three times the code to compile.
     """
     is_packed = pool.dtype == jnp.uint32
-    shape = (pages * lines if is_packed else pages, *pool.shape[1:][is_packed:])
+    shape = (pages * lines, pool.shape[2]) if is_packed else (pages, *pool.shape[1:])
     if interpret is True:
         blocks = [pltpu.VMEM((held, *shape), pool.dtype)]
     else:
