@@ -41,14 +41,14 @@ def _make(cfg: config.V4Config, batch: int, num_entries: int, ratio: int, is_pac
     )
 
 
-def _trips(batch: int, num_entries: int, num_picked: int, is_packed: bool, chip: str) -> Trips:
+def _trips(batch: int, num_entries: int, num_picked: int, chip: str) -> Trips:
     if not num_entries:
         return {"decode_ring": (batch,)}
     if num_picked:
         turns = [tpu_decode.LANES // tpu_decode.GATHER_UNROLL] * (num_picked // tpu_decode.LANES)
         looked_up = (-(-batch // 8),) if batch > 8 else ()
         return {"decode_gather": (batch, *turns)[batch == 1 :], "pool_rows": looked_up}
-    stream = decode_stream_trips(chip, batch, num_pages(num_entries), is_packed)
+    stream = decode_stream_trips(chip, batch, num_pages(num_entries))
     return {"decode_stream": stream}
 
 
@@ -67,7 +67,7 @@ def _case(cfg, kind: str, batch: int, context: int, is_packed: bool = False) -> 
         make=functools.partial(_make, cfg, batch, num_entries, ratio, is_packed),
         flops=4.0 * heads * (cfg.window + num_used),
         bytes=4.0 * heads + batch * (1024 * cfg.window + ROW_BYTES[is_packed] * num_used),
-        trips=functools.partial(_trips, batch, num_entries, num_picked, is_packed),
+        trips=functools.partial(_trips, batch, num_entries, num_picked),
     )
 
 

@@ -2,7 +2,8 @@
 
 The N heads of a query share their keys: they are the rows of a product [N, H] x [H, keys]. Keys are
 values: a row fetched once serves both products. One running softmax (peak, denominator,
-weighted sum) goes over the ring, over the entries and over the sink, which starts the denominator.
+weighted sum) goes over the ring, over the entries and over the sink, which starts the denominator. The
+ring and the first block of a stream are visited together: alone, the ring's few rows wait for each result.
 
 Entries come in one of two ways:
 
@@ -24,7 +25,7 @@ visited pages, or the picked entries (twice if bfloat16), out.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ def _ring(ring_rows, q, sink, window, *, scale, interpret):
 
 def _stream(ring_rows, wanted, q, sink, window, entries: Pages, *, scale, interpret):
     """Over every visible entry."""
-    pool, lines = tpu_pages.array_of(entries.pool, interpret)
+    pool, lines = tpu_pages.pages_of(entries.pool, interpret)
     grid = tpu_pages.grid_of(q.shape[0])
     block = min(BLOCK_ENTRIES[dispatch.target_chip()] // PAGE, entries.table.shape[1])
     return _call(
@@ -125,7 +126,7 @@ def _gather(ring_rows, q, sink, window, entries: Pages, indices, *, scale, inter
     size = max(LANES, min(1024, pl.next_power_of_2(num_picked)))
     indices = jnp.pad(indices, ((0, 0), (0, -num_picked % size)), constant_values=-1)
     num_picked = indices.shape[1]
-    pool, _ = tpu_pages.array_of(entries.pool, interpret)
+    pool = tpu_pages.array_of(entries.pool, interpret)
     grid = tpu_pages.grid_of(batch)
     is_packed = isinstance(entries.pool, PackedRows)
     place = tpu_packed.where_rows_are if is_packed else None
@@ -199,6 +200,14 @@ def _call(
     )(*scalars, *args)
 
 
+class _Keys(NamedTuple):
+    """Keys that are values, too."""
+
+    keys: Any  # [S, H], or [H, S]
+    bias: Any  # [1, S]: zero where wanted, else very low
+    is_transposed: bool = False
+
+
 class _Softmax:
     """The running softmax of a sequence's heads, in VMEM. Scores are in units of log 2."""
 
@@ -207,33 +216,44 @@ class _Softmax:
         self.sink = turned(sink_ref[...] * _LOG2E)  # [N, 1]
         self.peak, self.weight, self.total = peak_ref, weight_ref, total_ref  # [N, 128], [N, H]
 
-    def start(self):
-        """Only the sink: a key whose value is zero."""
-        self.peak[...] = jnp.broadcast_to(self.sink, self.peak.shape)
-        self.weight[...] = jnp.zeros_like(self.weight)
-        self.total[...] = jnp.zeros_like(self.total)
+    def start(self, *keys: "_Keys"):
+        """The sink, that is a key whose value is zero, and keys."""
+        self._visit(self.sink, False, keys)
 
-    def visit(self, keys, bias, *, is_transposed: bool = False):
-        """Keys [S, H], or [H, S], with bias [1, S]: zero where wanted, else very low."""
-        channels = 0 if is_transposed else 1
-        scores = self.scale * _dot(self.q_ref[...], keys, channels) + bias
-        old = self.peak[:, :1]
-        peak = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
-        p = jnp.exp2(scores - peak)
-        decay = jnp.exp2(old - peak)
-        self.weight[...] = decay * self.weight[...] + _fold_lanes(p)
-        self.total[...] = decay * self.total[...] + _dot(p.astype(keys.dtype), keys, 1 - channels)
+    def visit(self, *keys: "_Keys"):
+        """More keys."""
+        self._visit(self.peak[:, :1], True, keys)
+
+    def _visit(self, old, has_sums: bool, parts):
+        scores = [
+            self.scale * _dot(self.q_ref[...], x.keys, 0 if x.is_transposed else 1) + x.bias
+            for x in parts
+        ]
+        highest = [jnp.max(x, axis=1, keepdims=True) for x in scores]
+        peak = functools.reduce(jnp.maximum, highest, old)
+        p = [jnp.exp2(x - peak) for x in scores]
+        weights = [_fold_lanes(x) for x in p]
+        totals = [
+            _dot(p.astype(x.keys.dtype), x.keys, 1 if x.is_transposed else 0)
+            for p, x in zip(p, parts)
+        ]
+        if has_sums:
+            decay = jnp.exp2(old - peak)
+            weights.insert(0, decay * self.weight[...])
+            totals.insert(0, decay * self.total[...])
+        self.weight[...] = functools.reduce(jnp.add, weights)
+        self.total[...] = functools.reduce(jnp.add, totals)
         self.peak[...] = jnp.broadcast_to(peak, self.peak.shape)
 
-    def visit_ring(self, ring_ref, num_written):
-        """The ring, of which so many rows are written."""
+    def ring(self, ring_ref, num_written) -> "_Keys":
+        """The keys of a ring, of which so many rows are written."""
         is_packed = ring_ref.dtype == jnp.uint32
         if is_packed:
             keys = tpu_packed.keys_of_columns(ring_ref, self.q_ref.dtype)
         else:
             keys = ring_ref[...]
         size = keys.shape[1 if is_packed else 0]
-        self.visit(keys, _below(num_written, size), is_transposed=is_packed)
+        return _Keys(keys, _below(num_written, size), is_packed)
 
     def finish(self, out_ref):
         """Divides by the denominator, the sink's share included."""
@@ -270,8 +290,7 @@ def _below(limit, size: int):
 
 def _ring_kernel(ring_rows, q_ref, sink_ref, ring_ref, out_ref, *state, scale):
     softmax = _Softmax(q_ref, sink_ref, *state, scale=scale)
-    softmax.start()
-    softmax.visit_ring(ring_ref, ring_rows[_sequence(ring_rows)])
+    softmax.start(softmax.ring(ring_ref, ring_rows[_sequence(ring_rows)]))
     softmax.finish(out_ref)
 
 
@@ -288,7 +307,7 @@ def _stream_kernel(
     q_ref,  # [N, H]
     sink_ref,  # [1, N]
     ring_ref,  # [C, H], or lines of words
-    pool_ref,  # [1, P * 128, H] in HBM, or lines of words
+    pool_ref,  # [P, 16, 8, H] in HBM, or lines of words
     out_ref,  # [N, H]
     peak_ref,
     weight_ref,
@@ -302,37 +321,45 @@ def _stream_kernel(
     softmax = _Softmax(q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale=scale)
     is_packed = pool_ref.dtype == jnp.uint32
     block = tpu_pages.pages_held(stream, lines) * PAGE
-    softmax.start()
-    softmax.visit_ring(ring_ref, ring_rows[b])
+    num_pages = block // PAGE
 
-    def visit(rows_ref, k, start):
+    def entries(rows_ref, k):
         limit = wanted[b] - k * block
-
-        @pl.when(limit < block)
-        def _():
-            _clear(rows_ref, limit, lines, is_packed)
-
         if is_packed:
-            start(0, block // PAGE)
             keys = tpu_packed.keys_of_columns(rows_ref, q_ref.dtype)
         else:
-            keys = rows_ref[...]
-        softmax.visit(keys, _below(limit, block), is_transposed=is_packed)
-        return block // PAGE if is_packed else 0  # of floats they fit in worse than they follow
+            keys = rows_ref[...].reshape(block, -1)
+        return _Keys(keys, _below(limit, block), is_packed)
 
-    tpu_pages.PageStream(grid, lines, wanted, table, pool_ref, stream).visit(visit)
+    def clear(rows_ref, k):
+        limit = wanted[b] - k * block
+        pl.when(limit < block)(lambda: _clear(rows_ref, limit, lines, is_packed))
+
+    def first(rows_ref, k, start):
+        clear(rows_ref, k)
+        start(0, num_pages)  # the ring's products leave the scalar unit idle
+        softmax.start(softmax.ring(ring_ref, ring_rows[b]), entries(rows_ref, k))
+        return num_pages
+
+    def visit(rows_ref, k, start):
+        clear(rows_ref, k)
+        start(0, num_pages)
+        softmax.visit(entries(rows_ref, k))
+        return num_pages
+
+    tpu_pages.PageStream(grid, lines, wanted, table, pool_ref, stream).visit(visit, first)
     softmax.finish(out_ref)
 
 
 def _clear(rows_ref, limit, lines: int, is_packed: bool):
     """Zeros from row `limit` on: what is there may be no number."""
 
-    @pl.loop(limit // PAGE, rows_ref.shape[0] // lines)
+    @pl.loop(limit // PAGE, rows_ref.shape[0] // (lines if is_packed else 1))
     def _(page):
-        first = page * lines if is_packed else pl.multiple_of(page * lines, PAGE)
-        old = rows_ref[pl.ds(first, lines)]
-        row = page * PAGE + jax.lax.broadcasted_iota(jnp.int32, old.shape, int(is_packed))
-        rows_ref[pl.ds(first, lines)] = jnp.where(row < limit, old, jnp.zeros_like(old))
+        at = pl.ds(page * lines, lines) if is_packed else page
+        old = rows_ref[at]
+        row = tpu_pages.row_of_page(old)
+        rows_ref[at] = jnp.where(page * PAGE + row < limit, old, jnp.zeros_like(old))
 
 
 def _gather_kernel(
@@ -368,8 +395,7 @@ def _gather_kernel(
                 ).start()
 
     softmax = _Softmax(q_ref, sink_ref, peak_ref, weight_ref, total_ref, scale=scale)
-    softmax.start()
-    softmax.visit_ring(ring_ref, ring_rows[_sequence(ring_rows)])
+    softmax.start(softmax.ring(ring_ref, ring_rows[_sequence(ring_rows)]))
     group = 1 if is_packed else picked_ref.shape[1] // copies_ref.shape[0]
     for c in range(arrived.shape[0]):
         part = rows_ref.at[pl.ds(c * turns, turns)]
@@ -391,5 +417,5 @@ def _gather_kernel(
             bits = jax.lax.bitcast_convert_type(held, jnp.uint32)
             words &= jnp.concatenate([bits] * (words.shape[1] // LANES), axis=1)
             keys = pltpu.bitcast(words, pool_ref.dtype)
-        softmax.visit(keys, bias)
+        softmax.visit(_Keys(keys, bias))
     softmax.finish(out_ref)

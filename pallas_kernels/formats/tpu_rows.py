@@ -55,7 +55,7 @@ def float_rows(
     if table_too_large(pages.table) or width % LANES or (is_packed and unpack is None):
         is_wanted = jnp.arange(num_rows) < wanted[:, None]
         return jnp.where(is_wanted[..., None], pages.floats(dtype), 0)
-    pool, lines = tpu_pages.array_of(pages.pool, interpret)
+    pool, lines = tpu_pages.pages_of(pages.pool, interpret)
     block_pages = min(BLOCK // PAGE, pages.table.shape[1])
     block = block_pages * PAGE
     grid = tpu_pages.grid_of(batch)
@@ -93,7 +93,7 @@ def float_rows(
 def _kernel(
     wanted,  # [B] int32 in SMEM
     table,  # [B * n] int32 in SMEM
-    pool_ref,  # [1, P * lines, W] in HBM
+    pool_ref,  # [1, P * lines, W] in HBM, or float pages [P, 16, 8, W]
     out_ref,  # [B, S, W] in HBM
     rows_ref,  # [2, block, W]
     written,  # a semaphore for each of the two
@@ -119,7 +119,7 @@ def _kernel(
         def _(page):
             start(page, 1)
             at = pl.ds(pl.multiple_of(page * PAGE, PAGE), PAGE)
-            rows = lines_ref[at] if unpack is None else unpack(lines_ref, page)
+            rows = lines_ref[page].reshape(PAGE, -1) if unpack is None else unpack(lines_ref, page)
             rows_ref[k % IN_FLIGHT, at] = rows.astype(rows_ref.dtype)
 
         @pl.when(limit < block)

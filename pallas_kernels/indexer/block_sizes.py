@@ -1,5 +1,6 @@
 """Sizes of the indexer's kernels."""
 
+from pallas_kernels.formats import tpu_pages
 from pallas_kernels.selection import ENTRIES_PER_WORD_ROW
 
 VMEM_LIMIT = 56 << 20  # bytes; v5p and v7x have 64 MiB
@@ -34,6 +35,11 @@ def decode_block(num_entries: int) -> int:
     """Keys that are fetched at once."""
     keys = decode_keys(num_entries)
     return min(MAX_DECODE_BLOCK, -(-num_entries // keys) * keys)
+
+
+def decode_held(num_entries: int) -> int:
+    """Blocks of keys that are held: of a sequence's only one, the search gives the next one time to come."""
+    return 2 if num_entries <= decode_block(num_entries) else tpu_pages.HELD
 
 
 def decode_chunk(num_entries: int) -> int:

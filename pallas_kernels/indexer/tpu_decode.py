@@ -71,7 +71,7 @@ def index_list(
     num_slots = -(-topk // LANES) * LANES
     pair = 2 * block_sizes.decode_chunk(num_entries)
     num_rows = -(-num_entries // (pair * LANES)) * pair
-    pool, lines = tpu_pages.array_of(keys.pool, interpret)
+    pool, lines = tpu_pages.pages_of(keys.pool, interpret)
     grid = tpu_pages.grid_of(batch)
     static = dict(topk=topk, num_entries=num_entries, lines=lines)
     indices = pl.pallas_call(
@@ -91,7 +91,8 @@ def index_list(
                 pltpu.VMEM((num_rows, LANES), jnp.float32),
                 pltpu.VMEM((num_rows, LANES), jnp.bfloat16),
                 *tpu_pages.scratch(
-                    block_sizes.decode_block(num_entries) // PAGE, lines, pool, interpret
+                    block_sizes.decode_block(num_entries) // PAGE,
+                    *(lines, pool, interpret, block_sizes.decode_held(num_entries)),
                 ),
             ],
         ),
@@ -117,7 +118,7 @@ def _kernel(
     table_ref,  # [B * n] int32
     q_ref,  # [A, I]
     weights_ref,  # [1, A] float32
-    pool_ref,  # [1, P * 128, I] in HBM, or lines of words
+    pool_ref,  # [P, 16, 8, I] in HBM, or lines of words
     indices_ref,  # [1, slots] int32
     scores,  # [rows, 128] int32
     starts,  # [rows, 128] float32: `start` of each row, in all lanes
@@ -139,7 +140,7 @@ def _kernel(
         if is_packed:
             keys = _unpack(keys_ref, c * (some // LANES), some // LANES, q_ref.dtype)
         else:
-            keys = keys_ref[pl.ds(pl.multiple_of(c * some, some), some)]
+            keys = keys_ref[pl.ds(c * (some // PAGE), some // PAGE)].reshape(some, -1)
         dots = jax.lax.dot_general(
             q_ref[...],
             keys,

@@ -55,8 +55,7 @@ def trips(
         found = index_list_trips(chip, queries[0], pages * PAGE, kernel.results[0][1][-1])
     elif kernel.name == "decode_stream":
         table, queries = kernel.operands[2][1], kernel.operands[3][1]
-        is_packed = kernel.operands[-1][0] == "u32"
-        found = decode_stream_trips(chip, queries[0], table[0] // queries[0], is_packed)
+        found = decode_stream_trips(chip, queries[0], table[0] // queries[0])
     elif kernel.name == "float_rows":
         table, rows = kernel.operands[1][1], kernel.results[0][1]
         found = float_rows_trips(chip, rows[0], table[0] // rows[0])
@@ -208,16 +207,25 @@ def index_list_trips(chip: str, batch: int, num_entries: int, topk: int) -> Trip
     search = (DECODE_PASSES, pairs, 0, 0, 0, 0)
     visits = (tiles,) * (-(-topk // 128))
     stream = stream_trips(
-        chip, batch, num_entries // PAGE, block // PAGE, (block // keys,), copies_behind=False
+        *(chip, batch, num_entries // PAGE, block // PAGE, (block // keys,)),
+        held=index_sizes.decode_held(num_entries),
+        has_loops_behind=True,
     )
     return (*stream, 0, pair // 128 * pairs, *search, tiles, *visits)
 
 
-def decode_stream_trips(chip: str, batch: int, pages: int, is_packed: bool) -> Trips:
+def decode_stream_trips(chip: str, batch: int, pages: int) -> Trips:
     """Of `decode_stream`: attention to all pages of a sequence in decoding."""
     block = min(tpu_decode.BLOCK_ENTRIES[chip] // PAGE, pages)
-    cleared = -pages % block / -(-pages // block)
-    return stream_trips(chip, batch, pages, block, (cleared,), None if is_packed else True)
+    first = stream_trips(chip, batch, min(pages, block), block, (0,))
+    others = -(-pages // block) - 1
+    if not others:
+        return first
+    # The first block of a sequence has code of its own, the others a loop.
+    num_warm = len(first) - 3 * HELD
+    warm = stream_trips(chip, batch, pages, block, (0,))[:num_warm]
+    used = 1 / HELD, pages % block / others, -pages % block / others
+    return (*warm, *first[num_warm:], others, *used * HELD)
 
 
 def float_rows_trips(chip: str, batch: int, pages: int) -> Trips:
@@ -225,9 +233,7 @@ def float_rows_trips(chip: str, batch: int, pages: int) -> Trips:
     block = min(tpu_rows.BLOCK // PAGE, pages)
     blocks = -(-pages // block)
     loops: Trips = (block,) if block > 1 else ()  # a loop of one turn is none
-    stream = stream_trips(
-        chip, batch, pages, block, (*loops, -pages % block / blocks), copies_behind=None
-    )
+    stream = stream_trips(chip, batch, pages, block, (*loops, -pages % block / blocks))
     return (*stream, min(blocks, tpu_rows.IN_FLIGHT))
 
 
@@ -237,7 +243,9 @@ def stream_trips(
     pages: int,
     block: int,
     used: tuple[float, ...],
-    copies_behind: bool | None,
+    *,
+    held: int = HELD,
+    has_loops_behind: bool = False,
 ) -> Trips:
     """Of a kernel's grid and of its `pallas_kernels.formats.tpu_pages.PageStream`, which come first.
 
@@ -245,22 +253,22 @@ def stream_trips(
       pages: of each sequence.
       block: pages of a block.
       used: trips of the loops of the code that uses a block.
-      copies_behind: whether copies are issued behind that code (False: there are loops for it that do
-        not turn; None: there are none).
+      held: blocks that are held.
+      has_loops_behind: for copies that the code which uses a block has not issued; they do not turn.
     """
     cores = min(batch, CHIPS[chip].cores)
     blocks = -(-pages // block)
     first = min(pages, block)
     second = min(pages - block, block) if blocks > 1 else first if batch > cores else 0
+    ahead = (first, second)[: held - 1]
 
     def turns(pages: int) -> list[int]:
         several, single = divmod(pages, UNROLL)
         return [single] if block < UNROLL else [several, single]  # few pages: no loop over several
 
-    warm = [n * cores / batch for size in (first, second) for n in turns(size)]
+    warm = [n * cores / batch for size in ahead for n in turns(size)]
     waits = pages % block / blocks
-    behind: Trips = ()
-    if copies_behind is not None:
-        behind = tuple(n / blocks for n in turns(pages * copies_behind))
+    behind = (0,) * len(turns(0)) if has_loops_behind else ()
     grid = (batch,) if batch > 1 else ()  # a grid of one step is no loop
-    return (*grid, *warm, blocks, *(1 / HELD, waits, *used, *behind) * HELD)
+    loop = (blocks,) if blocks > 1 else ()  # a table of one block has none
+    return (*grid, *warm, *loop, *(1 / held, waits, *used, *behind) * held)
