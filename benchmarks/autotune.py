@@ -39,7 +39,13 @@ SEARCHES = (
     Search(
         ("window_attention", "selected_attention"),
         "attention_blocks",
-        ((1024, 512, 512), (2048, 512, 512), (2048, 1024, 1024), (4096, 512, 512), (4096, 1024, 512)),
+        (
+            (1024, 512, 512),
+            (2048, 512, 512),
+            (2048, 1024, 1024),
+            (4096, 512, 512),
+            (4096, 1024, 512),
+        ),
         (
             "attention: Flash HCA 8k",
             "attention: Flash CSA 8k",
@@ -49,7 +55,7 @@ SEARCHES = (
     Search(
         ("decode_attention",),
         "decode_entries",
-        (512, 1024, 2048, 4096),
+        (1024, 2048, 4096),
         tuple(f"decode_attention: Flash HCA {n} packed" for n in ("128k x8", "1M x8", "1M x64")),
     ),
     *(

@@ -24,7 +24,7 @@ class Sizes:
 
     attention_vmem: int  # bytes that a kernel may ask for
     attention_blocks: tuple[int, int, int] = (2048, 1024, 512)  # rows, rows of a chunk, entries
-    decode_entries: int = 1024  # entries of a block that decoding streams
+    decode_entries: int = 2048  # entries of a block that decoding streams
     grouped_budget: int  # bytes of VMEM for blocks of the experts' kernels
     grouped_vmem: int  # bytes that they may ask for
     grouped_step_weights: int  # weights that are unpacked by one step
@@ -151,12 +151,7 @@ V7X = Chip(
     native_e4m3=True,
     fast_e5m2=True,
     vmem=64 * MiB,
-    sizes=Sizes(
-        decode_entries=2048,
-        grouped_step_weights=1 << 23,
-        hyper_connections_tokens=512,
-        **_OF_64_MIB,
-    ),
+    sizes=Sizes(grouped_step_weights=1 << 23, **_OF_64_MIB),
 )
 
 CHIPS = {chip.name: chip for chip in (V5E, V5P, V6E, V7X)}

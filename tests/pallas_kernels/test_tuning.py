@@ -63,19 +63,20 @@ def test_every_size_is_taken_by_the_operation_that_the_file_names():
 def test_what_is_found_is_written_and_read(tmp_path):
     def seconds(case, sizes):
         (own,) = {tuple(given.items()) for given in sizes.values()} or {()}
-        entries = dict(own).get("decode_entries", 1024)
+        entries = dict(own).get("decode_entries", 7)  # 7: none is given
         if entries == 4096:
             raise ValueError("RESOURCE_EXHAUSTED: VMEM")
-        return {512: 2.0, 1024: 1.0, 2048: 0.9}[entries] * (1 + len(case))
+        return {7: 1.0, 512: 2.0, 1024: 0.9, 2048: 0.99}[entries] * (1 + len(case))
 
-    search = next(s for s in autotune.SEARCHES if s.size == "decode_entries")
+    values = (512, 1024, 2048, 4096)
+    search = autotune.Search(("decode_attention",), "decode_entries", values, ("a case", "another"))
     path = tmp_path / "sizes.json"
     found = autotune.tune(
         "v6e", [search], seconds, lambda found: tuning.save(path, "v6e", found, found="here")
     )
-    assert found == {"decode_attention": {"decode_entries": 2048}}
+    assert found == {"decode_attention": {"decode_entries": 1024}}
     (pair,) = tuning.load(path).sizes
-    assert pair == ("decode_attention", tuning.with_sizes("v6e", {"decode_entries": 2048}))
+    assert pair == ("decode_attention", tuning.with_sizes("v6e", {"decode_entries": 1024}))
     flat = lambda case, sizes: 1.0
     assert autotune.tune("v6e", [search], flat, lambda found: None) == {}
 

@@ -21,8 +21,8 @@ pytest.importorskip("libtpu")
 
 MEASURED_WITH = "0.0.42"
 MEASURED = {
-    "attention: Flash CSA 8k": {"v5e": 1.25, "v5p": 1.25, "v6e": 1.72, "v7x": 1.59},
-    "decode_attention: Flash HCA 1M x8": {"v5e": 0.73, "v5p": 1.04, "v6e": 0.81, "v7x": 1.27},
+    "attention: Flash CSA 8k": {"v5e": 1.20, "v5p": 1.21, "v6e": 1.67, "v7x": 1.46},
+    "decode_attention: Flash HCA 1M x8": {"v5e": 0.61, "v5p": 0.88, "v6e": 0.64, "v7x": 1.04},
     "decode_attention: Flash CSA 1M x64 packed": {
         "v5e": 5.18,
         "v5p": 7.57,
@@ -30,8 +30,8 @@ MEASURED = {
         "v7x": 14.67,
     },
     "grouped_matmul: Flash FP4, decode 8": {"v5e": 0.68, "v5p": 1.00, "v6e": 0.89, "v7x": 1.67},
-    "grouped_swiglu: Flash FP4, decode 8": {"v5e": 0.66, "v5p": 1.01, "v6e": 0.79, "v7x": 1.46},
-    "grouped_swiglu: Flash FP4, 256 rows": {"v5e": 1.23, "v5p": 1.24, "v6e": 1.47, "v7x": 1.34},
+    "grouped_swiglu: Flash FP4, decode 8": {"v5e": 0.66, "v5p": 1.01, "v6e": 0.79, "v7x": 1.43},
+    "grouped_swiglu: Flash FP4, 256 rows": {"v5e": 1.23, "v5p": 1.24, "v6e": 1.47, "v7x": 1.26},
     "hc_post_pre: Flash prefill 8k": {"v5e": 0.78, "v5p": 1.13, "v6e": 0.86, "v7x": 1.48},
     "indexer: Flash prefill 8k": {"v5e": 1.38, "v5p": 1.38, "v6e": 3.54, "v7x": 3.31},
     "indexer: Flash decode 1M x8 packed": {"v5e": 2.64, "v5p": 2.63, "v6e": 3.18, "v7x": 4.80},

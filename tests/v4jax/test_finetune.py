@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import NANO
 from v4jax import checkpoint
 from v4jax.checkpoint import Checkpoint
-from v4jax.cli import finetune
+from v4jax.cli import finetune, run_folder
 from v4jax.config import flash, tiny
 from v4jax.nn.numerics import plain
 from v4jax.nn.quantization import is_indexer
@@ -147,6 +147,16 @@ def test_options_that_need_others_are_refused(run, capsys):
     for options, message in (
         (("--export", "best"), "--export best: expected --eval-data or --eval-tokens"),
         (("--loss", "dpo"), "--loss dpo: expected --data of pairs, and --checkpoint"),
+        (("--no-packing",), "--no-packing: expected --data beside it"),
+        (("--mode", "think-high"), "--mode: expected --data beside it"),
+        (("--init-adapter", "a"), "--init-adapter: expected --trainable lora beside it"),
+        (
+            ("--init-adapter", "a", "--trainable", "lora", "--lora-rank", "4"),
+            "--lora-rank: expected none beside --init-adapter",
+        ),
+        (("--b2", "2"), "argument --b2: '2': expected a share from 0 to below 1"),
+        (("--lr", "fast"), "argument --lr: 'fast': expected a number from 0 on"),
+        (("--steps", "-2"), "argument --steps: '-2': expected a whole number from 1 on"),
         (("--sample", "x"), "--sample: expected --eval-data or --eval-tokens"),
         (
             ("--loss", "indexer", "--trainable", "lora"),
@@ -161,7 +171,7 @@ def test_options_that_need_others_are_refused(run, capsys):
             "argument --lora-dropout: '1': expected a share from 0 to below 1",
         ),
         (("--skip-above", "0"), "argument --skip-above: '0': expected a number above 0"),
-        (("--spike-steps", "1"), "argument --spike-steps: '1': expected at least 2"),
+        (("--spike-steps", "1"), "argument --spike-steps: '1': expected a whole number from 2 on"),
     ):
         with pytest.raises(SystemExit):
             run(*options)
@@ -179,10 +189,49 @@ def test_a_state_is_not_continued_with_other_settings(run):
     run()
     np.save(run.folder / "u.npy", np.arange(5000, dtype=np.uint16)[::-1] % 256)
     others = {"seed": 5, "tokens": run.folder / "u.npy", "seq-len": 32, "batch-size": 4, "lr": 1}
-    for name, value in {**others, "steps": 3}.items():
+    for name, value in others.items():
         with pytest.raises(ValueError, match=f"other settings: {name.replace('-', '_')}"):
             run(**{name: value})
+    for steps, why in ((3, "rates of --schedule cosine depend"), (1, "depend")):
+        with pytest.raises(ValueError, match=rf"a run of 2 steps, and --steps is {steps}: .*{why}"):
+            run(steps=steps)
     run()  # the same settings
+
+
+def test_a_run_of_constant_rate_can_be_made_longer(run):
+    run(schedule="constant")
+    shutil.rmtree(run.folder / "o" / "model")
+    count = len(run.batches)
+    run(schedule="constant", steps=5)
+    assert len(run.batches) == count + 3
+    assert (run.folder / "o" / "model" / "config.json").exists()
+    with pytest.raises(ValueError, match=r"a run of 5 steps, and --steps is 2: .* not shorter"):
+        run(schedule="constant")
+
+
+def test_settings_of_a_run_that_saved_nothing_make_room(run):
+    """The corrected command takes the place of one that failed."""
+    with pytest.raises(ValueError, match=r"LoRA target 'nope'"):
+        run("--trainable", "lora", "--lora-targets", "nope", save=None)
+    path = run.folder / "o" / "run.json"
+    assert json.loads(path.read_text())["trainable"] == "lora"
+    run()
+    assert json.loads(path.read_text())["trainable"] == "all"
+    with pytest.raises(ValueError, match="other settings: lr"):
+        run(lr=1)
+
+
+def test_a_folder_has_one_run_at_a_time(run):
+    with run_folder.locked(run.folder / "o"):
+        with pytest.raises(
+            ValueError, match=r"--output .*o: another process trains in this folder"
+        ):
+            run()
+        assert not (run.folder / "o" / "run.json").exists()
+    run()
+    (run.folder / "file").touch()
+    with pytest.raises(ValueError, match=r"--output .*file: .*expected a folder"):
+        run(output=run.folder / "file")
 
 
 def test_what_layers_keep_is_said_by_name_and_may_change_in_a_run(run, monkeypatch, capsys):

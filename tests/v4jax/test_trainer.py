@@ -14,7 +14,7 @@ from tests.models import random_model
 from v4jax import LoRA, checkpoint, tiny
 from v4jax.nn.lora import matrices
 from v4jax.nn.quantization import to_released
-from v4jax.train import Spikes, TokenStream, Trainer, adamw
+from v4jax.train import Spikes, TokenStream, Trainer, adamw, muon
 
 SMALL = dataclasses.replace(tiny(), layers=tiny().layers[:1], mtp_layers=())
 LORA = LoRA(rank=2, targets=("attention.wq_b", "moe.w2"), dropout=0.1)
@@ -93,6 +93,30 @@ def test_what_was_trained_is_written_in_each_form(trained, tmp_path):
         trainer.save(tmp_path / "other", "bf16")
 
 
+def test_training_goes_on_from_an_adapter(trained, tmp_path):
+    _, trainer, _ = trained
+    trainer.save(tmp_path / "first")
+    tokens = np.arange(40)[None] + 2
+
+    model = checkpoint.load_adapter(_packed(), tmp_path / "first")
+    again = Trainer(model, adamw(1e-2), trainable="adapter")
+    assert again.lora.rank == LORA.rank and again.lora.dropout == LORA.dropout
+    np.testing.assert_allclose(again.model(tokens), trainer.model(tokens), atol=1e-5)
+    before = jax.tree.map(np.array, again.state.params)
+    again.fit(DATA, 1, batch_size=2, progress=False)
+    after = jax.tree.leaves(again.state.params)
+    assert len(after) == 2 * len(LORA.targets)
+    for old, new in zip(jax.tree.leaves(before), after, strict=True):
+        assert np.any(old != new)
+    again.save(tmp_path / "second")
+    with pytest.raises(ValueError, match="the model has no adapter"):
+        Trainer(_packed(), adamw(1e-2), trainable="adapter")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "second").rename(tmp_path / "run" / "adapter")
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json.*run/adapter has one"):
+        checkpoint.load_adapter(_packed(), tmp_path / "run")
+
+
 def test_any_optax_transformation_and_any_filter():
     trainer = Trainer(
         random_model(SMALL),
@@ -125,3 +149,32 @@ def test_what_cannot_be_trained_is_said():
         served = random_model(SMALL, rules=PREFILL)
     with pytest.raises(ValueError, match='use="train"'):
         Trainer(served, adamw(1e-3), trainable=LORA)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ((np.zeros(9), 1), {}, r"data is a ndarray: expected a TokenStream"),
+        ((DATA, 1.5), {}, r"steps=1\.5: expected a whole number from 1 on"),
+        ((DATA, 1), {"batch_size": 0}, r"batch_size=0: expected a whole number"),
+        ((DATA, 1), {"log_every": 0}, r"log_every=0: expected a whole number"),
+        ((DATA, 1), {"evaluation": [1]}, r"evaluation is a list: expected"),
+    ],
+)
+def test_odd_arguments_are_named_before_anything_runs(arguments, options, message):
+    trainer = Trainer(_packed(), adamw(1e-3), trainable=LORA)
+    with pytest.raises((ValueError, TypeError), match=message):
+        trainer.fit(*arguments, progress=False, **options)
+    assert trainer.steps == 0
+
+
+def test_numbers_that_no_training_has_are_refused():
+    for options in ({"b1": 1.0}, {"b2": 2.0}, {"b2": -0.1}, {"clip_norm": np.nan}, {"eps": -1.0}):
+        (name,) = options
+        for optimizer in (adamw, muon):
+            with pytest.raises(ValueError, match=f"{name}="):
+                optimizer(1e-3, **options)
+    with pytest.raises(ValueError, match="learning_rate=nan"):
+        adamw(float("nan"))
+    with pytest.raises(ValueError, match=r"rank=1\.5: expected a whole number"):
+        LoRA(rank=1.5)

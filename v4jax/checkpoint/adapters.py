@@ -67,6 +67,13 @@ class Adapter:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
+        if not stores.is_file(stores.join(self.path, CONFIG)):
+            inner = stores.join(self.path, "adapter")
+            has_one = stores.is_file(stores.join(inner, CONFIG))
+            hint = f" {inner} has one: give that." if has_one else ""
+            raise FileNotFoundError(
+                f"{self.path} has no {CONFIG}: expected an adapter's folder.{hint}"
+            )
         config = read_json(stores.join(self.path, CONFIG), CheckpointError)
         if config.get("peft_type") != "LORA":
             raise CheckpointError(

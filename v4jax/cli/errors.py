@@ -2,10 +2,18 @@
 
 import contextlib
 import os
+import pathlib
 import sys
 from collections.abc import Iterator
 
 import jax
+
+# What a command takes that needs less memory.
+_LESS = "a shorter context, a smaller batch, --cache packed"
+_LESS_MEMORY = {
+    "finetune": "--micro-batches, --dtype bfloat16, a shorter --seq-len, a smaller --batch-size, --remat layers, "
+    "--optimizer-dtype bfloat16"
+}
 
 
 @contextlib.contextmanager
@@ -29,7 +37,7 @@ def one_message() -> Iterator[None]:
     except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         if os.environ.get("V4JAX_TRACEBACK") or not _is_of_input(error):
             raise
-        print(f"error: {_text(error)}", file=sys.stderr)
+        print(f"error: {_text(error, _command())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -38,14 +46,19 @@ def _is_of_input(error: Exception) -> bool:
     return not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _text(error: Exception) -> str:
+def _command() -> str:
+    """ "finetune" of `v4jax finetune` and of `python scripts/finetune.py`."""
+    return pathlib.Path(sys.argv[0].split(" ")[-1]).stem
+
+
+def _text(error: Exception, command: str) -> str:
     if isinstance(error, MemoryError):
         return f"this machine has too little memory: {error}".rstrip(": ")
     if isinstance(error, jax.errors.JaxRuntimeError):
         first = str(error).split("\n")[0]
         return (
-            f"the device's memory is full ({first}): a shorter context, a smaller batch, --cache "
-            "packed or a mesh of more devices would need less."
+            f"the device's memory is full ({first[:200]}): {_LESS_MEMORY.get(command, _LESS)}, or a mesh of more "
+            "devices would need less."
         )
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

@@ -27,8 +27,8 @@ Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as v4jax/
 """
 
 import argparse
+import contextlib
 import functools
-import json
 import pathlib
 import re
 import shutil
@@ -43,7 +43,7 @@ from jax.experimental import multihost_utils
 from v4jax import checkpoint, stores
 from v4jax.checkpoint.folders import weight_files
 from v4jax.checkpoint.hf_config import from_hf
-from v4jax.checkpoint.saving import write_text
+from v4jax.cli import run_folder
 from v4jax.cli.errors import one_message
 from v4jax.cli.finetune_options import OPTIMIZERS, make_parser, parse_args
 from v4jax.cli.pod import on_mesh, start_processes
@@ -100,6 +100,9 @@ def identity_of(args: argparse.Namespace) -> dict[str, object]:
     if args.checkpoint:
         files = [stores.join(args.checkpoint, "config.json"), *weight_files(args.checkpoint)]
         found["checkpoint"] = fingerprint(files)
+    if args.init_adapter:
+        files = [stores.join(args.init_adapter, "adapter_config.json")]
+        found["init_adapter"] = fingerprint([*files, *weight_files(args.init_adapter)])
     return found
 
 
@@ -108,33 +111,11 @@ def tokenizer_file(args: argparse.Namespace) -> str:
     return stores.in_folder(args.tokenizer or args.checkpoint, "tokenizer.json")
 
 
-def claim(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Makes `--output` this run's own.
-
-    A run that began before an option existed has that option's default.
-
-    Raises:
-      ValueError: it has another run's state, or a model that no run wrote.
-    """
-    path, own = args.output / "run.json", identity_of(args)
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: parser.get_default(name) for name in own} | found
-        other = [name for name in sorted({*found, *own}) if found.get(name) != own.get(name)]
-        if other:
-            raise ValueError(
-                f"{args.output} has a run with other settings: {', '.join(other)}. Give the same "
-                "ones to go on with it, or another --output."
-            )
-        return
-    for written in (args.output / "model", args.output / "adapter"):
-        if not written.exists():
-            continue
-        raise ValueError(
-            f"{written} exists, and this run did not write it: give another --output. "
-            "Nothing was changed."
-        )
-    write_text(str(path), json.dumps(own, indent=2))
+def why_no_more_steps(args: argparse.Namespace) -> str:
+    """Why a run with these settings cannot have more steps than before; "" if it can."""
+    if args.schedule != "constant":
+        return f"the rates of --schedule {args.schedule} depend on the steps in all, those of constant do not"
+    return ""
 
 
 def config_of(args: argparse.Namespace) -> V4Config:
@@ -176,14 +157,15 @@ def chosen_by(args: argparse.Namespace, model: Transformer) -> Chosen:
 
 def make_trainer(args: argparse.Namespace, model: Transformer) -> Trainer:
     """What the options describe; the model's arrays are moved into it."""
-    trainable: LoRA | Chosen = chosen_by(args, model)
-    if args.trainable == "lora":
-        names = args.lora_targets
-        targets = names[0] if names[0] in PRESETS and len(names) == 1 else tuple(names)
+    trainable: str | LoRA | Chosen = chosen_by(args, model)
+    if args.init_adapter:
+        model, trainable = checkpoint.load_adapter(model, args.init_adapter), "adapter"
+    elif args.trainable == "lora":
+        targets = [end for name in args.lora_targets for end in PRESETS.get(name, (name,))]
         trainable = LoRA(
             rank=args.lora_rank,
             alpha=args.lora_alpha,
-            targets=targets,
+            targets=tuple(dict.fromkeys(targets)),
             rslora=args.lora_rslora,
             dropout=args.lora_dropout,
         )
@@ -305,11 +287,19 @@ def train(args: argparse.Namespace, parser: argparse.ArgumentParser, process: in
         jax.devices()[0],
         state_bytes=moments * jnp.dtype(args.optimizer_dtype).itemsize,
     )
-    args.output.mkdir(parents=True, exist_ok=True)
-    if is_first:
-        claim(args, parser)
-        write_config(args.output / "config.toml", parser, args)
-    model = start_model(args)
+    with run_folder.locked(args.output) if is_first else contextlib.nullcontext():
+        if not is_first:
+            args.output.mkdir(parents=True, exist_ok=True)
+        else:
+            own = identity_of(args)
+            run_folder.claim(args.output, own, parser, why_no_more_steps(args))
+            write_config(args.output / "config.toml", parser, args)
+        _run(args, data, evaluation, prompts, is_first, count)
+
+
+def _run(args: argparse.Namespace, data, evaluation, prompts, is_first: bool, count: int) -> None:
+    """Trains in a folder that is this run's, and exports."""
+    model, cfg = start_model(args), config_of(args)
     for pairs in (data, evaluation):
         if isinstance(pairs, PreferencePairs):
             pairs.reference = log_probs(model, pairs, batch_size=args.batch_size)

@@ -31,21 +31,29 @@ def natural(text: str) -> int:
 
 def positive(text: str) -> int:
     """A whole number from 1 on."""
-    if natural(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 1.")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on.")
     return int(text)
 
 
 def several(text: str) -> int:
     """A whole number from 2 on."""
-    if natural(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 2.")
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 2 on.")
     return int(text)
+
+
+def _number(text: str) -> float:
+    """NaN, which lies in no range, for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def rate(text: str) -> float:
     """A number from 0 on."""
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 on.")
     return value
@@ -53,7 +61,7 @@ def rate(text: str) -> float:
 
 def share(text: str) -> float:
     """A number from 0 to below 1."""
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a share from 0 to below 1.")
     return value
@@ -61,7 +69,7 @@ def share(text: str) -> float:
 
 def norm(text: str) -> float:
     """A number above 0, which may be inf."""
-    value = float(text)
+    value = _number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0.")
     return value
@@ -156,8 +164,7 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         default=["attention"],
-        help=f"one of {', '.join(PRESETS)}, or ends of the paths of matrices, as attention.wq_a, shared.w1 "
-        "or moe.w1",
+        help=f"of {', '.join(PRESETS)}, and ends of the paths of matrices, as attention.wq_a, shared.w1 or moe.w1",
     )
     trained.add_argument(
         "--lora-rslora", action="store_true", help="its scale is alpha / sqrt(rank)"
@@ -168,6 +175,12 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         default=0.0,
         metavar="SHARE",
         help="of an adapter's inputs, left out in a step",
+    )
+    trained.add_argument(
+        "--init-adapter",
+        type=checkpoint_folder,
+        metavar="FOLDER",
+        help="of --trainable lora: go on from this adapter in PEFT's files, whose rank, alpha and targets hold",
     )
     rule = parser.add_argument_group("optimizer and loss")
     rule.add_argument(
@@ -196,8 +209,8 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         "--dpo-beta", type=rate, default=0.1, help="how close to the checkpoint dpo stays"
     )
     rule.add_argument("--weight-decay", type=rate, default=0.1, help="of matrices")
-    rule.add_argument("--b1", type=rate, default=0.9, help="Adam's first decay")
-    rule.add_argument("--b2", type=rate, default=0.95, help="Adam's second decay")
+    rule.add_argument("--b1", type=share, default=0.9, help="Adam's first decay")
+    rule.add_argument("--b2", type=share, default=0.95, help="Adam's second decay")
     rule.add_argument("--clip-norm", type=rate, default=1.0, help="of the whole gradient")
     rule.add_argument(
         "--bias-speed", type=rate, help="of the routing bias; default 0.001 from scratch, else 0"
@@ -279,6 +292,21 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _is_given(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> bool:
+    """Whether an option has another value than its default."""
+    return getattr(args, name) != parser.get_default(name)
+
+
+def _check_init_adapter(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.trainable != "lora":
+        parser.error("--init-adapter: expected --trainable lora beside it.")
+    names = ("lora_rank", "lora_alpha", "lora_targets", "lora_rslora", "lora_dropout")
+    for name in names:
+        if _is_given(parser, args, name):
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: expected none beside --init-adapter, whose own holds.")
+
+
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line, and the file that --config names."""
     args = parse_pod_args(parser, words_with_config(parser, sys.argv[1:]))
@@ -316,6 +344,12 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
             "--anticipate-routing auto: expected --skip-spikes or --skip-above beside it, which say what "
             "a spike is."
         )
+    if not (args.data or args.eval_data):
+        given = [n for n in ("mode", "no_packing", "too_long") if _is_given(parser, args, n)]
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')}: expected --data beside it.")
+    if args.init_adapter:
+        _check_init_adapter(parser, args)
     if args.save == "adapter" and args.trainable != "lora":
         parser.error("--save adapter: expected --trainable lora beside it.")
     for name, (pre_training, fine_tuning) in _BY_START.items():

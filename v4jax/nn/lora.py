@@ -18,6 +18,7 @@ Source: arXiv 2106.09685; rank-stabilised scale: arXiv 2312.03732; initial value
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Iterator
 
 import jax
@@ -70,8 +71,8 @@ class LoRA:
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank={self.rank}: expected 1 or more.")
+        if not isinstance(self.rank, numbers.Integral) or self.rank < 1:
+            raise ValueError(f"LoRA rank={self.rank}: expected a whole number from 1 on.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA dropout={self.dropout}: expected a share from 0 to below 1.")
         targets = PRESETS.get(self.targets) if isinstance(self.targets, str) else self.targets
@@ -199,6 +200,21 @@ def add_lora(model: Transformer, lora: LoRA, *, seed: int = 0) -> Transformer:
         for key, matrix in zip(keys, targets.values()):
             matrix.adapter = LowRank(matrix, lora, key, model.rules)
     return model
+
+
+def lora_of(model: nnx.Module) -> LoRA:
+    """What the adapters of a model are.
+
+    Raises:
+      ValueError: it has none.
+    """
+    for _, matrix in matrices(model):
+        if isinstance(matrix.adapter, LowRank):
+            return matrix.adapter.lora
+    raise ValueError(
+        "the model has no adapter: expected one from v4jax.checkpoint.load_adapter(model, folder), or "
+        "trainable=v4jax.LoRA(rank=16) for a new one."
+    )
 
 
 def drops(model: nnx.Module) -> bool:

@@ -4,6 +4,8 @@ An optimizer is any optax transformation. The parameters that it gets are variab
 themselves what they are (`axes`, `matrix`, `parts`, `stored`): see docs/extending.md.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,7 +38,11 @@ def adamw(
 
     Args:
       state_dtype: in which moments are kept between steps (`keep_state_in`): float32, bfloat16, int8.
+
+    Raises:
+      ValueError: a number that no training has.
     """
+    _require(learning_rate, weight_decay, clip_norm, eps, b1=b1, b2=b2)
     rule = _adamw(learning_rate, b1, b2, eps, weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip_norm), keep_state_in(state_dtype, rule))
 
@@ -72,8 +78,12 @@ def muon(
       weight_decay: of matrices, the embedding and head included; vectors do not decay.
       state_dtype: in which momentum and moments are kept between steps (`keep_state_in`).
 
+    Raises:
+      ValueError: a number that no training has.
+
     Source: report section 2.4, algorithm 1; values: section 4.2.2.
     """
+    _require(learning_rate, weight_decay, clip_norm, eps, b1=b1, b2=b2, momentum=momentum)
     rules = {
         "muon": optax.chain(
             keep_state_in(state_dtype, optax.trace(momentum, nesterov=True)),
@@ -85,6 +95,19 @@ def muon(
     }
     rule = optax.partition(rules, lambda params: _labels(params, _rule_of))
     return optax.chain(optax.clip_by_global_norm(clip_norm), rule)
+
+
+def _require(learning_rate, weight_decay: float, clip_norm: float, eps: float, **shares) -> None:
+    """Raises a ValueError for rates that are not finite, or below zero, and shares beyond 0 to 1."""
+    rates = {"weight_decay": weight_decay, "clip_norm": clip_norm, "eps": eps}
+    if not callable(learning_rate):
+        rates["learning_rate"] = learning_rate
+    for name, value in rates.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value}: expected a number from 0 on.")
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value}: expected a share from 0 to below 1.")
 
 
 def keep_state_in(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import numbers
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,16 @@ class Options:
     step_flops: float | None
     max_skipped: int
     stop: Callable[[], bool]
+
+    def __post_init__(self):
+        for name in ("batch_size", "eval_every", "save_every", "log_every", "max_skipped"):
+            require_count(name, getattr(self, name))
+
+
+def require_count(name: str, value: int) -> None:
+    """Raises a ValueError for what is not 1, 2, ..."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number from 1 on.")
 
 
 class _Skips:

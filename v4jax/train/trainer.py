@@ -18,7 +18,7 @@ from flax import nnx
 
 from sharding import TRAIN
 from v4jax.checkpoint.errors import CheckpointError
-from v4jax.nn.lora import LoRA, LoRAParam, add_lora
+from v4jax.nn.lora import LoRA, LoRAParam, add_lora, lora_of
 from v4jax.nn.model import Transformer
 from v4jax.nn.placement import mesh_of, on_mesh, require_placed
 from v4jax.nn.quantization import Chosen, everything, is_indexer, not_expert, to_float
@@ -30,7 +30,7 @@ from v4jax.train.export import export
 from v4jax.train.lookahead import Lookahead
 from v4jax.train.losses import Batch, Loss, LossWeights, Metrics
 from v4jax.train.progress import show
-from v4jax.train.run import Options, run
+from v4jax.train.run import Options, require_count, run
 from v4jax.train.samples import Prompts
 from v4jax.train.spikes import Spikes
 from v4jax.train.state import Saver, freed
@@ -48,7 +48,7 @@ class Trainer:
       optimizer: any optax transformation; `v4jax.train.adamw(1e-4)` is that of the report.
       trainable: "all"; "no-experts", which leaves the routed experts packed as they are stored;
         "indexer", which trains those of CSA layers alone; a `LoRA`, which leaves everything and trains
-        adapters; or a function of a parameter's path ("stages.0.blocks.0.attention.wq_a.kernel") and
+        new adapters; "adapter", those that the model has (`v4jax.checkpoint.load_adapter`); or a function of a parameter's path ("stages.0.blocks.0.attention.wq_a.kernel") and
         variable. What trains becomes float32.
       weights: of the terms of the loss.
       qat: train with the rounding of the released format in the loop (docs/low_precision.md).
@@ -88,10 +88,10 @@ class Trainer:
         seed: int = 0,
         loss: Loss | None = None,
     ):
-        if isinstance(trainable, str) and trainable not in TRAINABLE:
+        if isinstance(trainable, str) and trainable not in (*TRAINABLE, "adapter"):
             raise ValueError(
-                f"trainable={trainable!r}: expected one of {', '.join(map(repr, TRAINABLE))}, a LoRA, or "
-                "a function of path and variable."
+                f"trainable={trainable!r}: expected one of {', '.join(map(repr, TRAINABLE))}, 'adapter', a "
+                "LoRA, as v4jax.LoRA(rank=16), or a function of path and variable."
             )
         require_policy(remat)
         self._mesh, self.steps = mesh_of(model), 0
@@ -99,12 +99,14 @@ class Trainer:
         chosen: Chosen
         if isinstance(trainable, LoRA):
             self.lora, chosen = trainable, is_adapter
+        elif trainable == "adapter":
+            self.lora, chosen = lora_of(model), is_adapter
         else:
             chosen = TRAINABLE[trainable] if isinstance(trainable, str) else trainable
         with self._on_mesh():
             require_placed(nnx.state(model), TRAIN)
-            if self.lora is not None:
-                model = add_lora(model, self.lora, seed=seed)
+            if isinstance(trainable, LoRA):
+                model = add_lora(model, trainable, seed=seed)
             model = to_float(model, only=chosen)
             self._step = TrainStep(
                 model,
@@ -223,13 +225,21 @@ class Trainer:
             where a step's numbers are due.
 
         Raises:
+          TypeError: data of another kind, as an array, which a `TokenStream` takes.
           ValueError: an id is outside the vocabulary; too many steps were skipped, or a parameter became
             NaN or infinite. The last good state is kept.
           CheckpointError: a state cannot be written, or none can be read.
         """
-        for each in (data, evaluation):
-            if each is not None:
-                each.require_ids(self._step.cfg.vocab_size)
+        require_count("steps", steps)
+        for name, each in (("data", data), ("evaluation", evaluation)):
+            if each is None and name == "evaluation":
+                continue
+            if not isinstance(each, Data):
+                raise TypeError(
+                    f"{name} is a {type(each).__name__}: expected a TokenStream (of an array of ids), "
+                    "Examples or PreferencePairs (of files) of v4jax.train."
+                )
+            each.require_ids(self._step.cfg.vocab_size)
         if prompts is not None and evaluation is None:
             raise ValueError("prompts: expected evaluation= beside them, which says when.")
         folder, before = None if output is None else pathlib.Path(output), self.steps
