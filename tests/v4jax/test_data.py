@@ -152,7 +152,22 @@ def test_other_forms(tokenizer):
     [
         ('{"messages": [', "no JSON: "),
         ("[1]", r"\[1\]: expected an object"),
-        ('{"massages": []}', "keys are 'massages': expected messages, or prompt and completion"),
+        ('{"massages": []}', "the line has the key 'massages': expected 'messages'"),
+        ('{"x": []}', "keys are 'x': expected messages, or prompt and completion"),
+        ('{"prompt": "a", "completion": "b", "tool": []}', "has the key 'tool': expected 'tools'"),
+        ('{"prompt": "a", "completion": "b", "weight": 0}', "key 'weight': expected it in a mess"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "thinking": "b"}]}',
+            "a message has the key 'thinking': expected 'reasoning_content'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}',
+            "nothing to learn: the assistant's messages are empty",
+        ),
+        ('{"prompt": "", "completion": ""}', "completion is '': expected text"),
+        ('{"text": ""}', "text is '': expected text"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen and rejected are the same"),
+        ('{"prompt": "a", "chosen": "", "rejected": "b"}', "chosen is '': expected text"),
         ('{"messages": []}', r"messages is \[\]: expected a list of messages"),
         ('{"text": 3}', "text is 3: expected text"),
         ('{"prompt": 3, "completion": "a"}', "prompt is 3: expected a list of messages or a text"),
@@ -357,6 +372,30 @@ def test_a_file_is_checked(check, tmp_path):
         "2 of 5 lines are no examples:\n  line 3: keys are 'x'" in out and "\n  line 5: no" in out
     )
     assert "chosen: " in out and f"⟦Ann.{EOS}⟧" in out
+
+
+def test_keys_that_mean_nothing_to_training_may_be_there(tokenizer):
+    line = {"prompt": "a", "completion": "b"}
+    (plain,) = parse_line(json.dumps(line), tokenizer)
+    others = {"id": 7, "source": "x", "model": "m", "metadata": {"weight": 1}, "prompt_id": "y"}
+    (found,) = parse_line(json.dumps({**line, **others}), tokenizer)
+    np.testing.assert_array_equal(found.ids, plain.ids)
+
+
+def test_pairs_are_checked_and_stand_alone(check, tmp_path):
+    pair = {"prompt": "Who?", "chosen": "Emma.", "rejected": "Ann."}
+    long = {**pair, "prompt": "Emma was " * 99}
+    path = write(tmp_path / "d.jsonl", pair, long)
+    status, out = check(path, "--seq-len", 64)
+    assert status == 0
+    assert "rows of 64: 4, one a side; 2 cut, 1 examples without loss left out" in out
+
+    status, out = check(write(tmp_path / "m.jsonl", {"text": "Emma"}, pair, pair))
+    assert status == 1
+    assert (
+        "takes preference pairs among other examples: texts from line 1 on, pairs from line 2"
+        in out
+    )
 
 
 def test_lengths_are_reported(check, tmp_path, tokenizer):

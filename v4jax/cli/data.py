@@ -6,7 +6,7 @@
 
 Every line is read, rendered by the released prompt format and encoded, as `v4jax finetune --data` does it.
 A sample shows what has loss between ⟦ and ⟧. Forms of a line are in docs/training.md. The exit status is 1
-if a line is no example.
+if a line is no example, or preference pairs are among other examples.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy as np
 from v4jax.cli.errors import one_message
 from v4jax.cli.options import checkpoint_folder, command_parser, local_folder
 from v4jax.text.tokenizer import Tokenizer
-from v4jax.train.data.examples import Reader
+from v4jax.train.data.examples import Reader, has_loss
 from v4jax.train.data.formats import Example, Pair, marked
 from v4jax.train.data.packing import pack
 from v4jax.train.data.tokens import TokenStream
@@ -68,8 +68,9 @@ def main() -> None:
 
 def check(args: argparse.Namespace, tokenizer: Tokenizer) -> bool:
     """Prints what the file has; whether all lines are examples."""
-    lengths, learned, is_text = [], [], []
+    lengths, learned, is_text, lost = [], [], [], 0
     kinds: collections.Counter[str] = collections.Counter()
+    first: dict[str, int] = {}  # line of each kind
     bad, sample, num_lines = [], None, 0
     for found in Reader(args.file, tokenizer, mode=args.mode).all():
         num_lines += 1
@@ -78,7 +79,11 @@ def check(args: argparse.Namespace, tokenizer: Tokenizer) -> bool:
         for example in found.examples:
             if sample is None and found.line >= args.sample:
                 sample = (found.line, example)
-            kinds["pairs" if isinstance(example, Pair) else _kind(example)] += 1
+            kind = "pairs" if isinstance(example, Pair) else _kind(example)
+            kinds[kind] += 1
+            first.setdefault(kind, found.line)
+            if args.seq_len is not None:
+                lost += not all(has_loss(one, args.seq_len) for one in _sides(example))
             for one in _sides(example):
                 lengths.append(len(one.ids))
                 learned.append(int((one.weights > 0).sum()))
@@ -92,8 +97,10 @@ def check(args: argparse.Namespace, tokenizer: Tokenizer) -> bool:
         print(
             f"tokens with loss: {sum(learned)} of {sizes.sum()}, {sum(learned) / sizes.sum():.1%}"
         )
-        if args.seq_len is not None and not kinds["pairs"]:
-            print(_filled(sizes, np.array(is_text), args.seq_len))
+        if args.seq_len is not None:
+            rows = _cut if kinds["pairs"] else _filled
+            left = f", {lost} examples without loss left out" if lost else ""
+            print(rows(sizes, np.array(is_text), args.seq_len) + left)
     if sample is not None:
         line, example = sample
         print(f"\nline {line}, with loss on what is between ⟦ and ⟧:")
@@ -108,7 +115,11 @@ def check(args: argparse.Namespace, tokenizer: Tokenizer) -> bool:
             print(f"  line {line}: {reason}")
     elif not lengths:
         print("the file has no examples")
-    return not bad and bool(lengths)
+    is_mixed = "pairs" in kinds and len(kinds) > 1
+    if is_mixed:
+        places = ", ".join(f"{kind} from line {line} on" for kind, line in first.items())
+        print(f"\nno run takes preference pairs among other examples: {places}")
+    return not bad and bool(lengths) and not is_mixed
 
 
 def _kind(example: Example) -> str:
@@ -117,6 +128,11 @@ def _kind(example: Example) -> str:
 
 def _sides(example: Example | Pair) -> tuple[Example, ...]:
     return (example.chosen, example.rejected) if isinstance(example, Pair) else (example,)
+
+
+def _cut(sizes: np.ndarray, is_text: np.ndarray, seq_len: int) -> str:
+    del is_text  # a side of a pair is a row
+    return f"rows of {seq_len}: {len(sizes)}, one a side; {int((sizes - 1 > seq_len).sum())} cut"
 
 
 def _filled(sizes: np.ndarray, is_text: np.ndarray, seq_len: int) -> str:

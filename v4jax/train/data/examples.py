@@ -81,6 +81,12 @@ class Reader:
                 )
 
 
+def has_loss(example: Example, seq_len: int) -> bool:
+    """Whether a token counts once an example is cut to a row; a text goes on in further rows."""
+    size = len(example.ids) if example.is_text else seq_len + 1
+    return bool(example.weights[1:size].any())
+
+
 class ExampleFile:
     """A file of examples of which all was read once: what `Examples` and `PreferencePairs` share.
 
@@ -209,7 +215,7 @@ class Examples(ExampleFile):
                 length = self._longest(found.line, [example])
                 if length > self.seq_len:
                     length = length if example.is_text else self.seq_len
-                if not example.weights[1 : length + 1].any():
+                if not has_loss(example, self.seq_len):
                     self.left_out += 1
                     continue
                 lines.append(found.line - 1)

@@ -19,6 +19,7 @@ answer to that turn.
 """
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,36 @@ if TYPE_CHECKING:
     from v4jax.text.tokenizer import Tokenizer
 
 KINDS = ("messages", "prompt and completion", "chosen and rejected", "text")
+# Keys that are read; others may be there, unless they look like one of these.
+_KEYS = (
+    "messages",
+    "tools",
+    "mode",
+    "response_format",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "text",
+)
+_MESSAGE_KEYS = (
+    *(
+        "role",
+        "content",
+        "reasoning_content",
+        "tool_calls",
+        "tool_call_id",
+        "tools",
+        "response_format",
+    ),
+    *("weight", "task", "wo_eos", "name"),
+)
+_MEANT = {
+    "reasoning": "reasoning_content",
+    "thinking": "reasoning_content",
+    "function_call": "tool_calls",
+}
+_COMMON = ("model", "models")  # which made the line: not "mode"
 _USERS = ("user", "tool", "developer")  # whose messages are or become user turns
 
 
@@ -88,10 +119,26 @@ def text_example(text: str, tokenizer: "Tokenizer", *, is_end: bool = True) -> E
     return Example(ids, weights, is_text=True)
 
 
+def _require_no_slip(record: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
+    """Raises a LineError for a key that looks like one that is read: its content would be lost."""
+    for key in record:
+        if key in keys or key in _COMMON:
+            continue
+        meant = _MEANT.get(key) if keys is _MESSAGE_KEYS else None
+        close = difflib.get_close_matches(key, keys, 1, cutoff=0.85)
+        if meant or close:
+            raise LineError(f"{what} has the key {key!r}: expected {meant or close[0]!r}")
+    if keys is _KEYS and "weight" in record:
+        raise LineError("the line has the key 'weight': expected it in a message")
+
+
 def _examples(record: dict[str, Any], tokenizer, mode: str | None) -> Sequence[Example | Pair]:
+    _require_no_slip(record, _KEYS, "the line")
     if "chosen" in record or "rejected" in record:
         return [_pair(record, tokenizer, mode)]
     if "text" in record:
+        if record["text"] == "":
+            raise LineError("text is '': expected text")
         return [text_example(_text(record, "text"), tokenizer)]
     if "completion" in record:
         if record.get("mode") == "raw":
@@ -117,6 +164,8 @@ def _said(record: dict[str, Any], name: str, role: str) -> list[Mapping[str, Any
     """A list of messages, or a text that one message of a role says."""
     value = record.get(name)
     if isinstance(value, str) and role:
+        if role == "assistant" and not value:
+            raise LineError(f"{name} is '': expected text, there is nothing to learn")
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
         kinds = "a list of messages" + (" or a text" if role else "")
@@ -140,6 +189,8 @@ def _pair(record: dict[str, Any], tokenizer, mode: str | None) -> Pair:
         said = _said(record, side, "assistant" if given else "")
         # The last turn alone differs; what leads to it has no loss in either.
         sides.append(_conversations(given, said, record, tokenizer, mode)[-1])
+    if np.array_equal(sides[0].ids, sides[1].ids):
+        raise LineError("chosen and rejected are the same: there is nothing to prefer")
     return Pair(*sides)
 
 
@@ -154,6 +205,8 @@ def _conversations(
     tools, schema = record.get("tools"), record.get("response_format")
     messages = [*given, *said]
     plain = [m for m in messages if isinstance(m, Mapping)]
+    for message in plain:
+        _require_no_slip(message, _MESSAGE_KEYS, "a message")
     has_system = any(message.get("role") == "system" for message in plain)
     added = 0 if has_system or not (tools or schema) else 1  # a system message at the front
     messages = list(with_fields(messages, tools, schema))
@@ -176,6 +229,8 @@ def _conversations(
         )
         require_one_bos("".join(piece.text for piece in pieces))
         found.append(_joined(pieces, learned, tokenizer))
+    if not any(_says_something(messages[i]) for i in weighted):
+        raise LineError("nothing to learn: the assistant's messages are empty")
     return found
 
 
@@ -189,6 +244,10 @@ def _asked(messages: Sequence[Mapping[str, Any]], weighted: set[int]) -> list[tu
         if index in weighted:
             answers.setdefault(last_user, set()).add(index)
     return [(max(learned), learned) for learned in answers.values()]
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return any(message.get(key) for key in ("content", "reasoning_content", "tool_calls", "task"))
 
 
 def _is_weighted(message: object) -> bool:

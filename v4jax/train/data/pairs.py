@@ -12,7 +12,7 @@ import numpy as np
 from v4jax.config import V4Config
 from v4jax.nn.choices import Choices
 from v4jax.nn.documents import Documents
-from v4jax.train.data.examples import ExampleFile
+from v4jax.train.data.examples import ExampleFile, has_loss
 from v4jax.train.data.formats import Example, Pair
 from v4jax.train.data.placing import placed
 
@@ -80,7 +80,7 @@ class PreferencePairs(ExampleFile):
                     continue
                 sides = (pair.chosen, pair.rejected)
                 self._longest(found.line, sides)
-                if all(side.weights[1 : self.seq_len + 1].any() for side in sides):
+                if all(has_loss(side, self.seq_len) for side in sides):
                     lines.append(found.line - 1)
                 else:
                     self.left_out += 1
