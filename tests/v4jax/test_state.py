@@ -166,7 +166,8 @@ def test_a_full_disk_is_said_and_the_last_state_stays(tmp_path):
                 saver.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    with _opened(tmp_path) as saver:  # which removes the half
+        assert _names(tmp_path) == ["1"]  # the half has gone
+    with _opened(tmp_path) as saver:
         found, step = saver.restore(_state(0))
         assert step == 1 and _same(found, _state(1))
     assert _names(tmp_path) == ["1"]

@@ -29,6 +29,7 @@ Over several devices with `--mesh fsdp=4,expert=2`, over several hosts as v4jax/
 import argparse
 import contextlib
 import functools
+import logging
 import pathlib
 import re
 import shutil
@@ -253,6 +254,7 @@ def make_prompts(args: argparse.Namespace) -> Prompts | None:
 
 def main() -> None:
     """Trains, saves and exports."""
+    logging.getLogger("absl").propagate = False  # pages by Orbax of what is said in a sentence
     parser = make_parser(__doc__)
     args = parse_args(parser)
     process, count = start_processes(args)

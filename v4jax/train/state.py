@@ -1,9 +1,11 @@
 """Training states on disk, with Orbax: what a step changes, and not the weights that stay."""
 
 import contextlib
+import glob
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -24,6 +26,8 @@ from v4jax.train.step import TrainState
 logging.getLogger("absl").addHandler(logging.NullHandler())
 _CHECKSUMS, _HELDOUT = "checksums", "heldout_ce"
 _AHEAD = "routing.ahead"
+_HALF = ".orbax-checkpoint-tmp"  # Orbax's ending of what is being written
+_SHOWN = 300  # characters of a message
 
 
 class Saver:
@@ -266,11 +270,18 @@ class Saver:
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
+            self._remove_halves()
             raise CheckpointError(
                 f"{self.folder}: {what} failed: {_first_line(error)}. Nothing half-written counts as a "
                 "state, and those saved before are kept: see to room on the disk and to permissions, "
                 "and give the same command again to go on from the last one, or another --output."
             ) from error
+
+    def _remove_halves(self) -> None:
+        """Of a state that could not be written, so that a disk that is full has its room back."""
+        if jax.process_index() == 0:
+            for half in glob.glob(os.path.join(glob.escape(os.fspath(self.folder)), f"*{_HALF}")):
+                shutil.rmtree(half, ignore_errors=True)
 
 
 class _OtherStateError(CheckpointError):
@@ -296,7 +307,11 @@ def _first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
     text = str(error).split("\n")[0].strip() or type(error).__name__
-    return text if len(text) < 300 else f"{text[:300]} ..."
+    if (
+        len(text) > _SHOWN
+    ):  # TensorStore tells what it was doing, file by file, before what went wrong
+        text = text.split('": ')[-1]
+    return text if len(text) < _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 def _free(path: str) -> str:
