@@ -264,7 +264,7 @@ def test_options_of_the_command(monkeypatch, capsys):
         (("--anticipate-routing", "auto"), "expected --skip-spikes or --skip-above"),
         (("--anticipate-routing", "always", "--loss", "indexer"), "another --loss than indexer"),
         (("--routing-delay", "-1"), "--routing-delay: '-1': expected a whole number"),
-        (("--routing-steps", "0"), "--routing-steps: '0': expected at least 1"),
+        (("--routing-steps", "0"), "--routing-steps: '0': expected a whole number from 1 on"),
     ):
         with pytest.raises(SystemExit):
             parsed(*words)

@@ -74,7 +74,7 @@ def test_a_file_that_is_wrong_is_refused_by_name(parse, text, message):
 
 def test_values_are_checked_as_those_of_flags_are(parse, capsys):
     for line, said in (
-        ("steps = 0", "argument --steps: '0': expected at least 1"),
+        ("steps = 0", "argument --steps: '0': expected a whole number from 1 on"),
         ('save = "x"', "argument --save: invalid choice: 'x'"),
     ):
         with pytest.raises(SystemExit):
