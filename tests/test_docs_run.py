@@ -2,7 +2,7 @@
 
 DIR, SOURCE and `nano` are a released-format model with one layer of random numbers, and files that a reader
 brings are small ones. `SMALLER` is added to a command where it would run for hours. Not run, only
-parsed (`test_docs.py`): what needs several hosts, an object store, or a TPU's compiler for minutes.
+parsed (`test_docs.py`): what needs several hosts, an object store, a TPU, or its compiler for minutes.
 """
 
 import dataclasses
@@ -47,7 +47,12 @@ STANDS_FOR = {
     "layers.20-42": "layers.0",
     "/mnt/shared/requests.jsonl": "requests.jsonl",
 }
-NEEDS_MORE = ("--distributed", "--coordinator", "gs://")  # hosts, or a store
+NEEDS_MORE = (
+    "--distributed",
+    "--coordinator",
+    "gs://",
+    "benchmarks.autotune",
+)  # hosts, a store, a TPU
 
 
 def _runs(words: tuple[str, ...]) -> bool:
