@@ -155,6 +155,10 @@ def test_other_forms(tokenizer):
         ('{"massages": []}', "the line has the key 'massages': expected 'messages'"),
         ('{"x": []}', "keys are 'x': expected messages, or prompt and completion"),
         ('{"prompt": "a", "completion": "b", "tool": []}', "has the key 'tool': expected 'tools'"),
+        (
+            '{"prompt": "a", "completion": "b", "Tools": []}',
+            "has the key 'Tools': expected 'tools'",
+        ),
         ('{"prompt": "a", "completion": "b", "weight": 0}', "key 'weight': expected it in a mess"),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "thinking": "b"}]}',
@@ -379,6 +383,13 @@ def test_keys_that_mean_nothing_to_training_may_be_there(tokenizer):
     (plain,) = parse_line(json.dumps(line), tokenizer)
     others = {"id": 7, "source": "x", "model": "m", "metadata": {"weight": 1}, "prompt_id": "y"}
     (found,) = parse_line(json.dumps({**line, **others}), tokenizer)
+    np.testing.assert_array_equal(found.ids, plain.ids)
+
+    # Null is not given: tables that were exported have such columns.
+    nulls = dict.fromkeys(("weight", "tool", "messages2"))
+    asked = {"role": "user", "content": "a", "context": "c", "function_call": None}
+    said = {"role": "assistant", "content": "b", "thinking": None, "reasoning": None}
+    (found,) = parse_line(json.dumps({"messages": [asked, said], **nulls}), tokenizer)
     np.testing.assert_array_equal(found.ids, plain.ids)
 
 

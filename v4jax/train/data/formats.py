@@ -62,7 +62,7 @@ _MEANT = {
     "thinking": "reasoning_content",
     "function_call": "tool_calls",
 }
-_COMMON = ("model", "models")  # which made the line: not "mode"
+_COMMON = ("model", "models", "context")  # of other meaning than "mode" and "content"
 _USERS = ("user", "tool", "developer")  # whose messages are or become user turns
 
 
@@ -121,14 +121,14 @@ def text_example(text: str, tokenizer: "Tokenizer", *, is_end: bool = True) -> E
 
 def _require_no_slip(record: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
     """Raises a LineError for a key that looks like one that is read: its content would be lost."""
-    for key in record:
-        if key in keys or key in _COMMON:
+    for key, value in record.items():
+        if key in keys or key in _COMMON or value is None:  # null: not given
             continue
         meant = _MEANT.get(key) if keys is _MESSAGE_KEYS else None
-        close = difflib.get_close_matches(key, keys, 1, cutoff=0.85)
+        close = difflib.get_close_matches(key.lower(), keys, 1, cutoff=0.85)
         if meant or close:
             raise LineError(f"{what} has the key {key!r}: expected {meant or close[0]!r}")
-    if keys is _KEYS and "weight" in record:
+    if keys is _KEYS and record.get("weight") is not None:
         raise LineError("the line has the key 'weight': expected it in a message")
 
 
